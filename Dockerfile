@@ -1,0 +1,73 @@
+# syntax=docker/dockerfile:1
+ARG BASE_IMAGE=debian:trixie-slim
+
+# s6-overlay, each tarball checked against its SHA-256 before it is unpacked. S6_OVERLAY_BASE may name a mirror of its releases.
+FROM ${BASE_IMAGE} AS s6-overlay
+ARG TARGETARCH
+ARG S6_OVERLAY_VERSION=3.2.3.0
+ARG S6_OVERLAY_BASE=https://github.com/just-containers/s6-overlay/releases/download
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends ca-certificates curl xz-utils \
+ && rm -rf /var/lib/apt/lists/*
+RUN set -eu; \
+    case "${TARGETARCH:-$(dpkg --print-architecture)}" in \
+      amd64) arch=x86_64; sum=a93f02882c6ed46b21e7adb5c0add86154f01236c93cd82c7d682722e8840563 ;; \
+      arm64) arch=aarch64; sum=0952056ff913482163cc30e35b2e944b507ba1025d78f5becbb89367bf344581 ;; \
+      *) echo "no s6-overlay for ${TARGETARCH}: this image is for amd64 and arm64" >&2; exit 1 ;; \
+    esac; \
+    mkdir /s6; \
+    fetch() { \
+      curl -fsSL -o /tmp/part "${S6_OVERLAY_BASE}/v${S6_OVERLAY_VERSION}/s6-overlay-$1.tar.xz"; \
+      echo "$2  /tmp/part" | sha256sum -c - >/dev/null; \
+      tar -C /s6 -Jxpf /tmp/part; \
+    }; \
+    fetch noarch b720f9d9340efc8bb07528b9743813c836e4b02f8693d90241f047998b4c53cf; \
+    fetch "$arch" "$sum"; \
+    fetch symlinks-noarch a60dc5235de3ecbcf874b9c1f18d73263ab99b289b9329aa950e8729c4789f0e
+
+# The agent, in a virtual environment that needs only Debian's python3.
+FROM ${BASE_IMAGE} AS agent
+ARG HERMES_AGENT_VERSION=0.19.0
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends python3 python3-venv \
+ && rm -rf /var/lib/apt/lists/*
+RUN python3 -m venv /opt/hermes/.venv \
+ && /opt/hermes/.venv/bin/pip install --no-cache-dir "hermes-agent==${HERMES_AGENT_VERSION}" \
+ && /opt/hermes/.venv/bin/pip uninstall -y pip
+
+# Our scripts with their bytecode, which is never written at run time, and the names they are called by.
+COPY hermes_boot.py main_wrapper.py /opt/hermes/docker/
+RUN cd /opt/hermes/docker \
+ && chmod 0755 hermes_boot.py main_wrapper.py \
+ && python3 -m compileall -q --invalidation-mode unchecked-hash . \
+ && mkdir -p /names/etc/cont-init.d ../bin \
+ && ln -s hermes_boot.py stage2-hook.sh \
+ && ln -s hermes_boot.py entrypoint.sh \
+ && ln -s main_wrapper.py main-wrapper.sh \
+ && ln -s ../docker/main_wrapper.py ../bin/hermes \
+ && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-init.d/01-hermes-setup \
+ && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-init.d/02-reconcile-profiles
+
+FROM ${BASE_IMAGE}
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends ca-certificates python3 \
+ && rm -rf /var/lib/apt/lists/* \
+ && groupadd --gid 10000 hermes \
+ && useradd --uid 10000 --gid 10000 --home-dir /opt/data --no-create-home --shell /bin/bash hermes \
+ && install -d -o hermes -g hermes /opt/data
+COPY --from=s6-overlay /s6/ /
+COPY --from=agent /opt/hermes/ /opt/hermes/
+COPY --from=agent /names/ /
+COPY s6-rc.d/ /etc/s6-overlay/s6-rc.d/
+
+# A failing setup ends the container (2). Services may take as long as they need (0): s6-rc would stop the boot after 5 seconds, and
+# a first boot may have a whole NAS share to give to hermes.
+ENV HERMES_HOME=/opt/data \
+    PATH=/opt/hermes/bin:/opt/hermes/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    VIRTUAL_ENV=/opt/hermes/.venv \
+    S6_BEHAVIOUR_IF_STAGE2_FAILS=2 \
+    S6_CMD_WAIT_FOR_SERVICES_MAXTIME=0 \
+    S6_VERBOSITY=1
+WORKDIR /opt/data
+VOLUME /opt/data
+ENTRYPOINT ["/init", "/opt/hermes/docker/main-wrapper.sh"]

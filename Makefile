@@ -1,0 +1,34 @@
+PYTHON ?= python3
+AGENT_VERSION := 0.19.0
+IMAGE := hermes-agent:$(AGENT_VERSION)
+CACHE := .cache
+# The first engine that answers; without one, `make run` uses the sandbox.
+ENGINE ?= $(shell for engine in docker podman; do $$engine info >/dev/null 2>&1 && echo $$engine && break; done)
+PYTEST = $(shell $(PYTHON) -c 'import pytest' 2>/dev/null && echo $(PYTHON) || echo $(CACHE)/pytest/bin/python)
+
+.PHONY: help
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\): .*## /make \1	/p' Makefile | expand -t 14
+
+.PHONY: run
+run: ## run the container: make run ARGS="--version"
+ifneq ($(ENGINE),)
+	@$(MAKE) --no-print-directory image >&2
+	@$(ENGINE) run --rm -i -v hermes-data:/opt/data $(IMAGE) $(ARGS)
+else
+	@$(PYTHON) tests/sandbox.py run -- $(ARGS)
+endif
+
+.PHONY: image
+image: ## build the image
+	$(ENGINE) build --build-arg HERMES_AGENT_VERSION=$(AGENT_VERSION) -t $(IMAGE) .
+
+.PHONY: test
+test: ## run the tests; TESTS="-k wrapper" picks some
+	@$(PYTHON) -c 'import pytest' 2>/dev/null || [ -x $(CACHE)/pytest/bin/pytest ] || \
+	  { $(PYTHON) -m venv $(CACHE)/pytest && $(CACHE)/pytest/bin/pip -q install pytest; }
+	@$(PYTEST) -m pytest -q -p no:cacheprovider tests $(TESTS)
+
+.PHONY: clean
+clean: ## remove everything that was built or fetched
+	rm -rf $(CACHE) __pycache__ tests/__pycache__

@@ -1,0 +1,1349 @@
+#!/usr/bin/python3 -IBScimport os,sys;sys.path.insert(0,os.path.dirname(os.path.realpath(sys.argv[1])));import hermes_boot;sys.exit(hermes_boot.main(sys.argv[1:]))
+"""Prepare the container's volume and accounts, and give every profile's gateway a slot that s6 supervises.
+
+Run by s6-overlay from /etc/cont-init.d, as root (or as the UID of `--user`), without arguments and with a scrubbed environment:
+as 01-hermes-setup it remaps the hermes user, mends ownership and seeds the volume; as 02-reconcile-profiles it publishes one
+service directory per profile. People and tests run `hermes_boot.py setup|reconcile [--dry-run]`.
+
+Everything below $HERMES_HOME may have been written by the agent. So root only ever changes owners there, on descriptors opened
+without following links; all else, reading included, is done by a child that has become hermes for good.
+One bad profile never costs another its gateway: what is wrong is said in one line, and the boot goes on. It stops (exit 1) only
+for what it cannot work around: a wrong UID or GID, an UID that is not ours, a volume that hermes cannot write.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import time
+
+import main_wrapper as wrapper
+from main_wrapper import HOME, USER, VENV, setting, truthy
+
+IMAGE = "/opt/hermes"
+SCANDIR = "/run/service"
+STATIC_SERVICES = "/etc/s6-overlay/s6-rc.d"
+SETUP_FAILED = "/run/hermes-setup.failed"
+PASSWD, GROUP = "/etc/passwd", "/etc/group"
+DOCKER_SOCKET = "/var/run/docker.sock"
+MAX_ID = 2**32 - 2  # 2**32 - 1 is chown's "leave it as it is"
+
+MANAGED_FOLDERS = (
+    "backups cron sessions logs hooks memories skills skins plans workspace home profiles pairing platforms/pairing lazy-packages"
+).split()
+MANAGED_FILES = frozenset(
+    "config.yaml .env SOUL.md auth.json auth.lock hermes_state.db gateway.pid gateway.lock gateway_state.json processes.json"
+    " active_profile".split()
+)
+MANAGED_PREFIXES = ("state.db", "response_store.db")  # SQLite puts -wal and -shm beside each
+VERSION_STAMP = ".hermes-agent-version"
+
+STATE_FILE = "gateway_state.json"
+STATE_LIMIT = 4 << 20  # bytes; real ones have a few hundred
+STALE_FILES = ("gateway.pid", "processes.json")  # of a dead container's processes
+BOOT_LOG, BOOT_LOG_LIMIT = "container-boot.log", 256 << 10
+PROFILE_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
+SLOT_PREFIX, SLOT_NAME_LIMIT = "gateway-", 251
+EX_CONFIG = 78
+PERMANENT_FAILURE = 125  # s6's word from a finish script for "do not restart"
+STOP_TIMEOUT = 30  # seconds until SIGKILL, unless HERMES_GATEWAY_STOP_TIMEOUT says otherwise
+BACK_OFF_LIMIT = 60  # seconds
+HELPER_TIMEOUT = 120  # seconds for a program of the agent's that the boot runs
+
+Owner = tuple[int, int]  # UID, GID
+
+
+# Reporting
+
+
+class Fatal(Exception):
+    """What the boot cannot go on from; its text is the line for the operator."""
+
+
+def say(level: str, text: str) -> None:
+    """Write `program: level: text` on stderr, where every line of ours goes: stdout is the program's."""
+    print(f"{os.path.basename(sys.argv[0])}: {level}: {text}", file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """Say what is wrong and what to do about it, and go on."""
+    say("warning", text)
+
+
+def shown(name: str) -> str:
+    """Return a name from the volume fit for one line: as it is when harmless, else quoted, escaped and shortened."""
+    harmless = name.isascii() and name.isprintable() and name and not set(name) & set(" \"'\\=")
+    text = name if harmless else ascii(name)
+    return text if len(text) <= 100 else f"{text[:80]}...({len(name)} characters)"
+
+
+def reason(error: OSError) -> str:
+    """Return an operating system error in words, without the number."""
+    return "is a symbolic link" if error.errno == 40 else (error.strerror or str(error))
+
+
+def guarded(action, *arguments) -> int:
+    """Run an action that returns an exit code; turn what it raises into one line and code 1, a traceback only for the unexpected."""
+    try:
+        return action(*arguments)
+    except Fatal as error:
+        say("fatal", str(error))
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+    return 1
+
+
+# Safe file access
+
+
+class Folder:
+    """An open directory. What lies in it is reached by descriptor, never through a link, never blocking; errors are OSError."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, path: str, at: int | None = None, *, follow: bool = False) -> None:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+        self.fd = os.open(path, flags, dir_fd=at)
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+    def folder(self, path: str) -> Folder:
+        """Open a folder below this one, link-free at every step."""
+        parent = self
+        for name in path.split("/"):
+            try:
+                child = Folder(name, parent.fd)
+            finally:
+                if parent is not self:
+                    os.close(parent.fd)
+            parent = child
+        return child
+
+    def make(self, path: str) -> Folder:
+        """Open a folder below this one, making what is missing of it with mode 0755."""
+        name, _, rest = path.partition("/")
+        try:
+            os.mkdir(name, 0o755, dir_fd=self.fd)
+        except FileExistsError:
+            pass
+        if not rest:
+            return Folder(name, self.fd)
+        with Folder(name, self.fd) as parent:
+            return parent.make(rest)
+
+    def stat(self, name: str, *, follow: bool = False) -> os.stat_result | None:
+        """Return what is under a name, None when nothing is."""
+        try:
+            return os.stat(name, dir_fd=self.fd, follow_symlinks=follow)
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str, limit: int) -> bytes:
+        """Return a regular file's content; OSError when it is anything else or longer than limit bytes."""
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=self.fd)
+        with open(fd, "rb", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(22, "is not a regular file")
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise OSError(27, f"is longer than {limit} bytes")
+        return data
+
+    def write(self, name: str, data: bytes, mode: int, *, replace: bool) -> bool:
+        """Put a file in place whole, or not at all: beside, fsync, rename. Without replace an existing entry stays; False then.
+
+        mode holds from the first instant (it is open's, not a later chmod's), so a secret is never readable by others.
+        """
+        with Lock(self) as lock:
+            if lock.held:
+                self.remove_temporaries(name)
+            temporary = f".{name}.{os.getpid()}-{time.time_ns()}.tmp"
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode, dir_fd=self.fd)
+            try:
+                with open(fd, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(fd)
+                if not replace and not self.reserve(temporary, name):
+                    return False
+                if replace:
+                    os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+                temporary = ""
+            finally:
+                if temporary:
+                    os.unlink(temporary, dir_fd=self.fd)
+            os.fsync(self.fd)
+        return True
+
+    def reserve(self, temporary: str, name: str) -> bool:
+        """Give a finished file its name unless something has it; link() decides that in the kernel, where the volume has it."""
+        try:
+            os.link(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
+            os.unlink(temporary, dir_fd=self.fd)
+        except FileExistsError:
+            return False
+        except OSError:  # CIFS, exFAT and FUSE may have no hard links
+            if self.stat(name):
+                return False
+            os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        return True
+
+    def remove_temporaries(self, name: str) -> None:
+        """Remove what a killed writer of this name left; only with the lock held is every one of them stale."""
+        for entry in os.listdir(self.fd):
+            if entry.startswith(f".{name}.") and entry.endswith(".tmp"):
+                os.unlink(entry, dir_fd=self.fd)
+
+    def remove(self, name: str) -> None:
+        """Remove an entry with all below it, if it is there."""
+        try:
+            os.unlink(name, dir_fd=self.fd)
+        except FileNotFoundError:
+            return
+        except (IsADirectoryError, PermissionError):
+            with Folder(name, self.fd) as below:
+                for entry in os.listdir(below.fd):
+                    below.remove(entry)
+            os.rmdir(name, dir_fd=self.fd)
+
+
+class Lock:
+    """An exclusive flock on a folder, between containers too. Given up on after a second: a hostile holder must not stop a boot."""
+
+    __slots__ = ("folder", "fd", "held")
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder, self.fd, self.held = folder, -1, False
+
+    def __enter__(self) -> Lock:
+        import fcntl
+
+        self.fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.folder.fd)
+        for _ in range(50):
+            try:
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.02)
+            except OSError:
+                break  # NFS locks no folders; two boots on one volume are then as safe as link() and rename() make them
+            else:
+                self.held = True
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+
+# Where the boot works
+
+
+class Boot:
+    """What every step needs to know: the environment, the root HERMES_HOME, who hermes is, and whether to change anything."""
+
+    __slots__ = ("environment", "home", "scandir", "owner", "dry_run")
+
+    def __init__(self, environment: dict[str, str], *, dry_run: bool = False) -> None:
+        """Raise Fatal when HERMES_HOME is nothing to boot on."""
+        self.environment = environment
+        self.home = wrapper.root_home(environment)
+        self.scandir = setting(environment, "S6_PROFILE_GATEWAY_SCANDIR") or SCANDIR
+        self.owner: Owner = wrapper.account() or owner_of(self.home)
+        self.dry_run = dry_run
+        if not self.home.startswith("/") or os.path.realpath(self.home) == "/":
+            raise Fatal(f"HERMES_HOME={self.home!r} is not a folder of its own; set it to an absolute path such as {HOME}")
+
+    def setting(self, name: str) -> str:
+        """Return a variable that is addressed to us, "" when unset."""
+        return setting(self.environment, name)
+
+    def does(self, text: str) -> bool:
+        """Report a change, and say whether to make it: under --dry-run it is only listed, on stdout."""
+        if self.dry_run:
+            print(f"would {text}")
+        elif setting(self.environment, "S6_VERBOSITY") != "0":
+            say("info", text)
+        return not self.dry_run
+
+
+def owner_of(path: str) -> Owner:
+    """Return a path's owner, or our own where it is missing: who to act as in an image without a hermes user."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return os.geteuid(), os.getegid()
+    return status.st_uid, status.st_gid
+
+
+def as_owner(owner: Owner, action, *arguments) -> int:
+    """Run an action as hermes and return its exit code: in a child that drops for good when we are root, else right here."""
+    if os.geteuid() != 0 or owner[0] == 0:
+        return guarded(action, *arguments)
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        code = guarded(lambda: wrapper.drop(*owner) or action(*arguments))
+        sys.stdout.flush()
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def run_helper(owner: Owner, argv: list[str], environment: dict[str, str]) -> int:
+    """Run a program as hermes: stdin empty, stdout on stderr, killed by SIGALRM after HELPER_TIMEOUT seconds. Returns its code."""
+
+    def become_program() -> int:
+        import _signal
+
+        os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+        os.dup2(2, 1)
+        _signal.alarm(HELPER_TIMEOUT)  # survives exec
+        return wrapper.run_as_hermes(argv, environment)
+
+    if os.geteuid() == 0:
+        return as_owner(owner, become_program)
+    child = os.fork()
+    if child == 0:
+        os._exit(guarded(become_program))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+# Accounts
+
+
+def wanted_id(boot: Boot, *names: str) -> int | None:
+    """Return the UID or GID that the first non-empty of these variables asks for, None when none does; Fatal when it is not one."""
+    for name in names:
+        value = boot.setting(name)
+        if not value:
+            continue
+        if not (value.isascii() and value.isdigit() and len(value) <= 10 and 1 <= int(value) <= MAX_ID):
+            raise Fatal(f"{name}={value!r} is not a number from 1 to {MAX_ID}; unset it or give your host's (id -u, id -g)")
+        return int(value)
+    return None
+
+
+def rewrite(path: str, edit) -> bool:
+    """Replace a file of /etc by what edit makes of its lines, atomically, with its mode and owner; say whether that changed it."""
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        old = file.read()
+    new = b"".join(edit(old.splitlines(keepends=True)))
+    if new == old:
+        return False
+    beside = f"{path}+"
+    try:
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with open(fd, "wb") as file:
+            file.write(new)
+            file.flush()
+            os.fchown(fd, status.st_uid, status.st_gid)
+            os.fchmod(fd, stat.S_IMODE(status.st_mode))
+            os.fsync(fd)
+        os.rename(beside, path)
+    except OSError as error:
+        raise Fatal(
+            f"cannot write {path} ({reason(error)}), which the remap or a group needs; make /etc writable, or drop HERMES_UID/HERMES_GID"
+        ) from error
+    return True
+
+
+def with_field(lines: list[bytes], name: bytes, changes: dict[int, int]) -> list[bytes]:
+    """Return the lines of an account file with some fields of one entry set; every other line stays byte for byte."""
+
+    def edited(line: bytes) -> bytes:
+        fields = line.split(b":")
+        for index, number in changes.items():
+            fields[index] = str(number).encode()
+        return b":".join(fields)
+
+    return [edited(line) if line.startswith(name + b":") else line for line in lines]
+
+
+def remap(boot: Boot) -> None:
+    """Give the hermes user the UID and GID that HERMES_UID/HERMES_GID (or PUID/PGID) ask for, editing /etc in place.
+
+    Not by usermod: that walks the user's whole home folder, which here is the volume. Fatal when a value is wrong, or when another
+    user has the UID; a GID may be shared (macOS users have 20, NAS users 100).
+    """
+    uid = wanted_id(boot, "HERMES_UID", "PUID")
+    gid = wanted_id(boot, "HERMES_GID", "PGID")
+    wanted = (boot.owner[0] if uid is None else uid, boot.owner[1] if gid is None else gid)
+    if wanted == boot.owner:
+        return
+    if os.geteuid() != 0:
+        raise Fatal(
+            f"started as UID {os.geteuid()}, so hermes cannot become {wanted[0]}:{wanted[1]}; drop `--user` or the HERMES_UID/HERMES_GID"
+        )
+    with open(PASSWD, "rb") as file:
+        for line in file:
+            fields = line.split(b":")
+            if len(fields) > 3 and fields[0] != USER.encode() and fields[2] == str(wanted[0]).encode():
+                raise Fatal(f"UID {wanted[0]} belongs to the user {os.fsdecode(fields[0])} in this image; choose another HERMES_UID")
+    if boot.does(f"remap {USER} from {boot.owner[0]}:{boot.owner[1]} to {wanted[0]}:{wanted[1]}"):
+        rewrite(GROUP, lambda lines: with_field(lines, USER.encode(), {2: wanted[1]}))
+        rewrite(PASSWD, lambda lines: with_field(lines, USER.encode(), {2: wanted[0], 3: wanted[1]}))
+    boot.owner = wanted
+
+
+def given_groups() -> list[int]:
+    """Return the GIDs that the container was started with (`--group-add`) and that of a mounted Docker socket, root's excepted."""
+    groups: list[int] = []
+    with open("/proc/1/status", "rb") as file:
+        for line in file:
+            if line.startswith(b"Groups:"):
+                groups = [int(number) for number in line.split()[1:]]
+    try:
+        status = os.stat(DOCKER_SOCKET)
+        if stat.S_ISSOCK(status.st_mode):
+            groups.append(status.st_gid)
+    except OSError:
+        pass  # not mounted
+    return [group for group in dict.fromkeys(groups) if group != 0]
+
+
+def join_groups(boot: Boot) -> None:
+    """Put hermes into the groups that the container was given: s6-setuidgid rebuilds the groups from /etc/group, and nothing else."""
+    wanted = [group for group in given_groups() if group != boot.owner[1]]
+    member = USER.encode()
+
+    def edit(lines: list[bytes]) -> list[bytes]:
+        missing, result = {str(group).encode() for group in wanted}, []
+        for line in lines:
+            fields = line.rstrip(b"\n").split(b":")
+            if len(fields) == 4 and fields[2] in missing:
+                missing.discard(fields[2])
+                members = [name for name in fields[3].split(b",") if name]
+                if member not in members:
+                    line = b":".join([*fields[:3], b",".join([*members, member])]) + b"\n"
+            result.append(line)
+        if missing and result and not result[-1].endswith(b"\n"):
+            result[-1] += b"\n"
+        return result + [b"%s-%s:x:%s:%s\n" % (member, group, group, member) for group in sorted(missing)]
+
+    try:
+        if wanted and not boot.dry_run and rewrite(GROUP, edit):
+            boot.does(f"add {USER} to the groups {' '.join(map(str, wanted))}")
+    except Fatal as error:
+        warn(f"{error}: {USER} is not in the groups {wanted}")
+
+
+# Ownership
+
+
+class Sweep:
+    """Hands what hermes manages on the volume back to hermes, and counts it.
+
+    Only wrong owners change. Every change is made on a descriptor (O_PATH, opened without following a link), so that no rename can
+    turn it on another file. Four kinds of entry are left alone, since root would give away more than the volume: links' targets,
+    other file systems mounted below, device nodes, and files with more names than one, of which a name may lie outside (those
+    that belong to hermes's former UIDs excepted, which hermes could write anyway).
+    """
+
+    __slots__ = ("uid", "gid", "dry_run", "former", "mounts", "changed", "checked", "linked", "failure", "failed")
+
+    def __init__(self, boot: Boot, former: int) -> None:
+        self.uid, self.gid = boot.owner
+        self.dry_run = boot.dry_run
+        self.former = {former, self.uid}
+        self.mounts = mounts_below(boot.home)
+        self.changed = self.checked = self.linked = self.failed = 0
+        self.failure = ""
+
+    def claim(self, name: str, at: int, *, writable: bool = False) -> None:
+        """Give one entry to hermes; with writable, see to it that its owner can read and write it."""
+        try:
+            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=at)
+        except FileNotFoundError:
+            return  # removed while we looked
+        try:
+            status = os.fstat(fd)
+            if not self.may_change(status):
+                return
+            path = f"/proc/self/fd/{fd}"
+            if (status.st_uid, status.st_gid) != (self.uid, self.gid):
+                if not self.dry_run:
+                    os.chown(path, self.uid, self.gid)
+                self.changed += 1
+            if writable and stat.S_ISREG(status.st_mode) and status.st_mode & 0o600 != 0o600 and not self.dry_run:
+                os.chmod(path, stat.S_IMODE(os.fstat(fd).st_mode) | 0o600)
+        except OSError as error:
+            self.fail(name, error)
+        finally:
+            os.close(fd)
+
+    def may_change(self, status: os.stat_result) -> bool:
+        """Say whether root may act on an entry, by its descriptor's status."""
+        mode = status.st_mode
+        if stat.S_ISREG(mode) and status.st_nlink > 1 and status.st_uid not in self.former:
+            self.linked += 1
+            return False
+        return not stat.S_ISBLK(mode) and not stat.S_ISCHR(mode)
+
+    def fail(self, name: str, error: OSError) -> None:
+        """Count a refusal; the first one stands for all, since a volume that refuses one chown refuses every one."""
+        self.failure = self.failure or f"{shown(name)}: {reason(error)}"
+        self.failed += 1
+
+    def entries(self, fd: int) -> list[str]:
+        """Check every entry of an open folder, and return the names of its folders."""
+        uid, gid, folders = self.uid, self.gid, []
+        with os.scandir(fd) as listing:
+            for entry in listing:
+                self.checked += 1
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except OSError:
+                    continue  # removed while we looked
+                folder = entry.is_dir(follow_symlinks=False)
+                if status.st_uid == uid and status.st_gid == gid and not folder:
+                    continue
+                if (status.st_dev, status.st_ino) in self.mounts:
+                    continue
+                if status.st_uid != uid or status.st_gid != gid:
+                    self.claim(entry.name, fd)
+                if folder:
+                    folders.append(entry.name)
+        return folders
+
+    def tree(self, name: str, at: int) -> None:
+        """Check all below a folder. One descriptor at any depth: the way back up is `..`, checked to be where we came from."""
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+        try:
+            status = os.fstat(fd)
+            device = status.st_dev
+            above = [(status.st_ino, self.entries(fd))]
+            while True:
+                inode, folders = above[-1]
+                if folders:
+                    fd = self.descend(fd, folders.pop(), device, above)
+                    continue
+                above.pop()
+                if not above:
+                    return
+                fd = replace_fd(fd, os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd))
+                if os.fstat(fd).st_ino != above[-1][0]:
+                    raise OSError(116, "was moved while it was being swept")
+        finally:
+            os.close(fd)
+
+    def descend(self, fd: int, name: str, device: int, above: list[tuple[int, list[str]]]) -> int:
+        """Check a folder's entries and make it the current one, unless it is gone, unreadable or another file system."""
+        try:
+            child = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+        except (FileNotFoundError, NotADirectoryError):
+            return fd  # removed or replaced while we looked
+        except OSError as error:
+            if error.errno != 40:  # a link in its place: not ours to follow
+                self.fail(name, error)
+            return fd
+        status = os.fstat(child)
+        if status.st_dev != device or (status.st_dev, status.st_ino) in self.mounts:
+            os.close(child)
+            return fd
+        os.close(fd)
+        above.append((status.st_ino, []))
+        above[-1] = (status.st_ino, self.entries(child))
+        return child
+
+    def report(self, boot: Boot) -> None:
+        """Say what was mended, what could not be, and what was left alone for safety."""
+        if self.changed:
+            boot.does(f"give {self.changed} of {self.checked} entries on {shown(boot.home)} to {self.uid}:{self.gid}")
+        if self.failed:
+            warn(
+                f"{self.failed} entries on {shown(boot.home)} could not be given to {self.uid}:{self.gid}, the first: {self.failure};"
+                " going on, since a rootless engine, NFS, a NAS or a read-only mount may refuse that and still work"
+            )
+        if self.linked:
+            warn(
+                f"{self.linked} files on {shown(boot.home)} have hard links and another owner, so they were left alone;"
+                " copy them (cp FILE NEW; mv NEW FILE) if hermes needs them"
+            )
+
+
+def replace_fd(old: int, new: int) -> int:
+    """Close one descriptor and return another."""
+    os.close(old)
+    return new
+
+
+def mounts_below(home: str) -> set[tuple[int, int]]:
+    """Return (device, inode) of every mount point below a folder: of a bind mount from the same disk the device alone says nothing."""
+    below = os.path.realpath(home).rstrip("/") + "/"
+    result = set()
+    with open("/proc/self/mountinfo", "rb") as file:
+        for line in file:
+            path = line.split(b" ")[4]
+            for octal, character in ((b"\\040", b" "), (b"\\011", b"\t"), (b"\\012", b"\n"), (b"\\134", b"\\")):
+                path = path.replace(octal, character)
+            if path.startswith(os.fsencode(below)):
+                try:
+                    status = os.lstat(path)
+                except OSError:
+                    continue  # hidden below another mount
+                result.add((status.st_dev, status.st_ino))
+    return result
+
+
+def own_volume(boot: Boot, former: int) -> None:
+    """Hand HERMES_HOME itself, the managed folders and the managed top-level files to hermes. All else there is the user's."""
+    if not os.path.isdir(boot.home):
+        if not boot.does(f"make {shown(boot.home)}"):
+            return
+        os.makedirs(boot.home, 0o755, exist_ok=True)
+    sweep = Sweep(boot, former)
+    with Folder(boot.home, follow=True) as home:
+        sweep.claim(".", home.fd)
+        with os.scandir(home.fd) as listing:
+            files = [entry.name for entry in listing if is_managed_file(entry.name) and entry.is_file(follow_symlinks=False)]
+        sweep.checked += 1 + len(files)
+        for name in files:
+            sweep.claim(name, home.fd, writable=True)
+        for path in MANAGED_FOLDERS:
+            own_folder(sweep, home, path)
+    sweep.report(boot)
+
+
+def is_managed_file(name: str) -> bool:
+    """Say whether a top-level file is one that hermes keeps."""
+    return name in MANAGED_FILES or name.startswith(MANAGED_PREFIXES)
+
+
+def own_folder(sweep: Sweep, home: Folder, path: str) -> None:
+    """Hand one managed folder and all below it to hermes; a link or a file in its place is said and left alone."""
+    parent, _, name = path.rpartition("/")
+    try:
+        with home.folder(parent or ".") as above:
+            if parent:
+                sweep.claim(".", above.fd)
+            sweep.claim(name, above.fd)
+            sweep.tree(name, above.fd)
+    except FileNotFoundError:
+        return  # made later, by hermes
+    except OSError as error:
+        warn(f"{path} on the volume {reason(error)}; its owners were not checked; put a plain folder there")
+
+
+def own_static_services(boot: Boot) -> None:
+    """Let hermes see and control the image's static services, as it does its slots: s6 made their supervise folders for root alone."""
+    sweep = Sweep(boot, 0)
+    try:
+        names = [name for name in os.listdir(STATIC_SERVICES) if os.path.exists(f"{STATIC_SERVICES}/{name}/run")]
+    except FileNotFoundError:
+        return
+    for name in names:
+        for folder in (f"/run/s6-rc/servicedirs/{name}", f"{boot.scandir}/{name}"):
+            try:
+                with Folder(folder) as service:
+                    for path in ("event", "supervise"):
+                        sweep.claim(path, service.fd)
+                    with service.folder("supervise") as supervise:
+                        for path in ("control", "event"):
+                            sweep.claim(path, supervise.fd)
+            except OSError:
+                continue  # not supervised here, or s6-rc's link to the other folder
+
+
+# Seeding
+
+
+BUILT_IN = {
+    "SOUL.md": "You are Hermes, a helpful, curious and honest assistant. Edit this file to make the persona your own.\n",
+    ".env": "# Secrets of Hermes Agent, one NAME=value a line. `hermes setup` fills this in.\n",
+    "config.yaml": "# Configuration of Hermes Agent. `hermes setup` fills this in; `hermes config` shows all of it.\n",
+}
+TEMPLATES = ((".env", 0o600, ".env.example"), ("config.yaml", 0o640, "cli-config.yaml.example"), ("SOUL.md", 0o644, "docker/SOUL.md"))
+
+
+def seeds(boot: Boot) -> list[tuple[str, int, bytes]]:
+    """Return (name, mode, content) of every file that a volume starts with."""
+    result = []
+    for name, mode, template in TEMPLATES:
+        try:
+            with open(f"{IMAGE}/{template}", "rb") as file:
+                content = file.read()
+        except OSError:
+            content = BUILT_IN[name].encode()
+        result.append((name, mode, content))
+    if auth := boot.environment.get("HERMES_AUTH_JSON_BOOTSTRAP"):
+        result.append(("auth.json", 0o600, os.fsencode(auth)))
+    if state := boot.setting("HERMES_GATEWAY_BOOTSTRAP_STATE"):
+        if state == "running":
+            result.append((STATE_FILE, 0o644, b'{"desired_state": "running"}\n'))
+        else:
+            warn(f"HERMES_GATEWAY_BOOTSTRAP_STATE={state!r} is ignored; the one state to start from is `running`")
+    return result
+
+
+def seed(boot: Boot) -> int:
+    """As hermes: try the volume, make the managed folders, put missing files in place. Never overwrites. Fatal if not writable."""
+    with Folder(boot.home, follow=True) as home:
+        if not boot.dry_run:
+            try_volume(boot, home)
+        for path in MANAGED_FOLDERS:
+            seed_folder(boot, home, path)
+        for name, mode, content in seeds(boot):
+            seed_file(boot, home, name, mode, content)
+        secrets = home.stat(".env")
+        if secrets and stat.S_ISREG(secrets.st_mode) and secrets.st_mode & 0o004:
+            warn(f".env on the volume can be read by everyone (mode {stat.S_IMODE(secrets.st_mode):04o}); chmod 600 it")
+    return 0
+
+
+def try_volume(boot: Boot, home: Folder) -> None:
+    """Write a file as hermes. A full disk is only said: gateways may still run. A volume that refuses is Fatal."""
+    probe = ".hermes-write-test"
+    try:
+        home.write(probe, b"hermes\n", 0o600, replace=True)
+        os.unlink(probe, dir_fd=home.fd)
+    except OSError as error:
+        if error.errno in (28, 122):  # no space, over quota
+            warn(f"{shown(boot.home)}: {reason(error)}; free some space, or gateways will not start well")
+            return
+        status = os.fstat(home.fd)
+        advice = f"start with HERMES_UID={status.st_uid} HERMES_GID={status.st_gid}" if status.st_uid else "chown it on the host"
+        if error.errno == 30:
+            advice = "mount it writable"
+        raise Fatal(
+            f"{shown(boot.home)} cannot be written by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)}; it belongs to"
+            f" {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}; {advice}"
+        ) from error
+
+
+def seed_folder(boot: Boot, home: Folder, path: str) -> None:
+    """Make a managed folder where it is missing."""
+    try:
+        if boot.dry_run:
+            if not os.path.isdir(f"{boot.home}/{path}"):
+                boot.does(f"make the folder {path}")
+            return
+        with home.make(path):
+            pass
+    except OSError as error:
+        warn(f"{path} on the volume {reason(error)}; put a plain folder there")
+
+
+def seed_file(boot: Boot, home: Folder, name: str, mode: int, content: bytes) -> None:
+    """Put a file in place unless something has its name, be that a dangling link."""
+    if home.stat(name) or not boot.does(f"seed {name}"):
+        return
+    try:
+        home.write(name, content, mode, replace=False)
+    except OSError as error:
+        warn(f"{name} could not be seeded: {reason(error)}")
+
+
+def sync_skills(boot: Boot) -> None:
+    """Bring the skills that the image bundles to the volume, with the agent's own tool."""
+    bundled = boot.setting("HERMES_BUNDLED_SKILLS") or f"{IMAGE}/skills"
+    if not os.path.isdir(bundled):
+        return
+    environment = wrapper.program_environment(boot.environment) | {"HERMES_BUNDLED_SKILLS": bundled}
+    script = next((path for path in (f"{IMAGE}/tools/skills_sync.py", *installed("tools/skills_sync.py")) if os.path.exists(path)), "")
+    if script and boot.does("sync the bundled skills"):
+        if code := run_helper(boot.owner, [f"{VENV}/bin/python", script], environment):
+            warn(f"skills sync ended with code {code}; run it again with `{VENV}/bin/python {script}`")
+
+
+def installed(pattern: str) -> list[str]:
+    """Return a path in each site-packages of the venv."""
+    try:
+        return [f"{VENV}/lib/{name}/site-packages/{pattern}" for name in os.listdir(f"{VENV}/lib") if name.startswith("python3")]
+    except OSError:
+        return []
+
+
+def image_version() -> str:
+    """Return the version of hermes-agent that the image has, from its metadata's folder name, "" when there is none."""
+    for folder in installed(""):
+        for name in os.listdir(folder):
+            if name.startswith("hermes_agent-") and name.endswith(".dist-info"):
+                return name.removeprefix("hermes_agent-").removesuffix(".dist-info")
+    return ""
+
+
+def version_key(version: str) -> list[int]:
+    """Return a version's numbers for comparing."""
+    return [int(part) if part.isdigit() else 0 for part in version.split(".")]
+
+
+def migrate_config(boot: Boot, *, fresh: bool) -> None:
+    """Run `hermes config migrate` when the image's agent is newer than the one that last ran on this volume.
+
+    Which that was is kept in a file on the volume; a fresh volume has nothing to migrate. A failure is tried again at the next boot.
+    """
+    version = image_version()
+    if not version or truthy(boot.setting("HERMES_SKIP_CONFIG_MIGRATION")):
+        return
+    last = ""
+    try:
+        with Folder(boot.home, follow=True) as home:
+            last = home.read(VERSION_STAMP, 100).decode(errors="replace").strip()
+    except OSError:
+        pass  # a volume from before this file: migrate once
+    if version_key(version) <= version_key(last):
+        return
+    if not fresh:
+        if not boot.does(f"migrate the configuration from {shown(last) or 'an unknown version'} to {version}"):
+            return
+        if as_owner(boot.owner, back_up_config, boot):
+            warn("config.yaml and .env could not be backed up, so the configuration was not migrated; free some space")
+            return
+        environment = wrapper.program_environment(boot.environment)
+        if code := run_helper(boot.owner, [wrapper.HERMES, "config", "migrate"], environment):
+            warn(f"config migration ended with code {code}; run `hermes config migrate` by hand")
+            return
+    if not boot.dry_run:
+        as_owner(boot.owner, stamp_version, boot, version)
+
+
+def back_up_config(boot: Boot) -> int:
+    """As hermes: keep a dated copy of config.yaml and .env in backups/."""
+    date = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime())
+    try:
+        with Folder(boot.home, follow=True) as home, home.make("backups") as backups:
+            for name in ("config.yaml", ".env"):
+                if home.stat(name):
+                    backups.write(f"{name}.{date}", home.read(name, 16 << 20), 0o600, replace=True)
+    except OSError as error:
+        warn(f"backup: {reason(error)}")
+        return 1
+    return 0
+
+
+def stamp_version(boot: Boot, version: str) -> int:
+    """As hermes: note the version that now runs on this volume."""
+    try:
+        with Folder(boot.home, follow=True) as home:
+            home.write(VERSION_STAMP, f"{version}\n".encode(), 0o644, replace=True)
+    except OSError as error:
+        warn(f"{VERSION_STAMP} could not be written: {reason(error)}")
+    return 0
+
+
+# Profiles and their state
+
+
+class Profile:
+    """What the reconciler found of one profile, and what it makes of that."""
+
+    __slots__ = ("name", "prior_state", "action", "why")
+
+    def __init__(self, name: str, prior_state: str | None, action: str, why: str = "") -> None:
+        self.name, self.prior_state, self.action, self.why = name, prior_state, action, why
+
+    def line(self) -> str:
+        """Return the profile's line for the boot log."""
+        date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        state = "none" if self.prior_state is None else shown(self.prior_state)
+        why = f' reason="{self.why}"' if self.why else ""
+        return f"{date} profile={shown(self.name)} prior_state={state} action={self.action}{why}\n"
+
+
+def name_fault(name: str) -> str:
+    """Return what keeps a name from being a profile's, "" when nothing does."""
+    if not set(name) <= PROFILE_NAME or name[:1] in ("", "-", "_"):
+        return "a profile's name has only a-z 0-9 _ and -, and begins with a letter or digit; rename the folder"
+    if len(SLOT_PREFIX + name) > SLOT_NAME_LIMIT:
+        return f"the name is longer than {SLOT_NAME_LIMIT - len(SLOT_PREFIX)} characters; rename the folder"
+    return ""
+
+
+def load_state(data: bytes) -> dict[str, object]:
+    """Return a state file's object; ValueError when it is not one."""
+    import json
+
+    try:
+        state = json.loads(data.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    if not isinstance(state, dict):
+        raise ValueError("is not a JSON object")
+    return state
+
+
+def prior_state(folder: Folder) -> tuple[str | None, str]:
+    """Return the state a gateway should be in by its state file, and what is wrong with that file ("" when nothing is).
+
+    desired_state is the operator's intent and wins; gateway_state is the gateway's own word, in which draining and degraded are ways
+    of running.
+    """
+    try:
+        state = load_state(folder.read(STATE_FILE, STATE_LIMIT))
+    except FileNotFoundError:
+        return None, ""
+    except OSError as error:
+        return None, f"{STATE_FILE} {reason(error)}; remove it and start the gateway again"
+    except ValueError:
+        return None, f"{STATE_FILE} is not a JSON object; remove it and start the gateway again"
+    intent = state.get("desired_state")
+    if intent is None:
+        intent = state.get("gateway_state")
+        if intent in ("draining", "degraded"):
+            intent = "running"
+    if intent is not None and not isinstance(intent, str):
+        return None, f"{STATE_FILE} has a state that is no string; start or stop the gateway to set it"
+    return intent, ""
+
+
+def soul_fault(folder: Folder) -> str:
+    """Return why a folder is not a profile by its SOUL.md, "" when it is one."""
+    if folder.stat("SOUL.md") is None:
+        return "no SOUL.md, so not a profile"
+    try:
+        status = folder.stat("SOUL.md", follow=True)
+    except OSError:
+        status = None
+    if status is None or not stat.S_ISREG(status.st_mode):
+        return "SOUL.md is not a file; make it one, or remove it if this is no profile"
+    return ""
+
+
+class Command:
+    """What the container's command line asks of the reconciler. Cont-init scripts do not see it; s6-overlay's rc.init process has it."""
+
+    __slots__ = ("dashboard", "gateway_profile")
+
+    def __init__(self, boot: Boot, words: list[str], home: Folder | None) -> None:
+        if words[:1] == [USER]:
+            words = words[1:]
+        profile, words = wrapper.profile_option(words)
+        self.dashboard = words[:1] == ["dashboard"]
+        self.gateway_profile: str | None = None
+        supervised = "--no-supervise" not in words and not truthy(boot.setting("HERMES_GATEWAY_NO_SUPERVISE"))
+        if words[:2] == ["gateway", "run"] and supervised:
+            self.gateway_profile = chosen_profile(profile, boot.environment, home)
+
+
+def container_command() -> list[str]:
+    """Return the CMD's words: what follows the wrapper on the command line of rc.init, or of PID 1 where that runs it."""
+    for process in sorted((name for name in os.listdir("/proc") if name.isdigit()), key=int):
+        try:
+            with open(f"/proc/{process}/cmdline", "rb") as file:
+                words = [os.fsdecode(word) for word in file.read().split(b"\0")[:-1]]
+        except OSError:
+            continue  # ended meanwhile, or not ours to read
+        for index, word in enumerate(words):
+            if os.path.basename(word) in ("main-wrapper.sh", "main_wrapper.py"):
+                if process == "1" or any(os.path.basename(before) == "rc.init" for before in words[:index]):
+                    return words[index + 1 :]
+    return []
+
+
+def chosen_profile(option: str | None, environment: dict[str, str], home: Folder | None) -> str:
+    """Return the profile a `hermes` command is about: -p, else HERMES_HOME=<root>/profiles/<name>, else active_profile, else default."""
+    if option is not None:
+        return option
+    path = (setting(environment, "HERMES_HOME") or HOME).rstrip("/")
+    if path != wrapper.root_home(environment).rstrip("/"):
+        return os.path.basename(path)
+    try:
+        first = home.read("active_profile", 4096).decode("utf-8", "replace").splitlines() if home else []
+    except OSError:
+        first = []
+    return (first[0].strip() if first else "") or "default"
+
+
+def survey(boot: Boot, home: Folder, command: Command) -> list[Profile]:
+    """Return every profile of the volume with what to do about it: default first, then the folders of profiles/ in name order."""
+    multiplex = truthy(boot.setting("GATEWAY_MULTIPLEX_PROFILES"))
+    found = [judge(home, "default", command, multiplex=False)]
+    try:
+        with home.folder("profiles") as profiles:
+            for name in sorted(os.listdir(profiles.fd), key=os.fsencode):
+                if (profile := survey_entry(profiles, name, command, multiplex)) is not None:
+                    found.append(profile)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        warn(f"profiles on the volume {reason(error)}, so no profile but default has a gateway; put a plain folder there")
+    return found
+
+
+def survey_entry(profiles: Folder, name: str, command: Command, multiplex: bool) -> Profile | None:
+    """Judge one entry of profiles/; None for a file, which is nobody's profile."""
+    try:
+        status = profiles.stat(name)
+        if status is None or not (stat.S_ISDIR(status.st_mode) or stat.S_ISLNK(status.st_mode)):
+            return None
+        if fault := name_fault(name):
+            return Profile(name, None, "skipped", fault)
+        with profiles.folder(name) as folder:
+            if fault := soul_fault(folder):
+                return Profile(name, None, "skipped", fault)
+            if name == "default":
+                return Profile(name, None, "skipped", "the name is reserved for the root profile; rename profiles/default")
+            return judge(folder, name, command, multiplex=multiplex)
+    except OSError as error:
+        return Profile(name, None, "skipped", f"profiles/{shown(name)} {reason(error)}; mend or remove it")
+
+
+def judge(folder: Folder, name: str, command: Command, *, multiplex: bool) -> Profile:
+    """Decide from a profile's state file whether its gateway starts: only `running` does."""
+    state, fault = prior_state(folder)
+    if state is None and not fault and command.gateway_profile == name:
+        state = "running"  # `docker run IMAGE gateway run` from before there was a supervisor
+    start = state == "running" and not multiplex
+    why = fault or ("GATEWAY_MULTIPLEX_PROFILES leaves it to the default gateway" if state == "running" and multiplex else "")
+    return Profile(name, state, "started" if start else "registered", why)
+
+
+def clean_profile(folder: Folder) -> str:
+    """Remove what a dead container's processes left in a profile; return what could not be removed, "" when all could."""
+    for name in STALE_FILES:
+        try:
+            os.unlink(name, dir_fd=folder.fd)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            return f"{name} {reason(error)}; remove it"
+    return ""
+
+
+# Slots
+
+
+def quoted(text: str) -> str:
+    """Return text as one word of a shell script."""
+    return "'" + text.replace("'", "'\"'\"'") + "'"
+
+
+def run_script(profile: str, extra_env: dict[str, str] | None = None) -> str:
+    """Return a slot's run: the gateway of a profile, as hermes. Root does nothing here but drop; hermes can restart it at will.
+
+    HERMES_S6_SUPERVISED_CHILD keeps hermes-agent from handing the gateway to s6 once more, and a sticky active_profile from
+    capturing the slot. The API_SERVER_ variables are one gateway's, the default's: two on one port would loop.
+    """
+    arguments = "gateway run --replace" if profile == "default" else f"-p {profile} gateway run --replace"
+    lines = [
+        "#!/command/with-contenv sh",
+        'export HOME="${HERMES_HOME:-' + HOME + '}"',
+        'export HERMES_HOME="$HOME" HERMES_S6_SUPERVISED_CHILD=1',
+        'cd "$HOME" || cd /',
+    ]
+    if profile != "default":
+        lines.append("unset $(awk 'BEGIN { for (name in ENVIRON) if (name ~ /^API_SERVER_[A-Z0-9_]+$/) print name }')")
+    lines += [f"export {name}={quoted(value)}" for name, value in sorted((extra_env or {}).items())]
+    lines += [f'[ "$(id -u)" = 0 ] || exec hermes {arguments}', f"exec s6-setuidgid {USER} hermes {arguments}"]
+    return "\n".join(lines) + "\n"
+
+
+def finish_script() -> str:
+    """Return a slot's finish: park after EX_CONFIG; after five deaths in a minute, wait 2, 4, 8 ... BACK_OFF_LIMIT seconds.
+
+    The wait ends a back-off when a run has lasted over a minute, and at once when somebody opens the FIFO `back-off` for writing.
+    """
+    return f"""#!/bin/sh
+# $1: the exit code of run, or 256 when signal $2 ended it. s6-svdt lists the deaths: @ and the TAI64N time in hexadecimal.
+[ "$1" != {EX_CONFIG} ] || exit {PERMANENT_FAILURE}
+delay=0
+set -- 0 0 0 0
+for death in $(s6-svdt . | cut -c 10-17); do
+  now=$((0x$death))
+  if [ "$delay" -gt 0 ] && [ $((now - $4)) -le $((delay + 60)) ]; then
+    delay=$((delay < {BACK_OFF_LIMIT // 2} ? delay * 2 : {BACK_OFF_LIMIT}))
+  elif [ $((now - $1)) -le 60 ]; then
+    delay=2
+  else
+    delay=0
+  fi
+  set -- "$2" "$3" "$4" "$now"
+done
+[ "$delay" -gt 0 ] || exit 0
+echo "gateway: died too often, waiting $delay s before the next start" >&2
+drop=
+[ "$(id -u)" != 0 ] || drop="s6-setuidgid {USER}"
+$drop timeout "$delay" cat back-off >/dev/null
+exit 0
+"""
+
+
+def log_run_script(profile: str, *, to_folder: bool = True) -> str:
+    """Return a slot's log/run: each line to the container's stderr, and with a timestamp to the profile's log folder."""
+    folder = f' n10 s1000000 T "${{HERMES_HOME:-{HOME}}}/logs/gateways/{profile}"' if to_folder else ""
+    return (
+        f'#!/command/with-contenv sh\nexec 1>&2\n[ "$(id -u)" = 0 ] || exec s6-log 1{folder}\nexec s6-setuidgid {USER} s6-log 1{folder}\n'
+    )
+
+
+def slot_files(profile: str, stop_timeout: int, extra_env: dict[str, str] | None, *, to_folder: bool) -> dict[str, tuple[str, int]]:
+    """Return path, content and mode of every regular file of a slot but `down`. Boot and run-time registration both use it."""
+    return {
+        "type": ("longrun\n", 0o644),
+        "run": (run_script(profile, extra_env), 0o755),
+        "finish": (finish_script(), 0o755),
+        "timeout-kill": (f"{stop_timeout * 1000}\n", 0o644),
+        "timeout-finish": (f"{(BACK_OFF_LIMIT + 5) * 1000}\n", 0o644),
+        "log/run": (log_run_script(profile, to_folder=to_folder), 0o755),
+    }
+
+
+def stop_timeout(boot: Boot) -> int:
+    """Return the seconds a gateway gets between SIGTERM and SIGKILL."""
+    value = boot.setting("HERMES_GATEWAY_STOP_TIMEOUT")
+    if value and not (value.isascii() and value.isdigit() and 1 <= int(value[:6]) <= 86400):
+        warn(f"HERMES_GATEWAY_STOP_TIMEOUT={value!r} is not a number of seconds from 1 to 86400; using {STOP_TIMEOUT}")
+        value = ""
+    return int(value or STOP_TIMEOUT)
+
+
+def put(folder: Folder, name: str, content: str, mode: int) -> None:
+    """Write a file of a slot that nobody reads yet."""
+    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode, dir_fd=folder.fd)
+    os.write(fd, content.encode())
+    os.close(fd)
+
+
+def make_skeleton(folder: Folder) -> None:
+    """Make what s6-supervise would make for root alone: found ready and ours, it stays ours, so hermes can control its slots."""
+    for name, mode in (("event", 0o3730), ("supervise", 0o755), ("supervise/event", 0o3730)):
+        os.mkdir(name, dir_fd=folder.fd)
+        os.chmod(name, mode, dir_fd=folder.fd)
+    os.mkfifo("supervise/control", dir_fd=folder.fd)
+    os.chmod("supervise/control", 0o660, dir_fd=folder.fd)
+
+
+def publish(scandir: Folder, profile: str, files: dict[str, tuple[str, int]], *, start: bool) -> None:
+    """Put a profile's slot into the scandir: built under a dot name, which s6-svscan ignores, then renamed into place.
+
+    A slot that is there already, and perhaps running, keeps its folder: only files that differ are replaced in it.
+    """
+    name = SLOT_PREFIX + profile
+    found = scandir.stat(name)
+    if found and stat.S_ISDIR(found.st_mode):
+        refresh(scandir, name, files, start=start)
+        return
+    scandir.remove(name)
+    temporary = f".{name}.tmp"
+    scandir.remove(temporary)
+    os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
+    with Folder(temporary, scandir.fd) as slot:
+        os.mkdir("log", 0o755, dir_fd=slot.fd)
+        for path, (content, mode) in files.items():
+            put(slot, path, content, mode)
+        os.mkfifo("back-off", 0o600, dir_fd=slot.fd)
+        if not start:
+            put(slot, "down", "", 0o644)
+        make_skeleton(slot)
+        with slot.folder("log") as log:
+            make_skeleton(log)
+    os.rename(temporary, name, src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
+
+
+def refresh(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool) -> None:
+    """Bring an existing slot's files up to date, each replaced whole; its process, if it has one, goes on."""
+    wanted = dict(files) if start else files | {"down": ("", 0o644)}
+    with scandir.folder(name) as slot:
+        for path, (content, mode) in wanted.items():
+            with slot.make(os.path.dirname(path) or ".") as folder:
+                file = os.path.basename(path)
+                try:
+                    current = folder.read(file, STATE_LIMIT)
+                except OSError:
+                    current = None
+                if current != content.encode():
+                    folder.write(file, content.encode(), mode, replace=True)
+        if start:
+            slot.remove("down")
+
+
+def rescan(scandir: str) -> None:
+    """Let s6-svscan take up new slots, where one watches this scandir."""
+    if os.path.exists(f"{scandir}/.s6-svscan/control"):
+        program = wrapper.s6_program("s6-svscanctl")
+        child = os.posix_spawn(program, [program, "-a", scandir], os.environ)
+        if os.waitpid(child, 0)[1]:
+            warn(f"s6-svscanctl -a {scandir} failed; run it again as root, or restart the container")
+
+
+# The phases
+
+
+def setup(boot: Boot) -> int:
+    """Remap, own, seed and migrate. Raises Fatal for what the boot cannot work around."""
+    euid, image_owner = os.geteuid(), boot.owner
+    if euid not in (0, boot.owner[0]):
+        raise Fatal(f"started as UID {euid}, which is not {USER}'s; drop `--user` and set HERMES_UID={euid} HERMES_GID={os.getegid()}")
+    remap(boot)
+    boot.does(f"run as {boot.owner[0]}:{boot.owner[1]}")
+    if euid == 0:
+        join_groups(boot)
+        own_static_services(boot)
+        own_volume(boot, former=image_owner[0])
+    elif not boot.dry_run:
+        say("info", f"started as {USER} itself, so owners, groups and services stay as they are")
+        os.makedirs(boot.home, exist_ok=True)
+    if not os.path.isdir(boot.home):
+        return 0  # dry run on a volume that is still to be made
+    fresh = not os.path.lexists(f"{boot.home}/config.yaml")
+    if code := as_owner(boot.owner, seed, boot):
+        return code
+    sync_skills(boot)
+    migrate_config(boot, fresh=fresh)
+    return 0
+
+
+def setup_phase(boot: Boot) -> int:
+    """Run the setup, and leave word for the reconciler when it fails: s6-overlay runs every cont-init script regardless."""
+    in_container = os.geteuid() == 0 and not boot.dry_run
+    if in_container:
+        with_missing_ok(os.unlink, SETUP_FAILED)
+    code = guarded(setup, boot)
+    if code and in_container:
+        os.close(os.open(SETUP_FAILED, os.O_WRONLY | os.O_CREAT, 0o644))
+    return code
+
+
+def with_missing_ok(action, path: str) -> None:
+    """Do something to a path that may not be there."""
+    try:
+        action(path)
+    except FileNotFoundError:
+        pass
+
+
+def reconcile_phase(boot: Boot) -> int:
+    """Give every profile a slot, as hermes, after handing it the scandir."""
+    if os.path.exists(SETUP_FAILED):
+        return 1  # the setup has said why; a gateway with the wrong owner would do harm
+    if boot.setting("HERMES_RECONCILE").lower() in ("0", "false", "no", "off"):
+        boot.does("leave the gateways alone, since HERMES_RECONCILE is off")
+        return 0
+    words = container_command()
+    if Command(boot, words, None).dashboard:
+        boot.does("leave the gateways to another container, since this one's command is the dashboard")
+        return 0
+    if not os.path.isdir(boot.home):
+        if boot.dry_run:
+            return 0  # setup would make it first
+        raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; run the setup first, or set it right")
+    if not boot.dry_run:
+        own_scandir(boot)
+    return as_owner(boot.owner, reconcile, boot, words)
+
+
+def own_scandir(boot: Boot) -> None:
+    """Hand the scandir and s6-svscan's control FIFO to hermes, which publishes slots at run time."""
+    os.makedirs(boot.scandir, 0o755, exist_ok=True)
+    if os.geteuid() != 0:
+        return
+    sweep = Sweep(boot, 0)
+    with Folder(boot.scandir) as scandir:
+        sweep.claim(".", scandir.fd)
+        try:
+            with scandir.folder(".s6-svscan") as control:
+                sweep.claim(".", control.fd)
+                sweep.claim("control", control.fd)
+        except FileNotFoundError:
+            pass  # no s6-svscan watches it
+
+
+def reconcile(boot: Boot, words: list[str]) -> int:
+    """As hermes: find the profiles, publish their slots, say and log a line for each."""
+    with Folder(boot.home, follow=True) as home:
+        profiles = survey(boot, home, Command(boot, words, home))
+        if boot.dry_run:
+            for profile in profiles:
+                boot.does(f"publish: {profile.line().split(' ', 1)[1].rstrip()}")
+            return 0
+        with Folder(boot.scandir) as scandir:
+            timeout = stop_timeout(boot)
+            for profile in profiles:
+                if profile.action != "skipped":
+                    register(home, scandir, profile, timeout)
+        rescan(boot.scandir)
+        log_boot(boot, home, [profile.line() for profile in profiles])
+    return 0
+
+
+def register(home: Folder, scandir: Folder, profile: Profile, timeout: int) -> None:
+    """Publish one profile's slot; what is in the way of that, or of its log, becomes the profile's own reason."""
+    try:
+        with home.folder("." if profile.name == "default" else f"profiles/{profile.name}") as folder:
+            profile.why = clean_profile(folder) or profile.why
+        log_fault = make_log_folder(home, profile.name)
+        profile.why = profile.why or log_fault
+        publish(scandir, profile.name, slot_files(profile.name, timeout, None, to_folder=not log_fault), start=profile.action == "started")
+    except OSError as error:
+        profile.action, profile.why = "skipped", f"its slot could not be made: {reason(error)}; restart the container"
+
+
+def make_log_folder(home: Folder, profile: str) -> str:
+    """Make the folder that s6-log writes a profile's log to; return why it cannot be, "" when it can."""
+    try:
+        with home.make(f"logs/gateways/{profile}"):
+            return ""
+    except OSError as error:
+        return f"logs/gateways/{profile} {reason(error)}, so its log goes to the container's alone; put plain folders there"
+
+
+def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
+    """Write the boot's lines to stderr and to logs/container-boot.log, which is rotated once it is over BOOT_LOG_LIMIT bytes."""
+    if setting(boot.environment, "S6_VERBOSITY") != "0":
+        sys.stderr.write("".join(lines))
+        sys.stderr.flush()
+    try:
+        with home.make("logs") as logs:
+            found = logs.stat(BOOT_LOG)
+            if found and stat.S_ISREG(found.st_mode) and found.st_size >= BOOT_LOG_LIMIT:
+                os.rename(BOOT_LOG, f"{BOOT_LOG}.1", src_dir_fd=logs.fd, dst_dir_fd=logs.fd)
+            fd = os.open(BOOT_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644, dir_fd=logs.fd)
+            with open(fd, "wb") as file:
+                file.write("".join(lines).encode())
+    except OSError as error:
+        warn(f"logs/{BOOT_LOG} {reason(error)}; this boot is only on stderr")
+
+
+# Command line
+
+
+ROLES = {"01-hermes-setup": "setup", "stage2-hook.sh": "setup", "02-reconcile-profiles": "reconcile", "entrypoint.sh": "entrypoint"}
+USAGE = """usage: hermes_boot.py [setup | reconcile] [--dry-run]
+
+  setup       remap the hermes user, mend ownership on the volume, seed it, migrate its configuration
+  reconcile   give every profile on the volume a gateway slot
+  --dry-run   list what would change, change nothing
+
+Without a subcommand: setup, then reconcile.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the phase that our name or the first argument asks for; return the exit code: 0 done, 1 failed, 2 wrong usage."""
+    sys.argv = argv
+    os.umask(0o022)
+    role = ROLES.get(os.path.basename(argv[0]), "")
+    words = argv[1:]
+    if role == "entrypoint":
+        warn("docker/entrypoint.sh is deprecated; use the image's ENTRYPOINT, /init")
+        role = "setup"
+    dry_run = "--dry-run" in words
+    words = [word for word in words if word != "--dry-run"]
+    if words in (["--help"], ["-h"]):
+        print(USAGE, end="")
+        return 0
+    if not role and len(words) == 1 and words[0] in ("setup", "reconcile"):
+        role = words.pop()
+    if words and not os.path.basename(argv[0]) in ROLES:
+        say("error", f"unknown argument {words[0]!r}")
+        print(USAGE, end="", file=sys.stderr)
+        return 2
+    return guarded(run_phases, role, dry_run)
+
+
+def run_phases(role: str, dry_run: bool) -> int:
+    """Run setup, reconcile, or with an empty role both."""
+    boot = Boot(wrapper.container_environment(), dry_run=dry_run)
+    code = setup_phase(boot) if role != "reconcile" else 0
+    return code if code or role == "setup" else reconcile_phase(boot)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv))
