@@ -13,6 +13,7 @@ for what it cannot work around: a wrong UID or GID, an UID that is not ours, a v
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
@@ -80,7 +81,14 @@ def shown(name: str) -> str:
 
 def reason(error: OSError) -> str:
     """Return an operating system error in words, without the number."""
-    return "is a symbolic link" if error.errno == 40 else (error.strerror or str(error))
+    return error.strerror or str(error)
+
+
+def fault(error: OSError) -> str:
+    """Return what an error says of an entry on the volume, to follow its name."""
+    if error.errno in (errno.ELOOP, errno.ENOTDIR):
+        return "is a link, or not of the kind it should be"
+    return reason(error) if reason(error).startswith(("is ", "was ")) else f"cannot be used ({reason(error)})"
 
 
 def guarded(action, *arguments) -> int:
@@ -150,10 +158,10 @@ class Folder:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=self.fd)
         with open(fd, "rb", buffering=0) as file:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise OSError(22, "is not a regular file")
+                raise OSError(errno.EINVAL, "is not a regular file")
             data = file.read(limit + 1)
         if len(data) > limit:
-            raise OSError(27, f"is longer than {limit} bytes")
+            raise OSError(errno.EFBIG, f"is longer than {limit} bytes")
         return data
 
     def write(self, name: str, data: bytes, mode: int, *, replace: bool) -> bool:
@@ -529,7 +537,7 @@ class Sweep:
                     return
                 fd = replace_fd(fd, os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd))
                 if os.fstat(fd).st_ino != above[-1][0]:
-                    raise OSError(116, "was moved while it was being swept")
+                    raise OSError(errno.ESTALE, "was moved while it was being swept")
         finally:
             os.close(fd)
 
@@ -540,7 +548,7 @@ class Sweep:
         except (FileNotFoundError, NotADirectoryError):
             return fd  # removed or replaced while we looked
         except OSError as error:
-            if error.errno != 40:  # a link in its place: not ours to follow
+            if error.errno != errno.ELOOP:  # a link in its place is not ours to follow
                 self.fail(name, error)
             return fd
         status = os.fstat(child)
@@ -628,7 +636,7 @@ def own_folder(sweep: Sweep, home: Folder, path: str) -> None:
     except FileNotFoundError:
         return  # made later, by hermes
     except OSError as error:
-        warn(f"{path} on the volume {reason(error)}; its owners were not checked; put a plain folder there")
+        warn(f"{path} on the volume {fault(error)}; its owners were not checked; put a plain folder there")
 
 
 def own_static_services(boot: Boot) -> None:
@@ -704,12 +712,12 @@ def try_volume(boot: Boot, home: Folder) -> None:
         home.write(probe, b"hermes\n", 0o600, replace=True)
         os.unlink(probe, dir_fd=home.fd)
     except OSError as error:
-        if error.errno in (28, 122):  # no space, over quota
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             warn(f"{shown(boot.home)}: {reason(error)}; free some space, or gateways will not start well")
             return
         status = os.fstat(home.fd)
         advice = f"start with HERMES_UID={status.st_uid} HERMES_GID={status.st_gid}" if status.st_uid else "chown it on the host"
-        if error.errno == 30:
+        if error.errno == errno.EROFS:
             advice = "mount it writable"
         raise Fatal(
             f"{shown(boot.home)} cannot be written by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)}; it belongs to"
@@ -727,7 +735,7 @@ def seed_folder(boot: Boot, home: Folder, path: str) -> None:
         with home.make(path):
             pass
     except OSError as error:
-        warn(f"{path} on the volume {reason(error)}; put a plain folder there")
+        warn(f"{path} on the volume {fault(error)}; put a plain folder there")
 
 
 def seed_file(boot: Boot, home: Folder, name: str, mode: int, content: bytes) -> None:
@@ -880,7 +888,7 @@ def prior_state(folder: Folder) -> tuple[str | None, str]:
     except FileNotFoundError:
         return None, ""
     except OSError as error:
-        return None, f"{STATE_FILE} {reason(error)}; remove it and start the gateway again"
+        return None, f"{STATE_FILE} {fault(error)}; remove it and start the gateway again"
     except ValueError:
         return None, f"{STATE_FILE} is not a JSON object; remove it and start the gateway again"
     intent = state.get("desired_state")
@@ -963,7 +971,7 @@ def survey(boot: Boot, home: Folder, command: Command) -> list[Profile]:
     except FileNotFoundError:
         pass
     except OSError as error:
-        warn(f"profiles on the volume {reason(error)}, so no profile but default has a gateway; put a plain folder there")
+        warn(f"profiles on the volume {fault(error)}, so no profile but default has a gateway; put a plain folder there")
     return found
 
 
@@ -973,25 +981,25 @@ def survey_entry(profiles: Folder, name: str, command: Command, multiplex: bool)
         status = profiles.stat(name)
         if status is None or not (stat.S_ISDIR(status.st_mode) or stat.S_ISLNK(status.st_mode)):
             return None
-        if fault := name_fault(name):
-            return Profile(name, None, "skipped", fault)
+        if why := name_fault(name):
+            return Profile(name, None, "skipped", why)
         with profiles.folder(name) as folder:
-            if fault := soul_fault(folder):
-                return Profile(name, None, "skipped", fault)
+            if why := soul_fault(folder):
+                return Profile(name, None, "skipped", why)
             if name == "default":
                 return Profile(name, None, "skipped", "the name is reserved for the root profile; rename profiles/default")
             return judge(folder, name, command, multiplex=multiplex)
     except OSError as error:
-        return Profile(name, None, "skipped", f"profiles/{shown(name)} {reason(error)}; mend or remove it")
+        return Profile(name, None, "skipped", f"profiles/{shown(name)} {fault(error)}; mend or remove it")
 
 
 def judge(folder: Folder, name: str, command: Command, *, multiplex: bool) -> Profile:
     """Decide from a profile's state file whether its gateway starts: only `running` does."""
-    state, fault = prior_state(folder)
-    if state is None and not fault and command.gateway_profile == name:
+    state, why = prior_state(folder)
+    if state is None and not why and command.gateway_profile == name:
         state = "running"  # `docker run IMAGE gateway run` from before there was a supervisor
     start = state == "running" and not multiplex
-    why = fault or ("GATEWAY_MULTIPLEX_PROFILES leaves it to the default gateway" if state == "running" and multiplex else "")
+    why = why or ("GATEWAY_MULTIPLEX_PROFILES leaves it to the default gateway" if state == "running" and multiplex else "")
     return Profile(name, state, "started" if start else "registered", why)
 
 
@@ -1003,7 +1011,7 @@ def clean_profile(folder: Folder) -> str:
         except FileNotFoundError:
             continue
         except OSError as error:
-            return f"{name} {reason(error)}; remove it"
+            return f"{name} {fault(error)}; remove it"
     return ""
 
 
@@ -1281,7 +1289,7 @@ def make_log_folder(home: Folder, profile: str) -> str:
         with home.make(f"logs/gateways/{profile}"):
             return ""
     except OSError as error:
-        return f"logs/gateways/{profile} {reason(error)}, so its log goes to the container's alone; put plain folders there"
+        return f"logs/gateways/{profile} {fault(error)}, so its log goes to the container's alone; put plain folders there"
 
 
 def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
@@ -1298,7 +1306,7 @@ def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
             with open(fd, "wb") as file:
                 file.write("".join(lines).encode())
     except OSError as error:
-        warn(f"logs/{BOOT_LOG} {reason(error)}; this boot is only on stderr")
+        warn(f"logs/{BOOT_LOG} {fault(error)}; this boot is only on stderr")
 
 
 # Command line

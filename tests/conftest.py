@@ -1,0 +1,78 @@
+"""Fixtures: the scripts run on a plain volume anywhere, and a sandbox where this machine can run one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import sandbox
+
+FAST_END = {"S6_KILL_GRACETIME": "10"}
+
+
+@pytest.fixture(scope="session")
+def live() -> None:
+    """Skip with the reason where no sandbox can run; fail instead where live tests are required."""
+    why = sandbox.unsupported()
+    if why and os.environ.get("HERMES_TEST_REQUIRE_LIVE"):
+        pytest.fail(f"live tests are required here: {why}")
+    if why:
+        pytest.skip(why)
+
+
+@pytest.fixture
+def container(live, tmp_path):
+    """Make containers, all on one volume unless told otherwise; they are removed at the end."""
+    boxes: list[sandbox.Sandbox] = []
+
+    def make(**options) -> sandbox.Sandbox:
+        options["environment"] = FAST_END | options.get("environment", {})
+        options.setdefault("volume", tmp_path / "volume")
+        boxes.append(sandbox.Sandbox(tmp_path / f"box{len(boxes)}", **options))
+        return boxes[-1]
+
+    yield make
+    for box in boxes:
+        box.remove()
+
+
+class Plain:
+    """The scripts on a volume of this machine's, without s6: what they do with files alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home, self.scandir = folder / "home", folder / "scandir"
+        self.home.mkdir()
+
+    def profile(self, name: str, state: str | bytes | None = None, soul: bool = True) -> Path:
+        """Make a profile folder, with a state file and a SOUL.md or without."""
+        folder = self.home if name == "default" else self.home / "profiles" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if soul:
+            (folder / "SOUL.md").write_text("soul\n")
+        if state is not None:
+            (folder / "gateway_state.json").write_bytes(state if isinstance(state, bytes) else state.encode())
+        return folder
+
+    def reconcile(self, *arguments: str, command: list[str] | None = None, **environment: str) -> subprocess.CompletedProcess:
+        """Run the phase; S6_ and HERMES_ variables are the test's own."""
+        script = Path(__file__).parent.parent / "hermes_boot.py"
+        clean = {"PATH": os.environ["PATH"], "HERMES_HOME": str(self.home), "S6_PROFILE_GATEWAY_SCANDIR": str(self.scandir)}
+        argv = [sys.executable, "-IS", str(script), *(command or ["reconcile"]), *arguments]
+        return subprocess.run(argv, env=clean | environment, capture_output=True, text=True, timeout=60)
+
+    def slots(self) -> dict[str, bool]:
+        """Return every published slot, and whether it starts by itself."""
+        found = sorted(path for path in self.scandir.iterdir() if path.name.startswith("gateway-"))
+        return {path.name.removeprefix("gateway-"): not (path / "down").exists() for path in found}
+
+
+@pytest.fixture
+def plain(tmp_path) -> Plain:
+    """A volume and a scandir."""
+    return Plain(tmp_path)
