@@ -19,6 +19,9 @@ import stat
 import sys
 import time
 
+if __name__ == "__main__":  # run by path, under -I: see main_wrapper's first line for the usual way
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+
 import main_wrapper as wrapper
 from main_wrapper import HOME, USER, VENV, setting, truthy
 
@@ -632,6 +635,7 @@ def own_folder(sweep: Sweep, home: Folder, path: str) -> None:
             if parent:
                 sweep.claim(".", above.fd)
             sweep.claim(name, above.fd)
+            sweep.checked += 2 if parent else 1
             sweep.tree(name, above.fd)
     except FileNotFoundError:
         return  # made later, by hermes
@@ -1129,7 +1133,7 @@ def publish(scandir: Folder, profile: str, files: dict[str, tuple[str, int]], *,
         refresh(scandir, name, files, start=start)
         return
     scandir.remove(name)
-    temporary = f".{name}.tmp"
+    temporary = f".{name}"[: 255 - len(".tmp")] + ".tmp"
     scandir.remove(temporary)
     os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
     with Folder(temporary, scandir.fd) as slot:

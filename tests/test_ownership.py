@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -156,7 +157,14 @@ def test_another_home_with_missing_parents(container):
 def test_a_deep_folder_needs_no_descriptors_or_recursion(container, volume):
     """5,000 levels, under a limit of 64 open files."""
     script = "import os\nfor _ in range(5000):\n os.mkdir('d'); os.chdir('d')\nopen('leaf', 'w')"
-    os.system(f"cd {volume}/workspace && {sys.executable} -IS -c \"{script}\"")
-    done = container().run("true")
-    assert done.returncode == 0 and "give " in done.stderr.decode()
-    assert "give " not in container().run("true").stderr.decode()
+    subprocess.run([sys.executable, "-IS", "-c", script], cwd=volume / "workspace", check=True)
+    try:
+        boot = ["prlimit", "--nofile=64", "/opt/hermes/docker/hermes_boot.py", "setup"]
+        box = container()
+        box.start("sleep", "infinity")
+        subprocess.run(["chown", "-Rh", "0:0", volume / "workspace/d"], check=True)
+        done = box.exec(*boot)
+        assert done.returncode == 0 and "give 5001 of " in done.stderr, done.stderr
+        assert "give " not in box.exec(*boot).stderr
+    finally:
+        subprocess.run(["rm", "-rf", volume / "workspace/d"], check=True)
