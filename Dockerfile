@@ -40,13 +40,14 @@ COPY hermes_boot.py main_wrapper.py /opt/hermes/docker/
 RUN cd /opt/hermes/docker \
  && chmod 0755 hermes_boot.py main_wrapper.py \
  && python3 -m compileall -q --invalidation-mode unchecked-hash . \
- && mkdir -p /names/etc/cont-init.d ../bin \
+ && mkdir -p /names/etc/cont-init.d /names/etc/cont-finish.d ../bin \
  && ln -s hermes_boot.py stage2-hook.sh \
  && ln -s hermes_boot.py entrypoint.sh \
  && ln -s main_wrapper.py main-wrapper.sh \
  && ln -s ../docker/main_wrapper.py ../bin/hermes \
  && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-init.d/01-hermes-setup \
- && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-init.d/02-reconcile-profiles
+ && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-init.d/02-reconcile-profiles \
+ && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-finish.d/10-hermes-shutdown
 
 FROM ${BASE_IMAGE}
 RUN apt-get update \
@@ -60,6 +61,7 @@ COPY --from=agent /opt/hermes/ /opt/hermes/
 COPY --from=agent /names/ /
 COPY s6-rc.d/ /etc/s6-overlay/s6-rc.d/
 
+# S6_KILL_GRACETIME is a fixed wait at every end (0 would mean 3000); gateways drain before it, in cont-finish.d, and pay none of it.
 # A failing setup ends the container (2). Services may take as long as they need (0): s6-rc would stop the boot after 5 seconds, and
 # a first boot may have a whole NAS share to give to hermes.
 ENV HERMES_HOME=/opt/data \
@@ -67,6 +69,7 @@ ENV HERMES_HOME=/opt/data \
     VIRTUAL_ENV=/opt/hermes/.venv \
     S6_BEHAVIOUR_IF_STAGE2_FAILS=2 \
     S6_CMD_WAIT_FOR_SERVICES_MAXTIME=0 \
+    S6_KILL_GRACETIME=10 \
     S6_VERBOSITY=1
 WORKDIR /opt/data
 VOLUME /opt/data

@@ -50,6 +50,7 @@ BOOT_LOG, BOOT_LOG_LIMIT = "container-boot.log", 256 << 10
 PROFILE_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
 SLOT_PREFIX, SLOT_NAME_LIMIT = "gateway-", 251
 EX_CONFIG = 78
+SIGTERM = 15
 PERMANENT_FAILURE = 125  # s6's word from a finish script for "do not restart"
 STOP_TIMEOUT = 30  # seconds until SIGKILL, unless HERMES_GATEWAY_STOP_TIMEOUT says otherwise
 BACK_OFF_LIMIT = 60  # seconds
@@ -175,23 +176,50 @@ class Folder:
         with Lock(self) as lock:
             if lock.held:
                 self.remove_temporaries(name)
-            temporary = f".{name}.{os.getpid()}-{time.time_ns()}.tmp"
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode, dir_fd=self.fd)
-            try:
-                with open(fd, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(fd)
-                if not replace and not self.reserve(temporary, name):
-                    return False
-                if replace:
-                    os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-                temporary = ""
-            finally:
-                if temporary:
-                    os.unlink(temporary, dir_fd=self.fd)
+            temporary = self.write_beside(name, data, mode)
+            if replace:
+                os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            elif not self.reserve(temporary, name):
+                os.unlink(temporary, dir_fd=self.fd)
+                return False
             os.fsync(self.fd)
         return True
+
+    def update(self, name: str, edit, limit: int) -> None:
+        """Replace a file by what edit makes of its content (None when missing), whole. Our own writers are kept out by the lock;
+        a program that does not take it is noticed by looking again before the rename, and its change is then edited in turn."""
+        with Lock(self) as lock:
+            if lock.held:
+                self.remove_temporaries(name)
+            for _ in range(10):
+                before = self.stat(name)
+                data = self.read(name, limit) if before else None
+                new = edit(data)
+                if new == data:
+                    return
+                temporary = self.write_beside(name, new, stat.S_IMODE(before.st_mode) if before else 0o644)
+                after = self.stat(name)
+                if before is after is None or (before and after and changes(before) == changes(after)):
+                    break
+                os.unlink(temporary, dir_fd=self.fd)
+            else:
+                raise OSError(errno.EBUSY, "is being written all the time")
+            os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            os.fsync(self.fd)
+
+    def write_beside(self, name: str, data: bytes, mode: int) -> str:
+        """Write a file under a temporary name, safely on disk; return that name. Leaves nothing when it fails."""
+        temporary = f".{name}.{os.getpid()}-{time.time_ns()}.tmp"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode, dir_fd=self.fd)
+        try:
+            with open(fd, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(fd)
+        except OSError:
+            os.unlink(temporary, dir_fd=self.fd)
+            raise
+        return temporary
 
     def reserve(self, temporary: str, name: str) -> bool:
         """Give a finished file its name unless something has it; link() decides that in the kernel, where the volume has it."""
@@ -223,6 +251,11 @@ class Folder:
                 for entry in os.listdir(below.fd):
                     below.remove(entry)
             os.rmdir(name, dir_fd=self.fd)
+
+
+def changes(status: os.stat_result) -> tuple[int, int, int]:
+    """Return what differs once somebody has written or replaced a file."""
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 class Lock:
@@ -1097,10 +1130,10 @@ def slot_files(profile: str, stop_timeout: int, extra_env: dict[str, str] | None
     }
 
 
-def stop_timeout(boot: Boot) -> int:
+def stop_timeout(environment: dict[str, str]) -> int:
     """Return the seconds a gateway gets between SIGTERM and SIGKILL."""
-    value = boot.setting("HERMES_GATEWAY_STOP_TIMEOUT")
-    if value and not (value.isascii() and value.isdigit() and 1 <= int(value[:6]) <= 86400):
+    value = setting(environment, "HERMES_GATEWAY_STOP_TIMEOUT")
+    if value and not (value.isascii() and value.isdigit() and len(value) <= 5 and 1 <= int(value) <= 86400):
         warn(f"HERMES_GATEWAY_STOP_TIMEOUT={value!r} is not a number of seconds from 1 to 86400; using {STOP_TIMEOUT}")
         value = ""
     return int(value or STOP_TIMEOUT)
@@ -1123,16 +1156,18 @@ def make_skeleton(folder: Folder) -> None:
 
 
 def publish(scandir: Folder, profile: str, files: dict[str, tuple[str, int]], *, start: bool) -> None:
-    """Put a profile's slot into the scandir: built under a dot name, which s6-svscan ignores, then renamed into place.
-
-    A slot that is there already, and perhaps running, keeps its folder: only files that differ are replaced in it.
-    """
+    """Put a profile's slot into the scandir. One that is there already, and perhaps running, keeps its folder and its process."""
     name = SLOT_PREFIX + profile
     found = scandir.stat(name)
     if found and stat.S_ISDIR(found.st_mode):
         refresh(scandir, name, files, start=start)
         return
     scandir.remove(name)
+    build(scandir, name, files, start=start)
+
+
+def build(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool) -> None:
+    """Make a slot that is not there yet: built under a dot name, which s6-svscan ignores, then renamed into place."""
     temporary = f".{name}"[: 255 - len(".tmp")] + ".tmp"
     scandir.remove(temporary)
     os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
@@ -1166,13 +1201,501 @@ def refresh(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, st
             slot.remove("down")
 
 
-def rescan(scandir: str) -> None:
-    """Let s6-svscan take up new slots, where one watches this scandir."""
+def rescan(scandir: str, option: str = "-a") -> None:
+    """Let s6-svscan take up new slots (-an: and let go of removed ones), where one watches this scandir."""
     if os.path.exists(f"{scandir}/.s6-svscan/control"):
-        program = wrapper.s6_program("s6-svscanctl")
-        child = os.posix_spawn(program, [program, "-a", scandir], os.environ)
-        if os.waitpid(child, 0)[1]:
-            warn(f"s6-svscanctl -a {scandir} failed; run it again as root, or restart the container")
+        code, text = s6("s6-svscanctl", option, scandir)
+        if code:
+            warn(f"s6-svscanctl {option} {scandir} failed ({text}); run it again as root, or restart the container")
+
+
+# The service manager
+
+
+class GatewayError(Exception):
+    """What kept the manager from doing what it was asked; exit_code is the command line's."""
+
+    exit_code = 1
+
+
+class NotRegistered(GatewayError):
+    """There is no slot for this profile."""
+
+    exit_code = 4
+
+
+class AlreadyRegistered(GatewayError, ValueError):
+    """There is a slot for this profile already."""
+
+
+class InvalidName(GatewayError, ValueError):
+    """The name cannot be a profile's."""
+
+    exit_code = 2
+
+
+class CommandFailed(GatewayError):
+    """An s6 program failed, or what it was to bring about did not come about in time. The message has its stderr."""
+
+
+def spawn(program: str, *arguments: str, output: int = 2) -> int:
+    """Start an s6 program with its stdout on a descriptor; return its pid."""
+    path = wrapper.s6_program(program)
+    actions = [(os.POSIX_SPAWN_DUP2, output, 1)]
+    if output != 2:
+        actions.append((os.POSIX_SPAWN_DUP2, output, 2))
+    return os.posix_spawn(path, [program, *arguments], os.environ, file_actions=actions)
+
+
+def s6(program: str, *arguments: str) -> tuple[int, str]:
+    """Run an s6 program; return its code and what it printed."""
+    reader, writer = os.pipe()
+    try:
+        child = spawn(program, *arguments, output=writer)
+    except OSError as error:
+        os.close(reader)
+        return 127, f"{program}: {reason(error)}"
+    finally:
+        os.close(writer)
+    with open(reader, "rb") as file:
+        text = file.read().decode(errors="replace").strip()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text
+
+
+class S6ServiceManager:
+    """Starts, stops, publishes and removes the gateways' slots, as hermes.
+
+    scandir is s6-svscan's, home the root HERMES_HOME; both default to the container's. Names of services may have the prefix
+    `gateway-` or not. Works on slots of its own and on those that hermes-agent's manager made.
+    """
+
+    kind = "s6"
+
+    def __init__(self, scandir: str | None = None, home: str | None = None, *, environment: dict[str, str] | None = None) -> None:
+        environment = wrapper.container_environment() if environment is None else environment
+        self.environment = environment
+        self.home = home or wrapper.root_home(environment)
+        self.scandir = str(scandir or setting(environment, "S6_PROFILE_GATEWAY_SCANDIR") or SCANDIR)
+        self.stop_timeout = stop_timeout(environment)
+
+    # Names
+
+    def slot(self, name: str) -> str:
+        """Return the path of a registered gateway's slot. Raises InvalidName or NotRegistered."""
+        profile = self.valid(name)
+        path = f"{self.scandir}/{SLOT_PREFIX}{profile}"
+        if not os.path.isdir(path):
+            raise NotRegistered(self.unknown(profile))
+        return path
+
+    def valid(self, name: str) -> str:
+        """Return the profile that a service's name is about. Raises InvalidName."""
+        profile = name.removeprefix(SLOT_PREFIX)
+        if why := name_fault(profile):
+            raise InvalidName(f"{shown(profile)}: {why}")
+        return profile
+
+    def unknown(self, profile: str) -> str:
+        """Return the message for a profile without a slot, with the registered name that is nearest to it."""
+        import difflib
+
+        near = difflib.get_close_matches(profile, self.list_profile_gateways(), 1)
+        advice = f"did you mean {near[0]}?" if near else f"make the profile with `hermes profile create {profile}`"
+        return f"no such gateway: {profile}; {advice}"
+
+    def list_profile_gateways(self) -> list[str]:
+        """Return the profiles that have a slot, in name order."""
+        try:
+            names = os.listdir(self.scandir)
+        except OSError:
+            return []
+        return sorted(name.removeprefix(SLOT_PREFIX) for name in names if name.startswith(SLOT_PREFIX))
+
+    # State
+
+    def status(self, name: str) -> dict[str, str]:
+        """Return what s6 says of a gateway: up, wantedup, pid, exitcode, signal, updownfor. Raises CommandFailed."""
+        fields = "up,wantedup,pid,exitcode,signal,updownfor"
+        code, text = s6("s6-svstat", "-o", fields, self.slot(name))
+        if code:
+            raise CommandFailed(f"{name}: {text or 'no supervisor answers'}")
+        return dict(zip(fields.split(","), text.split()))
+
+    def is_running(self, name: str) -> bool:
+        """Say whether a gateway's process is up, by s6. Raises NotRegistered, CommandFailed."""
+        return self.status(name)["up"] == "true"
+
+    def record(self, profile: str, desired: str) -> None:
+        """Write the operator's intent to a profile's state file, keeping every other key. Raises CommandFailed."""
+        import json
+
+        def edit(data: bytes | None) -> bytes:
+            try:
+                state = load_state(data) if data else {}
+            except ValueError:
+                warn(f"{STATE_FILE} of {profile} was not a JSON object and starts anew")
+                state = {}
+            if state.get("desired_state") == desired and data:
+                return data
+            return json.dumps(state | {"desired_state": desired}).encode() + b"\n"
+
+        try:
+            with self.profile_folder(profile) as folder:
+                folder.update(STATE_FILE, edit, STATE_LIMIT)
+        except FileNotFoundError:
+            pass  # a slot whose profile is gone has no intent to keep
+        except OSError as error:
+            raise CommandFailed(f"{profile}: {STATE_FILE} {fault(error)}, so this will be forgotten at the next boot") from error
+
+    def profile_folder(self, profile: str) -> Folder:
+        """Open a profile's folder."""
+        with Folder(self.home, follow=True) as home:
+            return home.folder("." if profile == "default" else f"profiles/{profile}")
+
+    def announce_stop(self, profile: str) -> None:
+        """Tell the gateway that the SIGTERM to come is meant: hermes-agent then ends with code 0 and says so in its log."""
+        import json
+
+        try:
+            pid = int(self.status(profile)["pid"])
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                started = int(file.read().split()[21])
+            written = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+            marker = {"target_pid": pid, "target_start_time": started, "stopper_pid": os.getpid(), "written_at": written}
+            with self.profile_folder(profile) as folder:
+                folder.write(".gateway-planned-stop.json", json.dumps(marker).encode(), 0o644, replace=True)
+        except (OSError, ValueError, GatewayError):
+            pass  # not up, or no profile: then there is nobody to tell
+
+    # Life
+
+    def start(self, name: str, *, timeout: float = 10) -> None:
+        """Start one gateway and record that. Raises NotRegistered, InvalidName, CommandFailed; timeout in seconds."""
+        self.raise_first(self.start_all([name], timeout=timeout))
+
+    def stop(self, name: str, *, timeout: float | None = None) -> None:
+        """Stop one gateway and record that; s6 sends SIGKILL after the slot's own timeout-kill. Raises as start does."""
+        self.raise_first(self.stop_all([name], timeout=timeout))
+
+    def restart(self, name: str, *, timeout: float | None = None) -> None:
+        """Stop and start one gateway, recording that it should run. Raises as start does."""
+        self.raise_first(self.restart_all([name], timeout=timeout))
+
+    def raise_first(self, failures: dict[str, GatewayError]) -> None:
+        """Raise the failure of a single gateway's command."""
+        for error in failures.values():
+            raise error
+
+    def start_all(self, names: list[str], *, timeout: float = 10) -> dict[str, GatewayError]:
+        """Start gateways, all at once; return what failed, by name."""
+        failures = self.prepare(names, "running")
+        return failures | self.bring([name for name in names if name not in failures], up=True, timeout=timeout)
+
+    def stop_all(self, names: list[str], *, timeout: float | None = None) -> dict[str, GatewayError]:
+        """Stop gateways, all at once; return what failed, by name. The intent is written first and, since a gateway that ends
+        writes the same file, once more when it has ended."""
+        failures = self.prepare(names, "stopped")
+        ours = [name for name in names if name not in failures]
+        failures |= self.bring(ours, up=False, timeout=self.stop_timeout + 5 if timeout is None else timeout)
+        return failures | self.prepare([name for name in ours if name not in failures], "stopped")
+
+    def restart_all(self, names: list[str], *, timeout: float | None = None) -> dict[str, GatewayError]:
+        """Stop and start gateways, all at once; return what failed, by name."""
+        failures = self.prepare(names, "running")
+        for up, seconds in ((False, self.stop_timeout + 5 if timeout is None else timeout), (True, 10)):
+            failures |= self.bring([name for name in names if name not in failures], up=up, timeout=seconds)
+        return failures
+
+    def prepare(self, names: list[str], desired: str) -> dict[str, GatewayError]:
+        """Check that gateways exist and record the intent for them; return what failed, by name."""
+        failures: dict[str, GatewayError] = {}
+        for name in names:
+            try:
+                self.slot(name)
+                self.record(self.valid(name), desired)
+            except GatewayError as error:
+                failures[name] = error
+        return failures
+
+    def bring(self, names: list[str], *, up: bool, timeout: float) -> dict[str, GatewayError]:
+        """Tell s6 to bring slots up or down, all in parallel, and wait until it has; return what failed, by name."""
+        slots = {name: self.slot(name) for name in names}
+        if not up:
+            for name in names:
+                self.announce_stop(self.valid(name))
+        commands = {name: spawn("s6-svc", "-u" if up else "-d", slot) for name, slot in slots.items()}
+        failures: dict[str, GatewayError] = {}
+        for name, child in commands.items():
+            if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+                failures[name] = CommandFailed(f"{name}: s6-svc ended with code {code}; no supervisor answers on {slots[name]}")
+        waiting = [name for name in names if name not in failures]
+        deadline = time.monotonic() + timeout
+        while waiting:
+            for name in waiting:
+                end_back_off(slots[name])
+            s6("s6-svwait", "-u" if up else "-D", "-t", "200", *(slots[name] for name in waiting))
+            waiting = [name for name in waiting if not self.settled(name, up, failures)]
+            if time.monotonic() > deadline:
+                verb = "come up" if up else "end"
+                failures |= {name: CommandFailed(f"{name}: did not {verb} within {timeout:g} s") for name in waiting}
+                break
+        return failures
+
+    def settled(self, name: str, up: bool, failures: dict[str, GatewayError]) -> bool:
+        """Say whether a slot is where it was told to be, or will not get there, which is a failure."""
+        try:
+            status = self.status(name)
+        except GatewayError as error:
+            failures[name] = error
+            return True
+        if up and status["up"] == "false" and status["wantedup"] == "false":
+            failures[name] = CommandFailed(f"{name}: ended at once with code {status['exitcode']} and is parked; see its log")
+            return True
+        return (status["up"] == "true") is up
+
+    # Registration
+
+    def supports_runtime_registration(self) -> bool:
+        """Say that slots can be published while the container runs."""
+        return True
+
+    def register_profile_gateway(self, profile: str, *, extra_env: dict[str, str] | None = None, start_now: bool = True) -> None:
+        """Publish a profile's slot, whole or not at all, and wait until s6 supervises it.
+
+        extra_env is exported to the gateway; without start_now the slot waits for `start`. Raises InvalidName, AlreadyRegistered,
+        CommandFailed.
+        """
+        self.valid(profile)
+        for name, value in (extra_env or {}).items():
+            if not name.isascii() or not name.isidentifier() or "\0" in value:
+                raise InvalidName(f"extra_env: {name!r} cannot be a variable; use letters, digits and _")
+        name = SLOT_PREFIX + profile
+        try:
+            with Folder(self.home, follow=True) as home:
+                log_fault = make_log_folder(home, profile)
+            files = slot_files(profile, self.stop_timeout, extra_env, to_folder=not log_fault)
+            with Folder(self.scandir) as scandir, Lock(scandir):
+                if scandir.stat(name):
+                    raise AlreadyRegistered(f"{profile}: has a gateway already")
+                build(scandir, name, files, start=start_now)
+        except OSError as error:
+            raise CommandFailed(f"{profile}: its slot could not be made: {reason(error)}") from error
+        if log_fault:
+            warn(log_fault)
+        rescan(self.scandir)
+        if not until(lambda: is_supervised(f"{self.scandir}/{name}"), 5) and os.path.exists(f"{self.scandir}/.s6-svscan/control"):
+            raise CommandFailed(f"{profile}: s6-svscan did not take up its slot within 5 s")
+
+    def unregister_profile_gateway(self, profile: str) -> None:
+        """Stop a gateway and remove its slot, supervisors and logger included. Raises NotRegistered, InvalidName, CommandFailed."""
+        slot = self.slot(profile)
+        if is_supervised(slot):
+            for error in self.bring([profile], up=False, timeout=self.stop_timeout + 5).values():
+                raise error
+        name = os.path.basename(slot)
+        removed = f".{name}"[:230] + f".{time.time_ns():x}"
+        try:
+            with Folder(self.scandir) as scandir:
+                with Lock(scandir):
+                    os.rename(name, removed, src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
+                rescan(self.scandir, "-an")
+                path = f"{self.scandir}/{removed}"
+                if not until(lambda: not is_supervised(path) and not is_supervised(f"{path}/log"), 10):
+                    raise CommandFailed(f"{profile}: its supervisors did not end within 10 s")
+                scandir.remove(removed)
+        except FileNotFoundError:
+            raise NotRegistered(f"no such gateway: {profile}; somebody else has just removed it") from None
+        except OSError as error:
+            raise CommandFailed(f"{profile}: its slot could not be removed: {reason(error)}") from error
+
+
+def until(condition, timeout: float) -> bool:
+    """Poll a condition that s6 has no event for; say whether it came to hold within timeout seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def opens_for_writing(path: str) -> bool:
+    """Say whether somebody reads from a FIFO."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW))
+    except OSError:
+        return False
+    return True
+
+
+def is_supervised(slot: str) -> bool:
+    """Say whether an s6-supervise reads a slot's control FIFO."""
+    return opens_for_writing(f"{slot}/supervise/control")
+
+
+def end_back_off(slot: str) -> None:
+    """Wake a finish script that waits before the next start: opening its FIFO is the signal."""
+    opens_for_writing(f"{slot}/back-off")
+
+
+def become_hermes() -> None:
+    """Drop root for good: what the manager writes belongs to hermes, and nothing on the volume can use root."""
+    owner = wrapper.account()
+    if os.geteuid() == 0 and owner:
+        wrapper.drop(*owner)
+
+
+def answer_gateway_request(action: str, profile: str | None, every: bool, environment: dict[str, str]) -> int:
+    """Be `hermes [-p NAME] gateway start|stop|restart [--all]`; return the exit code."""
+    sys.argv = [USER]
+    os.umask(0o022)
+    return guarded(control, action, profile, every, environment)
+
+
+def control(action: str, profile: str | None, every: bool, environment: dict[str, str]) -> int:
+    """Start, stop or restart one gateway or all, say what became of each, and go on past a failure."""
+    become_hermes()
+    manager = S6ServiceManager(environment=environment)
+    names = manager.list_profile_gateways() if every else [named_profile(manager, profile)]
+    failures = getattr(manager, f"{action}_all")(names)
+    for name in names:
+        if name not in failures:
+            print(f"{name}: {DONE[action]}")
+    return report_failures(failures)
+
+
+def named_profile(manager: S6ServiceManager, option: str | None) -> str:
+    """Return the profile that a command is about."""
+    try:
+        with Folder(manager.home, follow=True) as home:
+            return chosen_profile(option, manager.environment, home)
+    except OSError:
+        return chosen_profile(option, manager.environment, None)
+
+
+def report_failures(failures: dict[str, GatewayError]) -> int:
+    """Say what failed; return the exit code: a single failure's own, else 1."""
+    for error in failures.values():
+        say("error", str(error))
+    codes = {error.exit_code for error in failures.values()}
+    return codes.pop() if len(codes) == 1 else int(bool(codes))
+
+
+def register_one(manager: S6ServiceManager, profile: str) -> int:
+    """Publish a profile's slot as the next boot would: started if its state says so."""
+    manager.valid(profile)
+    try:
+        with manager.profile_folder(profile) as folder:
+            start = prior_state(folder)[0] == "running"
+    except OSError:
+        raise NotRegistered(f"no such profile: {profile}; make it with `hermes profile create {profile}`") from None
+    manager.register_profile_gateway(profile, start_now=start)
+    print(f"{profile}: registered{', started' if start else ''}")
+    return 0
+
+
+def unregister_one(manager: S6ServiceManager, profile: str) -> int:
+    """Remove a profile's slot."""
+    manager.unregister_profile_gateway(profile)
+    print(f"{profile}: unregistered")
+    return 0
+
+
+def show_status(manager: S6ServiceManager, names: list[str], as_json: bool) -> int:
+    """Print s6's word on gateways; return 0 when all of them are up, else 3."""
+    rows, failures = {}, {}
+    for name in names:
+        try:
+            rows[name] = manager.status(name)
+        except GatewayError as error:
+            failures[name] = error
+    if as_json:
+        import json
+
+        print(json.dumps(rows))
+    for name, row in {} if as_json else rows.items():
+        ended = f"code {row['exitcode']}" if row["signal"] == "NA" else row["signal"]
+        last = f"pid {row['pid']}" if row["up"] == "true" else f"last ended with {ended}"
+        print(f"{name}: {'up' if row['up'] == 'true' else 'down'} for {row['updownfor']} s, {last}")
+    up = all(row["up"] == "true" for row in rows.values())
+    return report_failures(failures) or (0 if up else 3)
+
+
+DONE = {"start": "started", "stop": "stopped", "restart": "restarted"}
+GATEWAY_USAGE = """usage: hermes_boot.py gateway ACTION [-p NAME | --all] [--json]
+
+  start, stop, restart   do it, wait for it, and remember it over a restart of the container
+  status                 say what s6 knows; with --json as an object
+  list                   name the profiles that have a slot
+  register, unregister   publish or remove a profile's slot
+
+  -p, --profile NAME     the profile; without it the active one, as for `hermes`
+  --all                  every registered one; goes on past a failure
+
+exit codes: 0 done, 1 failed, 2 wrong usage, 3 not running (status), 4 no such gateway
+"""
+
+
+class Usage(Exception):
+    """A command line that is not understood."""
+
+
+def gateway_command(words: list[str], environment: dict[str, str]) -> int:
+    """Run `hermes_boot.py gateway …`; return the exit code."""
+    if words in (["--help"], ["-h"]):
+        print(GATEWAY_USAGE, end="")
+        return 0
+    try:
+        return act(*gateway_arguments(words), environment)
+    except Usage as error:
+        say("error", str(error))
+        print(GATEWAY_USAGE, end="", file=sys.stderr)
+        return 2
+    except GatewayError as error:
+        return report_failures({"": error})
+
+
+def gateway_arguments(words: list[str]) -> tuple[str, str | None, bool, bool]:
+    """Return (action, profile, all, json) of a command line. Raises Usage."""
+    action, profile, every, as_json, rest = "", None, False, False, list(words)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-p", "--profile") and rest:
+            profile = rest.pop(0)
+        elif word.startswith("--profile="):
+            profile = word.removeprefix("--profile=")
+        elif word == "--all":
+            every = True
+        elif word == "--json":
+            as_json = True
+        elif word in (*DONE, "status", "list", "register", "unregister") and not action:
+            action = word
+        else:
+            raise Usage(f"unknown argument {word!r}")
+    if not action or (every and profile is not None) or (every and action.endswith("register")):
+        raise Usage("an action is needed, for one profile (-p NAME) or --all" if not action else f"{action}: -p NAME or --all, not both")
+    return action, profile, every, as_json
+
+
+def act(action: str, profile: str | None, every: bool, as_json: bool, environment: dict[str, str]) -> int:
+    """Carry out an understood command line."""
+    if action in DONE:
+        return control(action, profile, every, environment)
+    become_hermes()
+    manager = S6ServiceManager(environment=environment)
+    if action == "list":
+        names = manager.list_profile_gateways()
+        if as_json:
+            import json
+
+            print(json.dumps(names))
+        else:
+            print("".join(f"{name}\n" for name in names), end="")
+        return 0
+    name = named_profile(manager, profile)
+    if action == "status":
+        return show_status(manager, manager.list_profile_gateways() if every or profile is None else [name], as_json)
+    return (register_one if action == "register" else unregister_one)(manager, name)
 
 
 # The phases
@@ -1266,7 +1789,7 @@ def reconcile(boot: Boot, words: list[str]) -> int:
                 boot.does(f"publish: {profile.line().split(' ', 1)[1].rstrip()}")
             return 0
         with Folder(boot.scandir) as scandir:
-            timeout = stop_timeout(boot)
+            timeout = stop_timeout(boot.environment)
             for profile in profiles:
                 if profile.action != "skipped":
                     register(home, scandir, profile, timeout)
@@ -1313,14 +1836,50 @@ def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
         warn(f"logs/{BOOT_LOG} {fault(error)}; this boot is only on stderr")
 
 
+# The end
+
+
+def shut_down(boot: Boot) -> int:
+    """End every gateway and the CMD, all at once, and return when the last is gone or HERMES_SHUTDOWN_TIMEOUT seconds are over.
+
+    Run by s6-overlay from cont-finish.d, before its final kill. No intent is recorded, so what ran comes back at the next boot.
+    """
+    become_hermes()
+    manager = S6ServiceManager(environment=boot.environment)
+    value = boot.setting("HERMES_SHUTDOWN_TIMEOUT") or "8"
+    if not (value.isascii() and value.isdigit() and len(value) <= 5):
+        warn(f"HERMES_SHUTDOWN_TIMEOUT={value!r} is not a number of seconds; using 8")
+        value = "8"
+    deadline = time.monotonic() + int(value)
+    slots = [f"{manager.scandir}/{SLOT_PREFIX}{name}" for name in manager.list_profile_gateways()]
+    slots = [slot for slot in slots if is_supervised(slot)]
+    children = [spawn("s6-svc", "-d", slot) for slot in slots]
+    command = wrapper.command_process()
+    if command:
+        os.kill(command, SIGTERM)
+    for child in children:
+        os.waitpid(child, 0)
+    while slots and time.monotonic() < deadline:
+        for slot in slots:
+            end_back_off(slot)
+        if s6("s6-svwait", "-D", "-t", "100", *slots)[0] == 0:
+            break
+    until(lambda: not wrapper.command_process(), deadline - time.monotonic())
+    return 0
+
+
 # Command line
 
 
-ROLES = {"01-hermes-setup": "setup", "stage2-hook.sh": "setup", "02-reconcile-profiles": "reconcile", "entrypoint.sh": "entrypoint"}
+ROLES = {"10-hermes-shutdown": "shutdown", "01-hermes-setup": "setup", "stage2-hook.sh": "setup", "02-reconcile-profiles": "reconcile", "entrypoint.sh": "entrypoint"}
 USAGE = """usage: hermes_boot.py [setup | reconcile] [--dry-run]
+       hermes_boot.py gateway ACTION [-p NAME | --all] [--json]
+       hermes_boot.py shutdown
 
   setup       remap the hermes user, mend ownership on the volume, seed it, migrate its configuration
   reconcile   give every profile on the volume a gateway slot
+  gateway     start, stop, restart, register, unregister, status, list; see `gateway --help`
+  shutdown    end every gateway and the container's command, as at the container's end
   --dry-run   list what would change, change nothing
 
 Without a subcommand: setup, then reconcile.
@@ -1331,28 +1890,36 @@ def main(argv: list[str]) -> int:
     """Run the phase that our name or the first argument asks for; return the exit code: 0 done, 1 failed, 2 wrong usage."""
     sys.argv = argv
     os.umask(0o022)
-    role = ROLES.get(os.path.basename(argv[0]), "")
-    words = argv[1:]
+    role, words = ROLES.get(os.path.basename(argv[0]), ""), argv[1:]
     if role == "entrypoint":
         warn("docker/entrypoint.sh is deprecated; use the image's ENTRYPOINT, /init")
         role = "setup"
-    dry_run = "--dry-run" in words
-    words = [word for word in words if word != "--dry-run"]
+    if not role and words[:1] == ["gateway"]:
+        return guarded(gateway_command, words[1:], exec_environment())
     if words in (["--help"], ["-h"]):
         print(USAGE, end="")
         return 0
-    if not role and len(words) == 1 and words[0] in ("setup", "reconcile"):
+    dry_run = "--dry-run" in words
+    words = [word for word in words if word != "--dry-run"]
+    if not role and len(words) == 1 and words[0] in ("setup", "reconcile", "shutdown"):
         role = words.pop()
-    if words and not os.path.basename(argv[0]) in ROLES:
+    if words and os.path.basename(argv[0]) not in ROLES:
         say("error", f"unknown argument {words[0]!r}")
         print(USAGE, end="", file=sys.stderr)
         return 2
     return guarded(run_phases, role, dry_run)
 
 
+def exec_environment() -> dict[str, str]:
+    """Return the environment of `docker exec`: the process's own, and where a login shell has scrubbed that, the container's."""
+    return wrapper.container_environment() | wrapper.process_environment()
+
+
 def run_phases(role: str, dry_run: bool) -> int:
-    """Run setup, reconcile, or with an empty role both."""
+    """Run setup, reconcile or shutdown, or with an empty role setup and reconcile."""
     boot = Boot(wrapper.container_environment(), dry_run=dry_run)
+    if role == "shutdown":
+        return shut_down(boot)
     code = setup_phase(boot) if role != "reconcile" else 0
     return code if code or role == "setup" else reconcile_phase(boot)
 

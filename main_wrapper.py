@@ -20,6 +20,7 @@ HOME = "/opt/data"  # of the user, and HERMES_HOME unless that is set
 VENV = "/opt/hermes/.venv"
 HERMES = f"{VENV}/bin/hermes"
 COMMAND_FOLDERS = ("/opt/hermes/bin", f"{VENV}/bin")
+COMMAND_PROCESS = "/run/hermes-command"  # pid and start time of the CMD, for its graceful end
 CONTAINER_ENVIRONMENT = "/run/s6/container_environment"
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 SIGPIPE, SIGXFSZ = 13, 25
@@ -189,11 +190,37 @@ def hermes_command(words: list[str]) -> int:
     return run_as_hermes([HERMES, *words], environment if stay_root else program_environment(environment), stay_root=stay_root)
 
 
+def start_time(pid: int) -> str:
+    """Return when a process started, in clock ticks since the machine did; OSError when there is none. See proc(5)."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()[19].decode()
+
+
+def note_command_process() -> None:
+    """Leave word who the CMD is: exec keeps the pid, and nobody but us knows it. Only the end needs it, so no failure matters."""
+    try:
+        with open(COMMAND_PROCESS, "w") as file:
+            file.write(f"{os.getpid()} {start_time(os.getpid())}")
+    except OSError:
+        pass
+
+
+def command_process() -> int:
+    """Return the CMD's pid, 0 when it has ended; the start time tells it from a later process of that number."""
+    try:
+        with open(COMMAND_PROCESS) as file:
+            pid, started = file.read().split()
+        return int(pid) if start_time(int(pid)) == started else 0
+    except (OSError, ValueError):
+        return 0
+
+
 def main(argv: list[str]) -> int:
     """Run as the name we were called by: `hermes`, else the container's CMD. Returns only when the program cannot be run."""
     if os.path.basename(argv[0]) == USER:
         return hermes_command(argv[1:])
     environment = program_environment(container_environment())
+    note_command_process()
     return run_as_hermes(program_of(argv[1:], environment), environment)
 
 

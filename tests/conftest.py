@@ -13,9 +13,6 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import sandbox
 
-FAST_END = {"S6_KILL_GRACETIME": "10"}
-
-
 @pytest.fixture(scope="session")
 def live() -> None:
     """Skip with the reason where no sandbox can run; fail instead where live tests are required."""
@@ -32,7 +29,6 @@ def container(live, tmp_path):
     boxes: list[sandbox.Sandbox] = []
 
     def make(**options) -> sandbox.Sandbox:
-        options["environment"] = FAST_END | options.get("environment", {})
         options.setdefault("volume", tmp_path / "volume")
         boxes.append(sandbox.Sandbox(tmp_path / f"box{len(boxes)}", **options))
         return boxes[-1]

@@ -35,6 +35,7 @@ IMAGE_ENVIRONMENT = {
     "PATH": "/opt/hermes/bin:/opt/hermes/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "VIRTUAL_ENV": "/opt/hermes/.venv",
     "S6_BEHAVIOUR_IF_STAGE2_FAILS": "2",
+    "S6_KILL_GRACETIME": "10",
     "S6_VERBOSITY": "1",
 }
 SUPERVISION_PATH = "/command:/usr/bin:/bin:/usr/sbin:/sbin"  # what s6-overlay leaves of the environment
@@ -204,6 +205,7 @@ class Sandbox:
             (self.upper / "opt/hermes/bin/hermes", "../docker/main_wrapper.py"),
             (etc / "cont-init.d/01-hermes-setup", boot),
             (etc / "cont-init.d/02-reconcile-profiles", boot),
+            (etc / "cont-finish.d/10-hermes-shutdown", boot),
         ):
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(target)
@@ -372,8 +374,9 @@ def become_container(folder: str) -> None:
         os.setresuid(*[spec["user"]] * 3)
     environment = dict(spec["environment"]) if dict(spec["environment"]).get("S6_KEEP_ENV") == "1" else {}
     environment["PATH"] = SUPERVISION_PATH + ":" + environment.get("PATH", "")
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    for number in range(1, 32):  # as an engine does: what the caller ignores, such as a background job's SIGINT, stays outside
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(number, signal.SIG_DFL)
     if os.fork() == 0:
         words = [os.fsencode(word) for word in spec["words"]]
         os.execve("/bin/sh", [b"/bin/sh", b"/run/s6/basedir/scripts/rc.init", b"top", WRAPPER.encode(), *words], environment)
