@@ -1069,6 +1069,7 @@ def run_script(profile: str, extra_env: dict[str, str] | None = None) -> str:
     arguments = "gateway run --replace" if profile == "default" else f"-p {profile} gateway run --replace"
     lines = [
         "#!/command/with-contenv sh",
+        "exec 2>&1",
         'export HOME="${HERMES_HOME:-' + HOME + '}"',
         'export HERMES_HOME="$HOME" HERMES_S6_SUPERVISED_CHILD=1',
         'cd "$HOME" || cd /',

@@ -1,0 +1,480 @@
+"""Gateways on real s6: the manager, its command line, the `hermes` command, crashes, and the end.
+
+Where a gateway has to misbehave on command, a child made for that stands in the agent's place: it reads what to do from a file.
+What hermes-agent itself does to our slots, and we to its, is shown with the real program.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from sandbox import Sandbox, wait_for
+
+MANAGER = "/opt/hermes/docker/hermes_boot.py"
+GATEWAY = """#!/bin/sh
+# A gateway that does what the file `does` of its profile says; any other command shows what it was called with.
+folder=$HERMES_HOME
+[ "$1" != -p ] || folder=$HERMES_HOME/profiles/$2
+case "$*" in *"gateway run --replace"*) ;; *) echo "real hermes: $*"; exit 0;; esac
+echo start >> "$folder/starts"
+. "$folder/does"
+"""
+RUN = "exec sleep infinity\n"
+
+
+class Gateways:
+    """A running container with profiles whose gateways do as told."""
+
+    def __init__(self, box: Sandbox, profiles: dict[str, str], state: str = "") -> None:
+        self.box, self.volume = box, box.volume
+        program = box.upper / "opt/hermes/.venv/bin/hermes"
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(GATEWAY)
+        program.chmod(0o755)
+        for name, does in ({"default": RUN} | profiles).items():
+            folder = self.folder(name)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "SOUL.md").touch()
+            (folder / "does").write_text(does)
+            if state:
+                (folder / "gateway_state.json").write_text(json.dumps({"desired_state": state, "kept": [1, {"a": None}]}))
+        box.start("sleep", "infinity")
+
+    def folder(self, name: str) -> Path:
+        """Return a profile's folder on the machine."""
+        return self.volume if name == "default" else self.volume / "profiles" / name
+
+    def do(self, *words: str, user: str | None = None) -> subprocess.CompletedProcess:
+        """Run `hermes_boot.py gateway …` in the container."""
+        return self.box.exec(MANAGER, "gateway", *words, user=user)
+
+    def up(self, name: str) -> bool:
+        """Return s6's own word."""
+        return self.box.exec("/command/s6-svstat", "-o", "up", f"/run/service/gateway-{name}").stdout == "true\n"
+
+    def starts(self, name: str) -> int:
+        """Return how often a gateway was started."""
+        file = self.folder(name) / "starts"
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
+    def state(self, name: str) -> dict:
+        """Return a profile's state file."""
+        return json.loads((self.folder(name) / "gateway_state.json").read_text())
+
+    def pid(self, name: str) -> str:
+        """Return a gateway's pid in the container."""
+        return self.box.exec("/command/s6-svstat", "-o", "pid", f"/run/service/gateway-{name}").stdout.strip()
+
+
+@pytest.fixture
+def gateways(container):
+    """Start a container with profiles."""
+    return lambda profiles, state="", **options: Gateways(container(**options), profiles, state)
+
+
+BEFORE = {
+    "down": (RUN, ""),
+    "up": (RUN, "running"),
+    "parked": ("exit 78\n", "running"),
+    "crashing": ("exit 1\n", "running"),
+    "missing": None,
+}
+EITHER = {0: "started", 1: "is parked"}  # a start is done once the process is up: of one that ends right then, both can be seen
+# state before, command: exit code, up afterwards, intent recorded
+RESULTS = {
+    ("down", "start"): (0, True, "running"),
+    ("down", "stop"): (0, False, "stopped"),
+    ("down", "restart"): (0, True, "running"),
+    ("down", "status"): (3, False, None),
+    ("down", "register"): (1, False, None),
+    ("down", "unregister"): (0, None, None),
+    ("up", "start"): (0, True, "running"),
+    ("up", "stop"): (0, False, "stopped"),
+    ("up", "restart"): (0, True, "running"),
+    ("up", "status"): (0, True, "running"),
+    ("up", "register"): (1, True, "running"),
+    ("up", "unregister"): (0, None, "running"),
+    ("parked", "start"): (EITHER, False, "running"),
+    ("parked", "stop"): (0, False, "stopped"),
+    ("parked", "restart"): (EITHER, False, "running"),
+    ("parked", "status"): (3, False, "running"),
+    ("parked", "unregister"): (0, None, "running"),
+    ("crashing", "stop"): (0, False, "stopped"),
+    ("crashing", "unregister"): (0, None, "running"),
+    ("missing", "start"): (4, None, None),
+    ("missing", "stop"): (4, None, None),
+    ("missing", "restart"): (4, None, None),
+    ("missing", "status"): (4, None, None),
+    ("missing", "register"): (0, False, None),
+    ("missing", "unregister"): (4, None, None),
+}
+
+
+@pytest.mark.parametrize("user", [None, "hermes"], ids=["root", "hermes"])
+@pytest.mark.parametrize("before", BEFORE)
+def test_every_command_from_every_state(gateways, before, user):
+    """One container per state and user: each command finds that state, and leaves what the table says."""
+    does, state = BEFORE[before] or (RUN, "")
+    commands = [command for known, command in RESULTS if known == before]
+    host = gateways({f"p-{command}": does for command in commands}, state)
+    if before in ("parked", "crashing"):
+        assert wait_for(lambda: all(host.starts(f"p-{command}") > (before == "crashing") for command in commands))
+        time.sleep(0.2)
+    for command in commands:
+        name = f"p-{command}"
+        if before == "missing":
+            assert host.do("unregister", "-p", name).returncode == 0
+        code, up, intent = RESULTS[before, command]
+        done = host.do(command, "-p", name, user=user)
+        if code is EITHER:
+            assert EITHER[done.returncode] in done.stdout + done.stderr
+            assert wait_for(lambda: not host.up(name))
+        else:
+            assert done.returncode == code, (command, done)
+        if done.returncode and command != "status":
+            assert len(done.stderr.splitlines()) == 1 and name in done.stderr
+        slot = host.box.path(f"/run/service/gateway-{name}")
+        assert slot.exists() is (up is not None)
+        assert not up or wait_for(lambda: host.up(name))
+        assert up is not False or wait_for(lambda: not host.up(name), 1)
+        file = host.folder(name) / "gateway_state.json"
+        assert (json.loads(file.read_text()).get("desired_state") if file.exists() else None) == intent
+        assert not file.exists() or file.stat().st_uid == 10000
+    left = [path.name for path in host.box.path("/run/service").iterdir() if path.name.startswith(".gateway")]
+    assert left == []
+    assert host.box.exec("find", "/opt/data", "-user", "root", "-newer", "/run/s6/workdir", "-name", "*state*").stdout == ""
+
+
+def test_other_keys_of_the_state_survive(gateways):
+    """The operator's intent is one key among the gateway's own."""
+    host = gateways({"a": RUN}, "running")
+    assert host.do("stop", "-p", "a").returncode == 0
+    assert host.state("a") == {"desired_state": "stopped", "kept": [1, {"a": None}]}
+
+
+def test_a_stopped_gateway_stays_stopped_over_a_restart_and_a_killed_one_comes_back(gateways):
+    """Intent survives `docker restart`; a crash is not an intent."""
+    host = gateways({"a": RUN, "b": RUN}, "running")
+    assert host.do("stop", "-p", "a").returncode == 0
+    killed = host.pid("b")
+    host.box.exec("kill", "-9", killed)
+    started = time.monotonic()
+    assert wait_for(lambda: host.up("b") and host.pid("b") != killed, 5)
+    assert time.monotonic() - started < 2
+    host.box.restart()
+    assert wait_for(lambda: host.up("b")) and not host.up("a") and host.up("default")
+
+
+def test_the_nearest_name_is_offered_and_all_goes_on_past_a_failure(gateways):
+    """Both name what failed."""
+    host = gateways({"coder": RUN, "gone": RUN})
+    done = host.do("stop", "-p", "codre")
+    assert done.returncode == 4 and "no such gateway: codre; did you mean coder?" in done.stderr
+    slot = host.box.path("/run/service/gateway-gone")
+    slot.rename(slot.with_name(".hidden"))
+    assert host.box.exec("/command/s6-svscanctl", "-an", "/run/service").returncode == 0
+    slot.mkdir()
+    done = host.do("start", "--all")
+    assert done.returncode == 1 and done.stdout == "coder: started\ndefault: started\n"
+    assert "error: gone: " in done.stderr and "no supervisor" in done.stderr
+    assert host.up("coder") and host.up("default")
+
+
+def test_list_and_status_have_a_form_for_programs(gateways):
+    """--json."""
+    host = gateways({"a": RUN}, "running")
+    wait_for(lambda: host.up("a"))
+    assert json.loads(host.do("list", "--json").stdout) == ["a", "default"] and host.do("list").stdout == "a\ndefault\n"
+    row = json.loads(host.do("status", "-p", "a", "--json").stdout)["a"]
+    assert row["up"] == "true" and row["pid"] == host.pid("a")
+    assert re.fullmatch(r"a: up for \d+ s, pid \d+\n", host.do("status", "-p", "a").stdout)
+
+
+USAGE = [[], ["dance"], ["start", "stop"], ["start", "--all", "-p", "a"], ["register", "--all"], ["start", "-p"], ["start", "--what"]]
+
+
+@pytest.mark.parametrize("words", USAGE, ids=" ".join)
+def test_wrong_usage_is_code_2(plain, words):
+    """With the usage, and nothing done."""
+    done = plain.reconcile(command=["gateway", *words])
+    assert done.returncode == 2 and "usage: hermes_boot.py gateway" in done.stderr
+
+
+def test_a_hanging_gateway_is_killed_after_the_stop_timeout(gateways):
+    """SIGKILL comes from s6, by the slot's own timeout-kill."""
+    host = gateways({"a": "trap '' TERM\nwhile :; do sleep 0.1; done\n"}, "running", environment={"HERMES_GATEWAY_STOP_TIMEOUT": "1"})
+    wait_for(lambda: host.starts("a") == 1)
+    started = time.monotonic()
+    assert host.do("stop", "-p", "a").returncode == 0
+    assert 1 <= time.monotonic() - started < 3 and not host.up("a")
+
+
+def test_a_crashing_gateway_backs_off_and_a_start_ends_that_at_once(gateways):
+    """Five deaths within a minute, then waits; mended, the next start stays up."""
+    host = gateways({"a": "exit 1\n"}, "running")
+    assert wait_for(lambda: "waiting 2 s before the next start" in host.box.log(), 20), host.box.log()
+    assert host.starts("a") == 5
+    assert wait_for(lambda: "waiting 4 s before the next start" in host.box.log(), 20)
+    (host.folder("a") / "does").write_text(RUN)
+    started = time.monotonic()
+    assert host.do("start", "-p", "a", user="hermes").returncode == 0
+    assert time.monotonic() - started < 2 and host.up("a") and wait_for(lambda: host.starts("a") == 7)
+    processes = host.box.exec("ps", "ax").stdout
+    assert "timeout 4 cat back-off" not in processes
+
+
+def test_a_stop_in_a_back_off_is_at_once(gateways):
+    """And so is the container's end."""
+    host = gateways({"a": "exit 1\n", "b": "exit 1\n"}, "running")
+    assert wait_for(lambda: host.box.log().count("waiting 4 s before the next start") == 2, 30)
+    started = time.monotonic()
+    assert host.do("stop", "-p", "a").returncode == 0
+    assert time.monotonic() - started < 1
+    started = time.monotonic()
+    host.box.stop()
+    assert time.monotonic() - started < 2
+
+
+def test_a_misconfigured_gateway_parks(gateways):
+    """Code 78 is EX_CONFIG: one start, no loop."""
+    host = gateways({"a": "exit 78\n"}, "running")
+    assert wait_for(lambda: host.starts("a") == 1)
+    time.sleep(2.5)
+    assert host.starts("a") == 1 and not host.up("a")
+    (host.folder("a") / "does").write_text(RUN)
+    assert host.do("start", "-p", "a").returncode == 0 and host.up("a")
+
+
+COUNTER = """n=$(cat "$folder/count" 2>/dev/null || echo 0)
+while :; do n=$((n + 1)); echo "line $n $(printf %0200d 0)" >&$((n % 2 + 1)); echo $n > "$folder/count"; done
+"""
+
+
+def test_no_line_is_lost_or_doubled_over_restarts_and_rotation(gateways):
+    """stdout and stderr alike, in the container's log and in the profile's, over three restarts and a rotation at 1 MB."""
+    host = gateways({"a": COUNTER}, "running")
+    count = host.folder("a") / "count"
+    for _ in range(3):
+        assert wait_for(lambda: count.exists() and (count.read_text().strip() or "0") != "0", 10)
+        time.sleep(0.7)
+        assert host.do("restart", "-p", "a").returncode == 0
+    assert wait_for(lambda: int(count.read_text().strip() or 0) > 6000, 60)
+    assert host.do("stop", "-p", "a").returncode == 0
+    last = int(count.read_text())
+    logs = host.volume / "logs/gateways/a"
+    assert wait_for(lambda: f"line {last} " in (logs / "current").read_text())
+    archives = sorted(logs.glob("@*"))
+    assert archives, "no rotation happened"
+    kept = [int(number) for file in [*archives, logs / "current"] for number in re.findall(r"line (\d+) ", file.read_text())]
+    shown = [int(number) for number in re.findall(r"line (\d+) ", host.box.log())]
+    for numbers in (kept, shown):
+        # a kill between a line and its count makes the next run say that number again: at most once a restart
+        repeated = [number for before, number in zip(numbers, numbers[1:]) if number != before + 1]
+        assert len(repeated) <= 3 and set(numbers) == set(range(1, max(numbers) + 1)) and max(numbers) >= last
+    assert kept == shown
+
+
+DRAIN = "trap 'sleep 2; echo drained; exit 0' TERM\necho ready\nwhile :; do sleep 0.05; done\n"
+
+
+def test_the_end_drains_all_in_parallel_and_marks_nobody_stopped(gateways):
+    """Five gateways of 2 s each and a CMD end together well below Docker's 10 s, and all come back."""
+    host = gateways({name: DRAIN for name in "abcde"}, "running")
+    assert wait_for(lambda: host.box.log().count("ready") == 5)
+    started = time.monotonic()
+    assert host.box.stop() == 143
+    assert 2 <= time.monotonic() - started < 4
+    assert host.box.log().count("drained") == 5
+    assert {host.state(name)["desired_state"] for name in "abcde"} == {"running"}
+    host.box.start("sleep", "infinity")
+    assert wait_for(lambda: all(host.up(name) for name in "abcde"))
+
+
+def test_the_cmd_is_told_to_end_with_the_gateways(container):
+    """It gets SIGTERM at once, not the final kill, and its own code is the container's."""
+    box = container()
+    box.start("sh", "-c", "trap 'sleep 1; echo goodbye; exit 5' TERM; while :; do sleep 0.05; done")
+    time.sleep(0.2)
+    started = time.monotonic()
+    assert box.stop() == 5
+    assert time.monotonic() - started < 3 and "goodbye" in box.log()
+
+
+def test_the_end_has_a_limit(gateways):
+    """A gateway that does not end is killed after HERMES_SHUTDOWN_TIMEOUT seconds."""
+    host = gateways({"a": "trap '' TERM\necho ready\nwhile :; do sleep 0.1; done\n"}, "running", environment={"HERMES_SHUTDOWN_TIMEOUT": "1"})
+    assert wait_for(lambda: "ready" in host.box.log())
+    started = time.monotonic()
+    assert host.box.stop() == 143
+    assert 1 <= time.monotonic() - started < 3
+
+
+def test_a_short_command_pays_no_grace(container):
+    """`docker run --rm IMAGE true`, with gateways idle or none: no fixed wait at its end."""
+    box = container()
+    box.run("true")
+    times = []
+    for _ in range(3):
+        started = time.monotonic()
+        assert box.run("true").returncode == 0
+        times.append(time.monotonic() - started)
+    assert min(times) < 1.5
+
+
+def test_two_hundred_gateways_start_and_stop_as_one(gateways):
+    """One call, in parallel: gateways that each take 2 s to end are all gone in a fraction of 200 times that."""
+    host = gateways({f"p{number}": "trap 'sleep 2; exit 0' TERM\nsleep infinity & wait\n" for number in range(200)})
+    started = time.monotonic()
+    done = host.do("start", "--all")
+    assert done.returncode == 0 and done.stdout.count(": started") == 201, done.stderr
+    assert time.monotonic() - started < 20
+    assert wait_for(lambda: all(host.starts(f"p{number}") for number in range(200)), 30)
+    started = time.monotonic()
+    done = host.do("stop", "--all")
+    assert done.returncode == 0 and done.stdout.count(": stopped") == 201, done.stderr
+    assert 2 <= time.monotonic() - started < 20
+
+
+FORMS = {
+    "gateway start": True,
+    "-p a gateway stop": True,
+    "--profile a gateway restart": True,
+    "--profile=a gateway start": True,
+    "gateway stop --all": True,
+    "gateway restart --system": False,
+    "gateway stop --help": False,
+    "gateway status": False,
+    "gateway": False,
+    "-v gateway stop": False,
+    "gateway stop --all --force": False,
+    "chat -q gateway stop": False,
+}
+
+
+def test_the_hermes_command_answers_exactly_its_forms(gateways):
+    """Everything else reaches the real program untouched."""
+    host = gateways({"a": RUN})
+    for form, ours in FORMS.items():
+        done = host.box.exec("hermes", *form.split())
+        assert done.stdout.startswith("real hermes: ") is not ours, (form, done)
+        assert ours or done.stdout == f"real hermes: {form}\n"
+        assert done.returncode == 0, (form, done)
+
+
+def test_the_profile_is_found_as_hermes_does(gateways):
+    """-p, else HERMES_HOME of a profile, else active_profile, else default."""
+    host = gateways({"a": RUN, "b": RUN, "c": RUN})
+    (host.volume / "active_profile").write_text("c\n")
+    assert host.box.exec("hermes", "-p", "a", "gateway", "start").stdout == "a: started\n"
+    assert host.box.exec("hermes", "gateway", "start", environment={"HERMES_HOME": "/opt/data/profiles/b"}).stdout == "b: started\n"
+    assert host.box.exec("hermes", "gateway", "start").stdout == "c: started\n"
+    (host.volume / "active_profile").unlink()
+    assert host.box.exec("hermes", "gateway", "start").stdout == "default: started\n"
+
+
+WORKER = """
+import random, sys
+sys.path.insert(0, "/opt/hermes/docker")
+import hermes_boot
+hermes_boot.become_hermes()
+manager = hermes_boot.S6ServiceManager(environment={"HERMES_HOME": "/opt/data"})
+dice = random.Random(int(sys.argv[1]))
+for _ in range(25):
+    name, action = dice.choice("abc"), dice.choice(["register", "unregister", "start", "stop"])
+    try:
+        if action == "register":
+            manager.register_profile_gateway(name, start_now=dice.random() < 0.5)
+        elif action == "unregister":
+            manager.unregister_profile_gateway(name)
+        else:
+            getattr(manager, action)(name, timeout=10)
+        print(action, name, "done")
+    except hermes_boot.GatewayError as error:
+        print(action, name, type(error).__name__, error)
+"""
+
+
+def test_two_managers_interleave_without_a_leftover(gateways):
+    """50 random commands of two processes on three names: then the scandir holds what it should, and nothing else runs."""
+    host = gateways({name: RUN for name in "abc"})
+    (host.box.upper.parent / "volume").mkdir(exist_ok=True)
+    (host.volume / "worker.py").write_text(WORKER)
+    commands = [host.box.exec_command(["/usr/bin/python3", "-IBS", "/opt/data/worker.py", seed]) for seed in ("1", "2")]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
+    outputs = [worker.communicate(timeout=240) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    assert all("Traceback" not in err for _, err in outputs)
+    registered = json.loads(host.do("list", "--json").stdout)
+    entries = {path.name for path in host.box.path("/run/service").iterdir()}
+    assert entries == {".s6-svscan", "dashboard", "main-hermes", *(f"gateway-{name}" for name in registered)}
+    processes = host.box.exec("ps", "axo", "args").stdout
+    supervised = {line.removeprefix("s6-supervise ") for line in processes.splitlines() if line.startswith("s6-supervise ")}
+    slots = {f"gateway-{name}" for name in registered}
+    assert supervised == {"dashboard", "main-hermes"} | slots | {f"{slot}/log" for slot in slots}, processes
+    assert processes.count("s6-log 1") == len(slots)
+    for name in registered:
+        assert host.do("start", "-p", name).returncode == 0 and host.do("unregister", "-p", name).returncode == 0
+    assert "s6-log" not in host.box.exec("ps", "axo", "args").stdout
+
+
+def test_extra_env_reaches_the_gateway_as_data(gateways):
+    """Quotes, newlines and $() included; a name that is none is refused."""
+    host = gateways({"a": 'env -0 > "$folder/env"\n' + RUN})
+    value = "it's \"$(id)\" `id`\nnext $HOME"
+    script = (
+        "import sys; sys.path.insert(0, '/opt/hermes/docker'); import hermes_boot; hermes_boot.become_hermes()\n"
+        "manager = hermes_boot.S6ServiceManager(environment={'HERMES_HOME': '/opt/data'}); manager.unregister_profile_gateway('a')\n"
+        "try: manager.register_profile_gateway('a', extra_env={'A B': 'x'})\n"
+        "except hermes_boot.InvalidName as error: print(error)\n"
+        "manager.register_profile_gateway('a', extra_env={'EXTRA': sys.argv[1]}); print(manager.is_running('gateway-a'))\n"
+    )
+    done = host.box.exec("/usr/bin/python3", "-IBSc", script, value)
+    assert done.stdout.startswith("extra_env: 'A B' cannot be a variable"), done
+    assert wait_for(lambda: (host.folder("a") / "env").exists() and host.up("a"))
+    assert f"EXTRA={value}".encode() in (host.folder("a") / "env").read_bytes().split(b"\0")
+
+
+def test_the_real_agent_and_ours_work_on_each_others_slots(container, tmp_path):
+    """`hermes profile create` publishes what ours controls and removes, `profile delete` removes ours, a restart rebuilds both."""
+    box = container(agent=True)
+    box.start("sleep", "infinity")
+    for name in ("coder", "writer"):
+        assert box.exec("hermes", "profile", "create", name, user="hermes").returncode == 0
+    assert box.exec(MANAGER, "gateway", "list").stdout == "coder\ndefault\nwriter\n"
+    assert box.exec("hermes", "-p", "coder", "gateway", "start").stdout == "coder: started\n"
+    state = tmp_path / "volume/profiles/coder/gateway_state.json"
+    assert wait_for(lambda: json.loads(state.read_text()).get("gateway_state") == "running", 30), box.log()
+    box.restart()
+    assert wait_for(lambda: box.exec(MANAGER, "gateway", "status", "-p", "coder").returncode == 0, 20)
+    assert box.path("/run/service/gateway-writer/down").exists()
+    assert wait_for(lambda: json.loads(state.read_text()).get("gateway_state") == "running", 30)
+    done = box.exec("hermes", "-p", "coder", "gateway", "stop")
+    assert done.stdout == "coder: stopped\n"
+    assert json.loads(state.read_text())["desired_state"] == "stopped" and state.stat().st_uid == 10000
+    box.restart()
+    assert box.exec(MANAGER, "gateway", "status", "-p", "coder").returncode == 3
+    assert box.exec("hermes", "profile", "delete", "coder", "--yes", user="hermes").returncode == 0
+    assert box.exec(MANAGER, "gateway", "unregister", "-p", "writer").returncode == 0
+    assert box.exec(MANAGER, "gateway", "list").stdout == "default\n"
+    assert wait_for(lambda: "gateway-coder" not in box.exec("ps", "axo", "args").stdout)
+
+
+def test_the_real_gateway_run_as_cmd_is_supervised_and_the_container_stays(container, tmp_path):
+    """The old way to start a gateway: the agent hands it to s6 and the CMD sleeps."""
+    box = container(agent=True)
+    box.start("gateway", "run")
+    state = tmp_path / "volume/gateway_state.json"
+    assert wait_for(lambda: state.exists() and json.loads(state.read_text()).get("gateway_state") == "running", 30), box.log()
+    assert wait_for(lambda: "sleep infinity" in box.exec("ps", "axo", "user,args").stdout.replace("  ", " "))
+    assert box.exec(MANAGER, "gateway", "status", "-p", "default").returncode == 0
+    started = time.monotonic()
+    box.stop()
+    assert time.monotonic() - started < 9.5
+    box.start("gateway", "run")
+    assert wait_for(lambda: box.exec(MANAGER, "gateway", "status", "-p", "default").returncode == 0, 20)
