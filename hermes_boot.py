@@ -1239,28 +1239,31 @@ class CommandFailed(GatewayError):
     """An s6 program failed, or what it was to bring about did not come about in time. The message has its stderr."""
 
 
-def spawn(program: str, *arguments: str, output: int = 2) -> int:
-    """Start an s6 program with its stdout on a descriptor; return its pid."""
-    path = wrapper.s6_program(program)
-    actions = [(os.POSIX_SPAWN_DUP2, output, 1)]
-    if output != 2:
-        actions.append((os.POSIX_SPAWN_DUP2, output, 2))
-    return os.posix_spawn(path, [program, *arguments], os.environ, file_actions=actions)
+class S6Command:
+    """A running s6 program; many run at once. What it prints goes to memory, so that none waits for us to read."""
+
+    __slots__ = ("pid", "output")
+
+    def __init__(self, program: str, *arguments: str) -> None:
+        """Start it; OSError when there is no such program."""
+        self.output = os.memfd_create(program)
+        actions = [(os.POSIX_SPAWN_DUP2, self.output, 1), (os.POSIX_SPAWN_DUP2, self.output, 2)]
+        self.pid = os.posix_spawn(wrapper.s6_program(program), [program, *arguments], os.environ, file_actions=actions)
+
+    def result(self) -> tuple[int, str]:
+        """Wait for its end; return its code and what it printed."""
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        with open(self.output, "rb") as file:
+            file.seek(0)
+            return code, file.read().decode(errors="replace").strip()
 
 
 def s6(program: str, *arguments: str) -> tuple[int, str]:
     """Run an s6 program; return its code and what it printed."""
-    reader, writer = os.pipe()
     try:
-        child = spawn(program, *arguments, output=writer)
+        return S6Command(program, *arguments).result()
     except OSError as error:
-        os.close(reader)
         return 127, f"{program}: {reason(error)}"
-    finally:
-        os.close(writer)
-    with open(reader, "rb") as file:
-        text = file.read().decode(errors="replace").strip()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text
 
 
 class S6ServiceManager:
@@ -1424,11 +1427,12 @@ class S6ServiceManager:
         if not up:
             for name in names:
                 self.announce_stop(self.valid(name))
-        commands = {name: spawn("s6-svc", "-u" if up else "-d", slot) for name, slot in slots.items()}
+        commands = {name: S6Command("s6-svc", "-u" if up else "-d", slot) for name, slot in slots.items()}
         failures: dict[str, GatewayError] = {}
-        for name, child in commands.items():
-            if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
-                failures[name] = CommandFailed(f"{name}: s6-svc ended with code {code}; no supervisor answers on {slots[name]}")
+        for name, command in commands.items():
+            code, text = command.result()
+            if code:
+                failures[name] = CommandFailed(f"{name}: {text}; restart the container if no supervisor answers")
         waiting = [name for name in names if name not in failures]
         deadline = time.monotonic() + timeout
         while waiting:
@@ -1854,12 +1858,11 @@ def shut_down(boot: Boot) -> int:
     deadline = time.monotonic() + int(value)
     slots = [f"{manager.scandir}/{SLOT_PREFIX}{name}" for name in manager.list_profile_gateways()]
     slots = [slot for slot in slots if is_supervised(slot)]
-    children = [spawn("s6-svc", "-d", slot) for slot in slots]
-    command = wrapper.command_process()
-    if command:
+    commands = [S6Command("s6-svc", "-d", slot) for slot in slots]
+    if command := wrapper.command_process():
         os.kill(command, SIGTERM)
-    for child in children:
-        os.waitpid(child, 0)
+    for stopping in commands:
+        stopping.result()
     while slots and time.monotonic() < deadline:
         for slot in slots:
             end_back_off(slot)
