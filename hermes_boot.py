@@ -744,10 +744,12 @@ def seed(boot: Boot) -> int:
 
 def try_volume(boot: Boot, home: Folder) -> None:
     """Write a file as hermes. A full disk is only said: gateways may still run. A volume that refuses is Fatal."""
-    probe = ".hermes-write-test"
+    probe = "hermes-write-test"
     try:
-        home.write(probe, b"hermes\n", 0o600, replace=True)
-        os.unlink(probe, dir_fd=home.fd)
+        with Lock(home) as lock:
+            if lock.held:
+                home.remove_temporaries(probe)
+            os.unlink(home.write_beside(probe, b"hermes\n", 0o600), dir_fd=home.fd)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             warn(f"{shown(boot.home)}: {reason(error)}; free some space, or gateways will not start well")

@@ -1,0 +1,271 @@
+"""No volume stops the boot: each fault stands between two good profiles, which must come up all the same.
+
+Run over the real phases on real s6, as root that drops to hermes. Each row makes one fault and names what the boot says of it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+RUNNING = '{"desired_state": "running"}'
+STATE = "gateway_state.json"
+
+
+def bind_socket(path: Path) -> None:
+    """Leave a socket at a path, however long that is."""
+    with socket.socket(socket.AF_UNIX) as server:
+        here = os.getcwd()
+        os.chdir(path.parent)
+        try:
+            server.bind(path.name)
+        finally:
+            os.chdir(here)
+
+
+def sparse(path: Path) -> None:
+    """Make a file of 1 GiB that takes no space."""
+    with open(path, "wb") as file:
+        file.truncate(1 << 30)
+
+
+def instead(path: Path, make) -> None:
+    """Put something else in a file's place."""
+    if path.is_dir() and not path.is_symlink():
+        subprocess.run(["rm", "-rf", path], check=True)
+    path.unlink(missing_ok=True)
+    make(path)
+
+
+def state(content: str | bytes):
+    """Make the fault that a state file has this content."""
+    return lambda home: (home / "profiles/m" / STATE).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape"))
+
+
+def at(name: str, make):
+    """Make the fault that something else is in an entry's place."""
+    return lambda home: instead(home / name, make)
+
+
+def named(name: str):
+    """Make the fault that a folder of profiles/ has this name."""
+
+    def fault(home: Path) -> None:
+        folder = home / "profiles" / name
+        folder.mkdir()
+        (folder / "SOUL.md").touch()
+        (folder / STATE).write_text(RUNNING)
+
+    return fault
+
+
+def immutable(home: Path) -> None:
+    """Make a profile that even root cannot change."""
+    subprocess.run(["chattr", "+i", home / "profiles/m"], check=True)
+
+
+def link_to(target: str):
+    """Make a link to a target."""
+    return lambda path: path.symlink_to(target)
+
+
+def device(path: Path) -> None:
+    """Make a device that never ends."""
+    os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 5))
+
+
+M = "profiles/m"
+SILENT = ""
+STATE_FAULT = f"profile=m prior_state=none action=registered reason=\"{STATE} "
+SKIPPED = "profile=m prior_state=none action=skipped reason=\""
+FAULTS = {
+    # folder names
+    "name Coder": (named("Coder"), "profile=Coder prior_state=none action=skipped reason=\"a profile's name has only"),
+    "name with a space": (named("my profile"), "profile='my profile' "),
+    "name with a newline": (named("a\nb"), "profile='a\\nb' "),
+    "name -rf": (named("-rf"), "profile=-rf "),
+    "name ..x": (named("..x"), "profile=..x "),
+    "name of invalid UTF-8": (named("\udcff\udcfe"), "profile='\\udcff\\udcfe' "),
+    "name of 252 bytes": (named("m" * 252), "(252 characters) prior_state=none action=skipped reason=\"the name is longer"),
+    "name default": (named("default"), 'reason="the name is reserved for the root profile'),
+    # the state file's content
+    "state list": (state("[]"), STATE_FAULT + "is not a JSON object"),
+    "state number": (state("7"), STATE_FAULT),
+    "state string": (state('"running"'), STATE_FAULT),
+    "state null": (state("null"), STATE_FAULT),
+    "state empty": (state(""), STATE_FAULT),
+    "state truncated": (state('{"desired_state": "run'), STATE_FAULT),
+    "state invalid UTF-8": (state(b'{"desired_state": "\xff"}'), STATE_FAULT),
+    "state with BOM": (state(b"\xef\xbb\xbf" + RUNNING.encode()), "profile=m prior_state=running action=started"),
+    "state nested": (state("[" * 200_000), STATE_FAULT),
+    "state nested in a key": (state('{"a":' * 100_000), STATE_FAULT),
+    "state of 1 GiB": (lambda home: sparse(home / M / STATE), STATE_FAULT + "is longer than"),
+    "state with duplicate keys": (state('{"desired_state": "running", "desired_state": "stopped"}'), "profile=m prior_state=stopped action=registered"),
+    "state NaN": (state('{"desired_state": NaN}'), STATE_FAULT + "has a state that is no string"),
+    "state huge number": (state('{"pid": ' + "9" * 100_000 + "}"), STATE_FAULT),
+    "intent dict": (state('{"desired_state": {}}'), STATE_FAULT + "has a state that is no string"),
+    "intent list": (state('{"desired_state": []}'), STATE_FAULT),
+    "intent number": (state('{"desired_state": 1}'), STATE_FAULT),
+    "state dict": (state('{"gateway_state": {}}'), STATE_FAULT),
+    "intent of 300 KB": (state('{"desired_state": "' + "x" * 300_000 + '"}'), "...(300000 characters) action=registered"),
+    "intent with newlines": (state('{"desired_state": "x\\nprofile=z prior_state=none action=skipped"}'), "prior_state='x\\nprofile"),
+    # the state file's kind
+    "state FIFO": (at(f"{M}/{STATE}", os.mkfifo), STATE_FAULT + "is not a regular file"),
+    "state socket": (at(f"{M}/{STATE}", bind_socket), STATE_FAULT),
+    "state device": (at(f"{M}/{STATE}", device), STATE_FAULT),
+    "state folder": (at(f"{M}/{STATE}", Path.mkdir), STATE_FAULT),
+    "state dangling link": (at(f"{M}/{STATE}", link_to("/no/such")), STATE_FAULT + "is a link"),
+    "state link to shadow": (at(f"{M}/{STATE}", link_to("/etc/shadow")), STATE_FAULT + "is a link"),
+    "state link to itself": (at(f"{M}/{STATE}", link_to(STATE)), STATE_FAULT + "is a link"),
+    "state link to a FIFO": (
+        lambda home: (os.mkfifo(home / "fifo"), instead(home / M / STATE, link_to("../../fifo"))),
+        STATE_FAULT + "is a link",
+    ),
+    "state of mode 000": (lambda home: (home / M / STATE).chmod(0), STATE_FAULT + "cannot be used (Permission denied)"),
+    # SOUL.md
+    "SOUL.md FIFO": (at(f"{M}/SOUL.md", os.mkfifo), SKIPPED + "SOUL.md is not a file"),
+    "SOUL.md folder": (at(f"{M}/SOUL.md", Path.mkdir), SKIPPED + "SOUL.md is not a file"),
+    "SOUL.md dangling link": (at(f"{M}/SOUL.md", link_to("/no/such")), SKIPPED + "SOUL.md is not a file"),
+    "SOUL.md link to itself": (at(f"{M}/SOUL.md", link_to("SOUL.md")), SKIPPED + "SOUL.md is not a file"),
+    # stale files
+    "gateway.pid folder": (at(f"{M}/gateway.pid", Path.mkdir), "gateway.pid cannot be used (Is a directory); remove it"),
+    "gateway.pid link": (at(f"{M}/gateway.pid", link_to("/etc/passwd")), SILENT),
+    "processes.json folder": (at(f"{M}/processes.json", Path.mkdir), "processes.json cannot be used (Is a directory)"),
+    # the profile
+    "profile a link": (at(M, link_to("/etc")), SKIPPED + "profiles/m is a link"),
+    "profile a dangling link": (at(M, link_to("/no/such")), SKIPPED + "profiles/m is a link"),
+    "profile a link to a good one": (at(M, link_to("a-good")), SKIPPED + "profiles/m is a link"),
+    "profile a file": (at(M, Path.touch), SILENT),
+    "profile a FIFO": (at(M, os.mkfifo), SILENT),
+    "profile of mode 000": (lambda home: (home / M).chmod(0), SKIPPED + "profiles/m cannot be used (Permission denied)"),
+    "profile immutable": (immutable, "could not be given to 10000:10000"),
+    "profile with a setuid folder": (lambda home: (home / M).chmod(0o6755), SILENT),
+    # logs
+    "logs a file": (at("logs", Path.touch), "logs on the volume is a link, or not of the kind it should be"),
+    "logs a link to /etc": (at("logs", link_to("/etc")), "logs on the volume is a link"),
+    "logs/gateways a file": (at("logs/gateways", lambda path: (path.parent.mkdir(), path.touch())), "logs/gateways/m is a link, or not of the kind"),
+    "a log folder a link": (
+        lambda home: ((home / "logs/gateways").mkdir(parents=True), (home / "logs/gateways/m").symlink_to("/etc")),
+        "logs/gateways/m is a link",
+    ),
+    "boot log a folder": (at("logs/container-boot.log", lambda path: path.mkdir(parents=True)), "logs/container-boot.log cannot be used (Is a directory)"),
+    "boot log a link": (
+        lambda home: ((home / "logs").mkdir(), (home / "logs/container-boot.log").symlink_to("/etc/passwd")),
+        "logs/container-boot.log is a link",
+    ),
+    "boot log a FIFO": (lambda home: ((home / "logs").mkdir(), os.mkfifo(home / "logs/container-boot.log")), "logs/container-boot.log cannot be used"),
+    # managed files and folders
+    "skills a link": (at("skills", link_to("/etc")), "skills on the volume is a link"),
+    "platforms a file": (at("platforms", Path.touch), "platforms/pairing on the volume is a link, or not of the kind"),
+    "config.yaml a folder": (at("config.yaml", Path.mkdir), SILENT),
+    ".env a link to shadow": (at(".env", link_to("/etc/shadow")), SILENT),
+    ".env a FIFO": (at(".env", os.mkfifo), SILENT),
+    "active_profile a FIFO": (at("active_profile", os.mkfifo), SILENT),
+    "version stamp a FIFO": (at(".hermes-agent-version", os.mkfifo), SILENT),
+}
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A volume with a good profile before and after the fault, in name order; unprotected again at the end."""
+    home = tmp_path / "volume"
+    for name in ("a-good", "m", "z-good"):
+        (home / "profiles" / name).mkdir(parents=True)
+        (home / "profiles" / name / "SOUL.md").touch()
+        (home / "profiles" / name / STATE).write_text(RUNNING)
+    yield home
+    subprocess.run(["chattr", "-i", home / "profiles/m"], capture_output=True)
+
+
+def snapshot() -> list[tuple]:
+    """Return owner, mode, size and times of what must not change outside the volume."""
+    paths = ["/etc", "/etc/passwd", "/etc/shadow", "/etc/group"]
+    return [(path, *(getattr(os.lstat(path), f"st_{field}") for field in ("uid", "gid", "mode", "size", "mtime_ns", "ctime_ns"))) for path in paths]
+
+
+CHECK = "for p in a-good z-good; do s6-svwait -t 3000 -u /run/service/gateway-$p || echo missing $p; done; stat -c '%n %u:%g %a' /etc/shadow"
+
+
+@pytest.mark.parametrize("fault, said", FAULTS.values(), ids=FAULTS)
+def test_the_good_profiles_come_up_beside(container, home, fault, said):
+    """Both good gateways start, the boot ends with 0 in seconds, one line names the fault, nothing outside changes."""
+    box = container()
+    program = box.upper / "opt/hermes/.venv/bin/hermes"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_text("#!/bin/sh\nexec sleep infinity\n")
+    program.chmod(0o755)
+    fault(home)
+    before = snapshot()
+    started = time.monotonic()
+    done = box.run("sh", "-c", f"PATH=/command:$PATH; {CHECK}")
+    assert done.returncode == 0, done.stderr
+    assert b"missing" not in done.stdout, done.stderr.decode()
+    assert time.monotonic() - started < 10
+    err = done.stderr.decode()
+    assert said in err and "Traceback" not in err, err
+    assert snapshot() == before
+    assert (box.upper / "etc/passwd").stat().st_uid == 0 and b"/etc/shadow 0:" in done.stdout
+
+
+def test_a_full_volume_starts_what_it_has(container, tmp_path, home):
+    """No byte left: the seeds are missing and that is said, the gateways start."""
+    full = tmp_path / "full"
+    full.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", full], check=True)
+    try:
+        subprocess.run(["cp", "-a", f"{home}/.", full], check=True)
+        subprocess.run(["dd", "if=/dev/zero", f"of={full}/fill", "bs=4k"], capture_output=True)
+        box = container(volume=full)
+        program = box.upper / "opt/hermes/.venv/bin/hermes"
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text("#!/bin/sh\nexec sleep infinity\n")
+        program.chmod(0o755)
+        done = box.run("sh", "-c", f"PATH=/command:$PATH; {CHECK}")
+        assert done.returncode == 0 and b"missing" not in done.stdout, done.stderr.decode()
+        assert b"No space left on device; free some space" in done.stderr
+        assert not [path for path in full.iterdir() if path.name.endswith(".tmp")]
+    finally:
+        subprocess.run(["umount", "-l", full], check=True)
+
+
+def test_a_read_only_volume_ends_the_boot_with_the_reason(container, tmp_path, home):
+    """It cannot serve: code 1 and what to do."""
+    subprocess.run(["mount", "--bind", home, home], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", home], check=True)
+        done = container().run("true")
+    finally:
+        subprocess.run(["umount", "-l", home], check=True)
+    assert done.returncode == 1
+    assert b"cannot be written by hermes (10000:10000): Read-only file system" in done.stderr and b"mount it writable" in done.stderr
+
+
+def test_a_hundred_thousand_entries_and_renames_during_the_sweep(container, home):
+    """A wide folder, with names that change while it is swept."""
+    wide = home / "workspace/wide"
+    wide.mkdir(parents=True)
+    for number in range(100_000):
+        os.close(os.open(wide / str(number), os.O_CREAT))
+    (home / "workspace/moves/deep/er").mkdir(parents=True)
+    script = (
+        "import os, sys\nos.chdir(sys.argv[1])\nwhile True:\n"
+        " for a, b in (('moves', 'moved'), ('moved/deep', 'deep'), ('deep', 'moved/deep'), ('moved', 'moves')):\n"
+        "  try: os.rename(a, b)\n  except OSError: pass\n"
+    )
+    mover = subprocess.Popen([sys.executable, "-IS", "-c", script, str(home / "workspace")])
+    try:
+        started = time.monotonic()
+        done = container().run("true")
+        assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+        assert time.monotonic() - started < 20
+    finally:
+        mover.kill()
+        mover.wait()
+    assert (wide / "99999").stat().st_uid == 10000
