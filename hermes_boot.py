@@ -234,10 +234,11 @@ class Folder:
             os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         return True
 
-    def remove_temporaries(self, name: str) -> None:
-        """Remove what a killed writer of this name left; only with the lock held is every one of them stale."""
+    def remove_temporaries(self, *names: str) -> None:
+        """Remove what killed writers of these names left; only with the lock held is every one of them stale."""
+        starts = tuple(f".{name}." for name in names)
         for entry in os.listdir(self.fd):
-            if entry.startswith(f".{name}.") and entry.endswith(".tmp"):
+            if entry.startswith(starts) and entry.endswith(".tmp"):
                 os.unlink(entry, dir_fd=self.fd)
 
     def remove(self, name: str) -> None:
@@ -748,7 +749,7 @@ def try_volume(boot: Boot, home: Folder) -> None:
     try:
         with Lock(home) as lock:
             if lock.held:
-                home.remove_temporaries(probe)
+                home.remove_temporaries(probe, STATE_FILE, VERSION_STAMP, "auth.json", *BUILT_IN)
             os.unlink(home.write_beside(probe, b"hermes\n", 0o600), dir_fd=home.fd)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -1481,7 +1482,7 @@ class S6ServiceManager:
             with Folder(self.home, follow=True) as home:
                 log_fault = make_log_folder(home, profile)
             files = slot_files(profile, self.stop_timeout, extra_env, to_folder=not log_fault)
-            with Folder(self.scandir) as scandir, Lock(scandir):
+            with Folder(self.scandir, follow=True) as scandir, Lock(scandir):
                 if scandir.stat(name):
                     raise AlreadyRegistered(f"{profile}: has a gateway already")
                 build(scandir, name, files, start=start_now)
@@ -1502,7 +1503,7 @@ class S6ServiceManager:
         name = os.path.basename(slot)
         removed = f".{name}"[:230] + f".{time.time_ns():x}"
         try:
-            with Folder(self.scandir) as scandir:
+            with Folder(self.scandir, follow=True) as scandir:
                 with Lock(scandir):
                     os.rename(name, removed, src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
                 rescan(self.scandir, "-an")
@@ -1773,11 +1774,15 @@ def reconcile_phase(boot: Boot) -> int:
 
 def own_scandir(boot: Boot) -> None:
     """Hand the scandir and s6-svscan's control FIFO to hermes, which publishes slots at run time."""
-    os.makedirs(boot.scandir, 0o755, exist_ok=True)
-    if os.geteuid() != 0:
-        return
+    try:
+        os.makedirs(boot.scandir, 0o755, exist_ok=True)
+        folder = Folder(boot.scandir, follow=True)
+    except OSError as error:
+        raise Fatal(f"the scandir {shown(boot.scandir)} {fault(error)}, so no gateway can run; make it a writable folder") from error
     sweep = Sweep(boot, 0)
-    with Folder(boot.scandir) as scandir:
+    with folder as scandir:
+        if os.geteuid() != 0:
+            return
         sweep.claim(".", scandir.fd)
         try:
             with scandir.folder(".s6-svscan") as control:
@@ -1795,7 +1800,7 @@ def reconcile(boot: Boot, words: list[str]) -> int:
             for profile in profiles:
                 boot.does(f"publish: {profile.line().split(' ', 1)[1].rstrip()}")
             return 0
-        with Folder(boot.scandir) as scandir:
+        with Folder(boot.scandir, follow=True) as scandir:
             timeout = stop_timeout(boot.environment)
             for profile in profiles:
                 if profile.action != "skipped":
