@@ -269,3 +269,61 @@ def test_a_hundred_thousand_entries_and_renames_during_the_sweep(container, home
         mover.kill()
         mover.wait()
     assert (wide / "99999").stat().st_uid == 10000
+
+
+@pytest.mark.parametrize("make", [Path.touch, link_to("/etc"), link_to("/no/such"), os.mkfifo], ids=["file", "link", "dangling link", "FIFO"])
+def test_profiles_that_are_no_folder_cost_only_themselves(container, home, make):
+    """The root profile's gateway is there all the same."""
+    instead(home / "profiles", make)
+    done = container().run("ls", "/run/service")
+    assert done.returncode == 0 and b"gateway-default" in done.stdout
+    assert b"profiles on the volume is a link, or not of the kind it should be, so no profile but default has a gateway" in done.stderr
+
+
+def test_a_volume_out_of_inodes_starts_what_it_has(container, tmp_path, home):
+    """No file more can be made."""
+    full = tmp_path / "full"
+    full.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=40", "tmpfs", full], check=True)
+    try:
+        subprocess.run(["cp", "-a", f"{home}/.", full], check=True)
+        for number in range(40):
+            try:
+                (full / f"fill{number}").touch()
+            except OSError:
+                break
+        box = container(volume=full)
+        program = box.upper / "opt/hermes/.venv/bin/hermes"
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text("#!/bin/sh\nexec sleep infinity\n")
+        program.chmod(0o755)
+        done = box.run("sh", "-c", f"PATH=/command:$PATH; {CHECK}")
+        assert done.returncode == 0 and b"missing" not in done.stdout, done.stderr.decode()
+    finally:
+        subprocess.run(["umount", "-l", full], check=True)
+
+
+@pytest.mark.parametrize("make", [Path.touch, link_to("/no/such")], ids=["file", "dangling link"])
+def test_a_scandir_that_is_none_is_one_line(plain, make):
+    """No gateway can run, and that is said."""
+    make(plain.scandir)
+    done = plain.reconcile()
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "fatal: the scandir " in line and "so no gateway can run" in line
+
+
+HOMES = ["/srv/with space", "/srv/it's", '/srv/"quoted"', "/srv/$(touch /tmp/pwned)`touch /tmp/pwned`", "/srv/line\nbreak", "/srv/-x;y&z"]
+
+
+@pytest.mark.parametrize("path", HOMES)
+def test_any_home_boots_and_logs_to_the_right_folder(container, path):
+    """Its name reaches the scripts as data."""
+    box = container(environment={"HERMES_HOME": path, "HERMES_GATEWAY_BOOTSTRAP_STATE": "running"})
+    program = box.upper / "opt/hermes/.venv/bin/hermes"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_text('#!/bin/sh\necho "here: $PWD"\nexec sleep infinity\n')
+    program.chmod(0o755)
+    wait = 'for i in 1 2 3 4 5 6 7 8 9 10; do grep -q here: "$HERMES_HOME/logs/gateways/default/current" && break; sleep 0.2; done'
+    done = box.run("sh", "-c", f'{wait}; cat "$HERMES_HOME/logs/gateways/default/current"; ls -d /tmp/pwned')
+    assert done.returncode == 2 and f"here: {path.splitlines()[0]}" in done.stdout.decode(), done
