@@ -247,11 +247,11 @@ def test_a_read_only_volume_ends_the_boot_with_the_reason(container, tmp_path, h
     assert b"cannot be written by hermes (10000:10000): Read-only file system" in done.stderr and b"mount it writable" in done.stderr
 
 
-def test_a_hundred_thousand_entries_and_renames_during_the_sweep(container, home):
+def test_a_million_entries_and_renames_during_the_sweep(container, home):
     """A wide folder, with names that change while it is swept."""
     wide = home / "workspace/wide"
     wide.mkdir(parents=True)
-    for number in range(100_000):
+    for number in range(1_000_000):
         os.close(os.open(wide / str(number), os.O_CREAT))
     (home / "workspace/moves/deep/er").mkdir(parents=True)
     script = (
@@ -262,13 +262,15 @@ def test_a_hundred_thousand_entries_and_renames_during_the_sweep(container, home
     mover = subprocess.Popen([sys.executable, "-IS", "-c", script, str(home / "workspace")])
     try:
         started = time.monotonic()
-        done = container().run("true")
+        done = container().run("true", timeout=120)
         assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 60
+        print(f"a million chowns: {time.monotonic() - started:.1f} s")
     finally:
         mover.kill()
         mover.wait()
-    assert (wide / "99999").stat().st_uid == 10000
+    assert (wide / "999999").stat().st_uid == 10000
+    subprocess.run(["rm", "-rf", wide], check=True)
 
 
 @pytest.mark.parametrize("make", [Path.touch, link_to("/etc"), link_to("/no/such"), os.mkfifo], ids=["file", "link", "dangling link", "FIFO"])

@@ -155,8 +155,8 @@ def test_another_home_with_missing_parents(container):
 
 
 def test_a_deep_folder_needs_no_descriptors_or_recursion(container, volume):
-    """5,000 levels, under a limit of 64 open files."""
-    script = "import os\nfor _ in range(5000):\n os.mkdir('d'); os.chdir('d')\nopen('leaf', 'w')"
+    """10,000 levels, under a limit of 64 open files."""
+    script = "import os\nfor _ in range(10000):\n os.mkdir('d'); os.chdir('d')\nopen('leaf', 'w')"
     subprocess.run([sys.executable, "-IS", "-c", script], cwd=volume / "workspace", check=True)
     try:
         boot = ["prlimit", "--nofile=64", "/opt/hermes/docker/hermes_boot.py", "setup"]
@@ -164,7 +164,7 @@ def test_a_deep_folder_needs_no_descriptors_or_recursion(container, volume):
         box.start("sleep", "infinity")
         subprocess.run(["chown", "-Rh", "0:0", volume / "workspace/d"], check=True)
         done = box.exec(*boot)
-        assert done.returncode == 0 and "give 5001 of " in done.stderr, done.stderr
+        assert done.returncode == 0 and "give 10001 of " in done.stderr, done.stderr
         assert "give " not in box.exec(*boot).stderr
     finally:
         subprocess.run(["rm", "-rf", volume / "workspace/d"], check=True)
