@@ -331,10 +331,15 @@ def as_owner(owner: Owner, action, *arguments) -> int:
     """Run an action as hermes and return its exit code: in a child that drops for good when we are root, else right here."""
     if os.geteuid() != 0 or owner[0] == 0:
         return guarded(action, *arguments)
+
+    def dropped() -> int:
+        wrapper.drop(*owner)
+        return action(*arguments)
+
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
-        code = guarded(lambda: wrapper.drop(*owner) or action(*arguments))
+        code = guarded(dropped)
         sys.stdout.flush()
         os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -795,9 +800,10 @@ def sync_skills(boot: Boot) -> None:
         return
     environment = wrapper.program_environment(boot.environment) | {"HERMES_BUNDLED_SKILLS": bundled}
     script = next((path for path in (f"{IMAGE}/tools/skills_sync.py", *installed("tools/skills_sync.py")) if os.path.exists(path)), "")
-    if script and boot.does("sync the bundled skills"):
-        if code := run_helper(boot.owner, [f"{VENV}/bin/python", script], environment):
-            warn(f"skills sync ended with code {code}; run it again with `{VENV}/bin/python {script}`")
+    if not script or not boot.does("sync the bundled skills"):
+        return
+    if code := run_helper(boot.owner, [f"{VENV}/bin/python", script], environment):
+        warn(f"skills sync ended with code {code}; run it again with `{VENV}/bin/python {script}`")
 
 
 def installed(pattern: str) -> list[str]:
@@ -979,9 +985,9 @@ def container_command() -> list[str]:
         except OSError:
             continue  # ended meanwhile, or not ours to read
         for index, word in enumerate(words):
-            if os.path.basename(word) in ("main-wrapper.sh", "main_wrapper.py"):
-                if process == "1" or any(os.path.basename(before) == "rc.init" for before in words[:index]):
-                    return words[index + 1 :]
+            launched = process == "1" or any(os.path.basename(before) == "rc.init" for before in words[:index])
+            if launched and os.path.basename(word) in ("main-wrapper.sh", "main_wrapper.py"):
+                return words[index + 1 :]
     return []
 
 
@@ -1494,12 +1500,14 @@ class S6ServiceManager:
         if not until(lambda: is_supervised(f"{self.scandir}/{name}"), 5) and os.path.exists(f"{self.scandir}/.s6-svscan/control"):
             raise CommandFailed(f"{profile}: s6-svscan did not take up its slot within 5 s")
 
-    def unregister_profile_gateway(self, profile: str) -> None:
-        """Stop a gateway and remove its slot, supervisors and logger included. Raises NotRegistered, InvalidName, CommandFailed."""
+    def unregister_profile_gateway(self, profile: str, *, timeout: float | None = None) -> None:
+        """Stop a gateway within timeout seconds and remove its slot, supervisors and logger included.
+
+        Raises NotRegistered, InvalidName, CommandFailed; when it does not end in time, its slot stays.
+        """
         slot = self.slot(profile)
         if is_supervised(slot):
-            for error in self.bring([profile], up=False, timeout=self.stop_timeout + 5).values():
-                raise error
+            self.raise_first(self.bring([profile], up=False, timeout=self.stop_timeout + 5 if timeout is None else timeout))
         name = os.path.basename(slot)
         removed = f".{name}"[:230] + f".{time.time_ns():x}"
         try:
@@ -1882,7 +1890,13 @@ def shut_down(boot: Boot) -> int:
 # Command line
 
 
-ROLES = {"10-hermes-shutdown": "shutdown", "01-hermes-setup": "setup", "stage2-hook.sh": "setup", "02-reconcile-profiles": "reconcile", "entrypoint.sh": "entrypoint"}
+ROLES = {
+    "10-hermes-shutdown": "shutdown",
+    "01-hermes-setup": "setup",
+    "stage2-hook.sh": "setup",
+    "02-reconcile-profiles": "reconcile",
+    "entrypoint.sh": "entrypoint",
+}
 USAGE = """usage: hermes_boot.py [setup | reconcile] [--dry-run]
        hermes_boot.py gateway ACTION [-p NAME | --all] [--json]
        hermes_boot.py shutdown

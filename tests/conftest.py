@@ -13,6 +13,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import sandbox
 
+
 @pytest.fixture(scope="session")
 def live() -> None:
     """Skip with the reason where no sandbox can run; fail instead where live tests are required."""

@@ -42,7 +42,7 @@ SUPERVISION_PATH = "/command:/usr/bin:/bin:/usr/sbin:/sbin"  # what s6-overlay l
 PASSWD = "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www-data:/var/www:/usr/sbin/nologin\nhermes:x:10000:10000::/opt/data:/bin/bash\n"
 GROUP = "root:x:0:\nwww-data:x:33:\nusers:x:100:\nhermes:x:10000:\n"
 
-RC_INIT = f"""#!/bin/sh
+RC_INIT = """#!/bin/sh
 trap : INT
 shift
 until [ -p /run/service/.s6-svscan/control ]; do sleep 0.01; done
@@ -52,7 +52,7 @@ if [ "$failed" = 1 ] && [ "$(cat /run/s6/behaviour)" = 2 ]; then
   echo 1 > /run/exitcode
   exec /run/s6/basedir/halt
 fi
-for service in /etc/s6-overlay/s6-rc.d/user/contents.d/*; do /command/s6-svc -u "/run/service/${{service##*/}}"; done
+for service in /etc/s6-overlay/s6-rc.d/user/contents.d/*; do /command/s6-svc -u "/run/service/${service##*/}"; done
 cd "$(cat /run/s6/workdir)"
 "$@"
 echo "$?" > /run/exitcode
@@ -348,7 +348,9 @@ def become_container(folder: str) -> None:
     root = f"{folder}/root"
     mount = "mount -n".split()
     layers = ":".join([*spec["layers"], "/"])
-    subprocess.run([*mount, "-t", "overlay", "overlay", "-o", f"lowerdir={layers},upperdir={folder}/upper,workdir={folder}/work", root], check=True)
+    subprocess.run(
+        [*mount, "-t", "overlay", "overlay", "-o", f"lowerdir={layers},upperdir={folder}/upper,workdir={folder}/work", root], check=True
+    )
     for kind, target, options in (("proc", "proc", "nosuid"), ("tmpfs", "run", "mode=0755"), ("tmpfs", "tmp", "mode=1777")):
         os.makedirs(f"{root}/{target}", exist_ok=True)
         subprocess.run([*mount, "-t", kind, kind, "-o", options, f"{root}/{target}"], check=True)

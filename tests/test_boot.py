@@ -7,7 +7,6 @@ import subprocess
 import time
 
 import pytest
-
 from sandbox import PROJECT, wait_for
 
 GOLDEN_VOLUME = """\

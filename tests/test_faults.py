@@ -46,7 +46,9 @@ def instead(path: Path, make) -> None:
 
 def state(content: str | bytes):
     """Make the fault that a state file has this content."""
-    return lambda home: (home / "profiles/m" / STATE).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape"))
+    return lambda home: (home / "profiles/m" / STATE).write_bytes(
+        content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape")
+    )
 
 
 def at(name: str, make):
@@ -83,8 +85,8 @@ def device(path: Path) -> None:
 
 M = "profiles/m"
 SILENT = ""
-STATE_FAULT = f"profile=m prior_state=none action=registered reason=\"{STATE} "
-SKIPPED = "profile=m prior_state=none action=skipped reason=\""
+STATE_FAULT = f'profile=m prior_state=none action=registered reason="{STATE} '
+SKIPPED = 'profile=m prior_state=none action=skipped reason="'
 FAULTS = {
     # folder names
     "name Coder": (named("Coder"), "profile=Coder prior_state=none action=skipped reason=\"a profile's name has only"),
@@ -93,7 +95,7 @@ FAULTS = {
     "name -rf": (named("-rf"), "profile=-rf "),
     "name ..x": (named("..x"), "profile=..x "),
     "name of invalid UTF-8": (named("\udcff\udcfe"), "profile='\\udcff\\udcfe' "),
-    "name of 252 bytes": (named("m" * 252), "(252 characters) prior_state=none action=skipped reason=\"the name is longer"),
+    "name of 252 bytes": (named("m" * 252), '(252 characters) prior_state=none action=skipped reason="the name is longer'),
     "name default": (named("default"), 'reason="the name is reserved for the root profile'),
     # the state file's content
     "state list": (state("[]"), STATE_FAULT + "is not a JSON object"),
@@ -107,7 +109,10 @@ FAULTS = {
     "state nested": (state("[" * 200_000), STATE_FAULT),
     "state nested in a key": (state('{"a":' * 100_000), STATE_FAULT),
     "state of 1 GiB": (lambda home: sparse(home / M / STATE), STATE_FAULT + "is longer than"),
-    "state with duplicate keys": (state('{"desired_state": "running", "desired_state": "stopped"}'), "profile=m prior_state=stopped action=registered"),
+    "state with duplicate keys": (
+        state('{"desired_state": "running", "desired_state": "stopped"}'),
+        "profile=m prior_state=stopped action=registered",
+    ),
     "state NaN": (state('{"desired_state": NaN}'), STATE_FAULT + "has a state that is no string"),
     "state huge number": (state('{"pid": ' + "9" * 100_000 + "}"), STATE_FAULT),
     "intent dict": (state('{"desired_state": {}}'), STATE_FAULT + "has a state that is no string"),
@@ -150,17 +155,26 @@ FAULTS = {
     # logs
     "logs a file": (at("logs", Path.touch), "logs on the volume is a link, or not of the kind it should be"),
     "logs a link to /etc": (at("logs", link_to("/etc")), "logs on the volume is a link"),
-    "logs/gateways a file": (at("logs/gateways", lambda path: (path.parent.mkdir(), path.touch())), "logs/gateways/m is a link, or not of the kind"),
+    "logs/gateways a file": (
+        at("logs/gateways", lambda path: (path.parent.mkdir(), path.touch())),
+        "logs/gateways/m is a link, or not of the kind",
+    ),
     "a log folder a link": (
         lambda home: ((home / "logs/gateways").mkdir(parents=True), (home / "logs/gateways/m").symlink_to("/etc")),
         "logs/gateways/m is a link",
     ),
-    "boot log a folder": (at("logs/container-boot.log", lambda path: path.mkdir(parents=True)), "logs/container-boot.log cannot be used (Is a directory)"),
+    "boot log a folder": (
+        at("logs/container-boot.log", lambda path: path.mkdir(parents=True)),
+        "logs/container-boot.log cannot be used (Is a directory)",
+    ),
     "boot log a link": (
         lambda home: ((home / "logs").mkdir(), (home / "logs/container-boot.log").symlink_to("/etc/passwd")),
         "logs/container-boot.log is a link",
     ),
-    "boot log a FIFO": (lambda home: ((home / "logs").mkdir(), os.mkfifo(home / "logs/container-boot.log")), "logs/container-boot.log cannot be used"),
+    "boot log a FIFO": (
+        lambda home: ((home / "logs").mkdir(), os.mkfifo(home / "logs/container-boot.log")),
+        "logs/container-boot.log cannot be used",
+    ),
     # managed files and folders
     "skills a link": (at("skills", link_to("/etc")), "skills on the volume is a link"),
     "platforms a file": (at("platforms", Path.touch), "platforms/pairing on the volume is a link, or not of the kind"),
@@ -187,10 +201,15 @@ def home(tmp_path):
 def snapshot() -> list[tuple]:
     """Return owner, mode, size and times of what must not change outside the volume."""
     paths = ["/etc", "/etc/passwd", "/etc/shadow", "/etc/group"]
-    return [(path, *(getattr(os.lstat(path), f"st_{field}") for field in ("uid", "gid", "mode", "size", "mtime_ns", "ctime_ns"))) for path in paths]
+    return [
+        (path, *(getattr(os.lstat(path), f"st_{field}") for field in ("uid", "gid", "mode", "size", "mtime_ns", "ctime_ns")))
+        for path in paths
+    ]
 
 
-CHECK = "for p in a-good z-good; do s6-svwait -t 3000 -u /run/service/gateway-$p || echo missing $p; done; stat -c '%n %u:%g %a' /etc/shadow"
+CHECK = (
+    "for p in a-good z-good; do s6-svwait -t 3000 -u /run/service/gateway-$p || echo missing $p; done; stat -c '%n %u:%g %a' /etc/shadow"
+)
 
 
 @pytest.mark.parametrize("fault, said", FAULTS.values(), ids=FAULTS)
@@ -273,7 +292,9 @@ def test_a_million_entries_and_renames_during_the_sweep(container, home):
     subprocess.run(["rm", "-rf", wide], check=True)
 
 
-@pytest.mark.parametrize("make", [Path.touch, link_to("/etc"), link_to("/no/such"), os.mkfifo], ids=["file", "link", "dangling link", "FIFO"])
+@pytest.mark.parametrize(
+    "make", [Path.touch, link_to("/etc"), link_to("/no/such"), os.mkfifo], ids=["file", "link", "dangling link", "FIFO"]
+)
 def test_profiles_that_are_no_folder_cost_only_themselves(container, home, make):
     """The root profile's gateway is there all the same."""
     instead(home / "profiles", make)

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from sandbox import Sandbox, wait_for
 
 MANAGER = "/opt/hermes/docker/hermes_boot.py"
@@ -309,7 +308,9 @@ def test_the_cmd_is_told_to_end_with_the_gateways(container):
 
 def test_the_end_has_a_limit(gateways):
     """A gateway that does not end is killed after HERMES_SHUTDOWN_TIMEOUT seconds."""
-    host = gateways({"a": "trap '' TERM\necho ready\nwhile :; do sleep 0.1; done\n"}, "running", environment={"HERMES_SHUTDOWN_TIMEOUT": "1"})
+    host = gateways(
+        {"a": "trap '' TERM\necho ready\nwhile :; do sleep 0.1; done\n"}, "running", environment={"HERMES_SHUTDOWN_TIMEOUT": "1"}
+    )
     assert wait_for(lambda: "ready" in host.box.log())
     started = time.monotonic()
     assert host.box.stop() == 143
@@ -427,7 +428,7 @@ def test_two_managers_interleave_without_a_leftover(gateways):
 def test_extra_env_reaches_the_gateway_as_data(gateways):
     """Quotes, newlines and $() included; a name that is none is refused."""
     host = gateways({"a": 'env -0 > "$folder/env"\n' + RUN})
-    value = "it's \"$(id)\" `id`\nnext $HOME"
+    value = 'it\'s "$(id)" `id`\nnext $HOME'
     script = (
         "import sys; sys.path.insert(0, '/opt/hermes/docker'); import hermes_boot; hermes_boot.become_hermes()\n"
         "manager = hermes_boot.S6ServiceManager(environment={'HERMES_HOME': '/opt/data'}); manager.unregister_profile_gateway('a')\n"

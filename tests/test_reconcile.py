@@ -142,7 +142,11 @@ def test_reconcile_can_be_switched_off(plain):
 def tree(path: Path) -> dict[str, tuple]:
     """Return what a folder holds: kind and mode, content, inode."""
     return {
-        str(entry.relative_to(path)): (stat.filemode(entry.lstat().st_mode), entry.read_bytes() if entry.is_file() else b"", entry.lstat().st_ino)
+        str(entry.relative_to(path)): (
+            stat.filemode(entry.lstat().st_mode),
+            entry.read_bytes() if entry.is_file() else b"",
+            entry.lstat().st_ino,
+        )
         for entry in sorted(path.rglob("*"))
     }
 
@@ -195,7 +199,10 @@ def test_scripts_take_names_and_values_only_as_data(tmp_path, home):
     folder.mkdir()
     value = home + "\\ \t'\"$x`y`!*?"
     script = hermes_boot.run_script("coder", {"EXTRA": value}).split("\n", 1)[1]
-    script = re.sub(r"^(\[ \"\$\(id|exec s6).*$", "", script, flags=re.M) + 'printf "%s\\0" "$HOME" "$HERMES_HOME" "$EXTRA" "$PWD" "$API_SERVER_PORT"'
+    script = (
+        re.sub(r"^(\[ \"\$\(id|exec s6).*$", "", script, flags=re.M)
+        + 'printf "%s\\0" "$HOME" "$HERMES_HOME" "$EXTRA" "$PWD" "$API_SERVER_PORT"'
+    )
     environment = {"PATH": os.environ["PATH"], "HERMES_HOME": str(folder), "API_SERVER_PORT": "8642"}
     done = subprocess.run(["sh", "-c", script], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.stderr == "" and done.stdout.split("\0")[:-1] == [str(folder), str(folder), value, str(folder), ""]
@@ -209,7 +216,9 @@ USAGE_ERRORS = [["gateways"], ["setup", "reconcile"], ["--dry"]]
 def test_wrong_usage_is_code_2(plain, arguments):
     """With the word that is wrong, and the usage."""
     done = plain.reconcile(command=arguments)
-    assert done.returncode == 2 and "unknown argument" in done.stderr and "usage: hermes_boot.py" in done.stderr and not plain.scandir.exists()
+    assert (
+        done.returncode == 2 and "unknown argument" in done.stderr and "usage: hermes_boot.py" in done.stderr and not plain.scandir.exists()
+    )
 
 
 def test_the_help_is_the_documented_one(plain):

@@ -7,7 +7,6 @@ import re
 import socket
 
 import pytest
-
 from sandbox import GROUP, PASSWD
 
 REMAPS = {

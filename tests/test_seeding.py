@@ -96,7 +96,9 @@ def test_a_dry_run_lists_and_changes_nothing(container, tmp_path):
     (home / "SOUL.md").unlink()
     os.chown(home / "skills/mine", 0, 0)
     (box.path("/run/s6/container_environment/HERMES_UID")).write_text("1500")
-    done = box.exec("sh", "-c", "cp -a /etc/passwd /tmp; /opt/hermes/docker/hermes_boot.py --dry-run; cmp /etc/passwd /tmp/passwd && echo same")
+    done = box.exec(
+        "sh", "-c", "cp -a /etc/passwd /tmp; /opt/hermes/docker/hermes_boot.py --dry-run; cmp /etc/passwd /tmp/passwd && echo same"
+    )
     lines = done.stdout.splitlines()
     assert lines[:2] == ["would remap hermes from 10000:10000 to 1500:10000", "would run as 1500:10000"]
     assert re.fullmatch(r"would give (\d+) of \1 entries on /opt/data to 1500:10000", lines[2])
