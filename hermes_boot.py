@@ -239,7 +239,10 @@ class Folder:
         starts = tuple(f".{name}." for name in names)
         for entry in os.listdir(self.fd):
             if entry.startswith(starts) and entry.endswith(".tmp"):
-                os.unlink(entry, dir_fd=self.fd)
+                try:
+                    os.unlink(entry, dir_fd=self.fd)
+                except OSError:
+                    continue  # a folder of that name is not ours, and in nobody's way
 
     def remove(self, name: str) -> None:
         """Remove an entry with all below it, if it is there."""
@@ -647,7 +650,7 @@ def own_volume(boot: Boot, former: int) -> None:
     if not os.path.isdir(boot.home):
         if not boot.does(f"make {shown(boot.home)}"):
             return
-        os.makedirs(boot.home, 0o755, exist_ok=True)
+        make_home(boot)
     sweep = Sweep(boot, former)
     with Folder(boot.home, follow=True) as home:
         sweep.claim(".", home.fd)
@@ -659,6 +662,14 @@ def own_volume(boot: Boot, former: int) -> None:
         for path in MANAGED_FOLDERS:
             own_folder(sweep, home, path)
     sweep.report(boot)
+
+
+def make_home(boot: Boot) -> None:
+    """Make HERMES_HOME with its parents. Fatal when that cannot be."""
+    try:
+        os.makedirs(boot.home, 0o755, exist_ok=True)
+    except OSError as error:
+        raise Fatal(f"HERMES_HOME={boot.home!r} cannot be made a folder: {reason(error)}; mount a volume there") from error
 
 
 def is_managed_file(name: str) -> bool:
@@ -733,9 +744,20 @@ def seeds(boot: Boot) -> list[tuple[str, int, bytes]]:
     return result
 
 
+def open_home(boot: Boot) -> Folder:
+    """As hermes: open HERMES_HOME. Fatal when hermes may not."""
+    try:
+        return Folder(boot.home, follow=True)
+    except OSError as error:
+        uid, gid = owner_of(boot.home)
+        raise Fatal(
+            f"{shown(boot.home)} cannot be read by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)}; it belongs to {uid}:{gid}"
+        ) from error
+
+
 def seed(boot: Boot) -> int:
     """As hermes: try the volume, make the managed folders, put missing files in place. Never overwrites. Fatal if not writable."""
-    with Folder(boot.home, follow=True) as home:
+    with open_home(boot) as home:
         if not boot.dry_run:
             try_volume(boot, home)
         for path in MANAGED_FOLDERS:
@@ -1730,7 +1752,7 @@ def setup(boot: Boot) -> int:
         own_volume(boot, former=image_owner[0])
     elif not boot.dry_run:
         say("info", f"started as {USER} itself, so owners, groups and services stay as they are")
-        os.makedirs(boot.home, exist_ok=True)
+        make_home(boot)
     if not os.path.isdir(boot.home):
         return 0  # dry run on a volume that is still to be made
     fresh = not os.path.lexists(f"{boot.home}/config.yaml")
@@ -1743,21 +1765,16 @@ def setup(boot: Boot) -> int:
 
 def setup_phase(boot: Boot) -> int:
     """Run the setup, and leave word for the reconciler when it fails: s6-overlay runs every cont-init script regardless."""
-    in_container = os.geteuid() == 0 and not boot.dry_run
-    if in_container:
-        with_missing_ok(os.unlink, SETUP_FAILED)
     code = guarded(setup, boot)
-    if code and in_container:
-        os.close(os.open(SETUP_FAILED, os.O_WRONLY | os.O_CREAT, 0o644))
+    if not boot.dry_run:
+        try:
+            if code:
+                os.close(os.open(SETUP_FAILED, os.O_WRONLY | os.O_CREAT, 0o644))
+            elif os.path.exists(SETUP_FAILED):
+                os.unlink(SETUP_FAILED)
+        except OSError:
+            pass  # not in a container of ours: then nobody reads it either
     return code
-
-
-def with_missing_ok(action, path: str) -> None:
-    """Do something to a path that may not be there."""
-    try:
-        action(path)
-    except FileNotFoundError:
-        pass
 
 
 def reconcile_phase(boot: Boot) -> int:
@@ -1802,7 +1819,7 @@ def own_scandir(boot: Boot) -> None:
 
 def reconcile(boot: Boot, words: list[str]) -> int:
     """As hermes: find the profiles, publish their slots, say and log a line for each."""
-    with Folder(boot.home, follow=True) as home:
+    with open_home(boot) as home:
         profiles = survey(boot, home, Command(boot, words, home))
         if boot.dry_run:
             for profile in profiles:

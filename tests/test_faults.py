@@ -182,6 +182,7 @@ FAULTS = {
     ".env a link to shadow": (at(".env", link_to("/etc/shadow")), SILENT),
     ".env a FIFO": (at(".env", os.mkfifo), SILENT),
     "active_profile a FIFO": (at("active_profile", os.mkfifo), SILENT),
+    "a folder named like a temporary file": (at(".config.yaml.1-2.tmp", lambda path: (path / "x").mkdir(parents=True)), SILENT),
     "version stamp a FIFO": (at(".hermes-agent-version", os.mkfifo), SILENT),
 }
 

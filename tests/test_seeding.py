@@ -86,6 +86,17 @@ def test_a_volume_that_hermes_cannot_write_ends_the_boot(container, tmp_path):
     assert b"it belongs to 1234:1235, mode 0755; start with HERMES_UID=1234 HERMES_GID=1235" in done.stderr
 
 
+def test_a_home_that_cannot_be_read_or_made_ends_the_boot_with_one_line(container, tmp_path):
+    """A folder of somebody else's, and a file where the folder should be."""
+    (tmp_path / "volume").mkdir(mode=0o700)
+    done = container(user=10000).run("true")
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    assert b"/opt/data cannot be read by hermes (10000:10000): Permission denied; it belongs to 0:0" in done.stderr
+    done = container(environment={"HERMES_HOME": "/etc/passwd"}).run("true")
+    (line,) = done.stderr.decode().splitlines()[-1:]
+    assert done.returncode == 1 and "HERMES_HOME='/etc/passwd' cannot be made a folder: File exists; mount a volume there" in line
+
+
 def test_a_dry_run_lists_and_changes_nothing(container, tmp_path):
     """The plan goes to stdout, being what was asked for."""
     box = container(environment={"HERMES_RECONCILE": "0"})
