@@ -219,6 +219,8 @@ class Sandbox:
 
     def make_command_folder(self) -> None:
         """Fill /command as s6-overlay's symlinks do."""
+        for layer in s6_layer():  # copied: as a lower layer it would lie within the other one, /, which overlay refuses
+            shutil.copytree(layer / "usr", self.upper / "usr", symlinks=True, dirs_exist_ok=True)
         for layer in [*s6_layer(), Path("/")]:
             for program in (layer / "usr/bin").iterdir():
                 link = self.upper / "command" / program.name
@@ -232,7 +234,6 @@ class Sandbox:
         """Return the argv that runs this container in the foreground; its exit code is the container's."""
         self.volume.mkdir(parents=True, exist_ok=True)
         spec = {
-            "layers": [str(layer) for layer in s6_layer()],
             "mounts": [
                 (str(self.volume), "/opt/data"),
                 *([(str(agent_venv()), "/opt/hermes/.venv")] if self.agent else []),
@@ -347,9 +348,8 @@ def become_container(folder: str) -> None:
         spec = json.load(file)
     root = f"{folder}/root"
     mount = "mount -n".split()
-    layers = ":".join([*spec["layers"], "/"])
     subprocess.run(
-        [*mount, "-t", "overlay", "overlay", "-o", f"lowerdir={layers},upperdir={folder}/upper,workdir={folder}/work", root], check=True
+        [*mount, "-t", "overlay", "overlay", "-o", f"lowerdir=/,upperdir={folder}/upper,workdir={folder}/work", root], check=True
     )
     for kind, target, options in (("proc", "proc", "nosuid"), ("tmpfs", "run", "mode=0755"), ("tmpfs", "tmp", "mode=1777")):
         os.makedirs(f"{root}/{target}", exist_ok=True)
