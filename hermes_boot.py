@@ -8,7 +8,7 @@ service directory per profile. People and tests run `hermes_boot.py setup|reconc
 Everything below $HERMES_HOME may have been written by the agent. So root only ever changes owners there, on descriptors opened
 without following links; all else, reading included, is done by a child that has become hermes for good.
 One bad profile never costs another its gateway: what is wrong is said in one line, and the boot goes on. It stops (exit 1) only
-for what it cannot work around: a wrong UID or GID, an UID that is not ours, a volume that hermes cannot write.
+for what it cannot work around: a wrong UID or GID, a UID that is not ours, a volume that hermes cannot write.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ EX_CONFIG = 78
 SIGTERM = 15
 PERMANENT_FAILURE = 125  # s6's word from a finish script for "do not restart"
 STOP_TIMEOUT = 30  # seconds until SIGKILL, unless HERMES_GATEWAY_STOP_TIMEOUT says otherwise
+SHUTDOWN_TIMEOUT = 8  # seconds for all at the container's end, unless HERMES_SHUTDOWN_TIMEOUT says otherwise
+MAX_SECONDS = 86400
 BACK_OFF_LIMIT = 60  # seconds
 HELPER_TIMEOUT = 120  # seconds for a program of the agent's that the boot runs
 
@@ -173,9 +175,7 @@ class Folder:
 
         mode holds from the first instant (it is open's, not a later chmod's), so a secret is never readable by others.
         """
-        with Lock(self) as lock:
-            if lock.held:
-                self.remove_temporaries(name)
+        with Lock(self, name):
             temporary = self.write_beside(name, data, mode)
             if replace:
                 os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
@@ -188,9 +188,7 @@ class Folder:
     def update(self, name: str, edit, limit: int) -> None:
         """Replace a file by what edit makes of its content (None when missing), whole. Our own writers are kept out by the lock;
         a program that does not take it is noticed by looking again before the rename, and its change is then edited in turn."""
-        with Lock(self) as lock:
-            if lock.held:
-                self.remove_temporaries(name)
+        with Lock(self, name):
             for _ in range(10):
                 before = self.stat(name)
                 data = self.read(name, limit) if before else None
@@ -263,31 +261,37 @@ def changes(status: os.stat_result) -> tuple[int, int, int]:
 
 
 class Lock:
-    """An exclusive flock on a folder, between containers too. Given up on after a second: a hostile holder must not stop a boot."""
+    """An exclusive flock on a folder, between containers too. Given up on after a second: a hostile holder must not stop a boot.
 
-    __slots__ = ("folder", "fd", "held")
+    Once it is held, what killed writers of the given names left is removed.
+    """
 
-    def __init__(self, folder: Folder) -> None:
-        self.folder, self.fd, self.held = folder, -1, False
+    __slots__ = ("folder", "names", "fd")
 
-    def __enter__(self) -> Lock:
+    def __init__(self, folder: Folder, *names: str) -> None:
+        self.folder, self.names, self.fd = folder, names, -1
+
+    def __enter__(self) -> None:
+        self.fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.folder.fd)
+        if self.acquired() and self.names:
+            self.folder.remove_temporaries(*self.names)
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+    def acquired(self) -> bool:
+        """Try for a second to get the lock; say whether we have it."""
         import fcntl
 
-        self.fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.folder.fd)
         for _ in range(50):
             try:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
             except BlockingIOError:
                 time.sleep(0.02)
             except OSError:
                 break  # NFS locks no folders; two boots on one volume are then as safe as link() and rename() make them
-            else:
-                self.held = True
-                break
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.fd)
+        return False
 
 
 # Where the boot works
@@ -316,9 +320,14 @@ class Boot:
         """Report a change, and say whether to make it: under --dry-run it is only listed, on stdout."""
         if self.dry_run:
             print(f"would {text}")
-        elif setting(self.environment, "S6_VERBOSITY") != "0":
+        elif not self.quiet:
             say("info", text)
         return not self.dry_run
+
+    @property
+    def quiet(self) -> bool:
+        """Say whether only warnings are wanted."""
+        return self.setting("S6_VERBOSITY") == "0"
 
 
 def owner_of(path: str) -> Owner:
@@ -330,25 +339,30 @@ def owner_of(path: str) -> Owner:
     return status.st_uid, status.st_gid
 
 
-def as_owner(owner: Owner, action, *arguments) -> int:
-    """Run an action as hermes and return its exit code: in a child that drops for good when we are root, else right here."""
-    if os.geteuid() != 0 or owner[0] == 0:
-        return guarded(action, *arguments)
-
-    def dropped() -> int:
-        wrapper.drop(*owner)
-        return action(*arguments)
-
+def in_child(action, *arguments) -> int:
+    """Run an action in a child process; return its exit code."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
-        code = guarded(dropped)
+        code = guarded(action, *arguments)
         sys.stdout.flush()
         os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def run_helper(owner: Owner, argv: list[str], environment: dict[str, str]) -> int:
+def as_owner(owner: Owner, action, *arguments) -> int:
+    """Run an action as hermes and return its exit code: in a child that drops for good when we are root, else right here."""
+
+    def dropped() -> int:
+        wrapper.drop(*owner)
+        return action(*arguments)
+
+    if os.geteuid() != 0 or owner[0] == 0:
+        return guarded(action, *arguments)
+    return in_child(dropped)
+
+
+def run_helper(argv: list[str], environment: dict[str, str]) -> int:
     """Run a program as hermes: stdin empty, stdout on stderr, killed by SIGALRM after HELPER_TIMEOUT seconds. Returns its code."""
 
     def become_program() -> int:
@@ -359,12 +373,22 @@ def run_helper(owner: Owner, argv: list[str], environment: dict[str, str]) -> in
         _signal.alarm(HELPER_TIMEOUT)  # survives exec
         return wrapper.run_as_hermes(argv, environment)
 
-    if os.geteuid() == 0:
-        return as_owner(owner, become_program)
-    child = os.fork()
-    if child == 0:
-        os._exit(guarded(become_program))
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return in_child(become_program)
+
+
+def number_in(value: str, least: int, most: int) -> int | None:
+    """Return a decimal number within bounds, None for anything else."""
+    plain = value.isascii() and value.isdigit() and len(value) <= len(str(most))
+    return int(value) if plain and least <= int(value) <= most else None
+
+
+def seconds(environment: dict[str, str], name: str, default: int, least: int) -> int:
+    """Return the seconds that a variable gives, or with a warning the default when it gives none."""
+    value = setting(environment, name)
+    number = number_in(value, least, MAX_SECONDS) if value else default
+    if number is None:
+        warn(f"{name}={value!r} is not a number of seconds from {least} to {MAX_SECONDS}; using {default}")
+    return default if number is None else number
 
 
 # Accounts
@@ -376,9 +400,9 @@ def wanted_id(boot: Boot, *names: str) -> int | None:
         value = boot.setting(name)
         if not value:
             continue
-        if not (value.isascii() and value.isdigit() and len(value) <= 10 and 1 <= int(value) <= MAX_ID):
+        if (number := number_in(value, 1, MAX_ID)) is None:
             raise Fatal(f"{name}={value!r} is not a number from 1 to {MAX_ID}; unset it or give your host's (id -u, id -g)")
-        return int(value)
+        return number
     return None
 
 
@@ -501,11 +525,11 @@ class Sweep:
 
     __slots__ = ("uid", "gid", "dry_run", "former", "mounts", "changed", "checked", "linked", "failure", "failed")
 
-    def __init__(self, boot: Boot, former: int) -> None:
+    def __init__(self, boot: Boot, *, former: int = 0, mounts: frozenset[tuple[int, int]] = frozenset()) -> None:
         self.uid, self.gid = boot.owner
         self.dry_run = boot.dry_run
         self.former = {former, self.uid}
-        self.mounts = mounts_below(boot.home)
+        self.mounts = mounts
         self.changed = self.checked = self.linked = self.failed = 0
         self.failure = ""
 
@@ -573,7 +597,7 @@ class Sweep:
             device = status.st_dev
             above = [(status.st_ino, self.entries(fd))]
             while True:
-                inode, folders = above[-1]
+                _, folders = above[-1]
                 if folders:
                     fd = self.descend(fd, folders.pop(), device, above)
                     continue
@@ -600,10 +624,8 @@ class Sweep:
         if status.st_dev != device or (status.st_dev, status.st_ino) in self.mounts:
             os.close(child)
             return fd
-        os.close(fd)
-        above.append((status.st_ino, []))
-        above[-1] = (status.st_ino, self.entries(child))
-        return child
+        above.append((status.st_ino, self.entries(child)))
+        return replace_fd(fd, child)
 
     def report(self, boot: Boot) -> None:
         """Say what was mended, what could not be, and what was left alone for safety."""
@@ -627,7 +649,7 @@ def replace_fd(old: int, new: int) -> int:
     return new
 
 
-def mounts_below(home: str) -> set[tuple[int, int]]:
+def mounts_below(home: str) -> frozenset[tuple[int, int]]:
     """Return (device, inode) of every mount point below a folder: of a bind mount from the same disk the device alone says nothing."""
     below = os.path.realpath(home).rstrip("/") + "/"
     result = set()
@@ -642,7 +664,7 @@ def mounts_below(home: str) -> set[tuple[int, int]]:
                 except OSError:
                     continue  # hidden below another mount
                 result.add((status.st_dev, status.st_ino))
-    return result
+    return frozenset(result)
 
 
 def own_volume(boot: Boot, former: int) -> None:
@@ -651,7 +673,7 @@ def own_volume(boot: Boot, former: int) -> None:
         if not boot.does(f"make {shown(boot.home)}"):
             return
         make_home(boot)
-    sweep = Sweep(boot, former)
+    sweep = Sweep(boot, former=former, mounts=mounts_below(boot.home))
     with Folder(boot.home, follow=True) as home:
         sweep.claim(".", home.fd)
         with os.scandir(home.fd) as listing:
@@ -695,7 +717,7 @@ def own_folder(sweep: Sweep, home: Folder, path: str) -> None:
 
 def own_static_services(boot: Boot) -> None:
     """Let hermes see and control the image's static services, as it does its slots: s6 made their supervise folders for root alone."""
-    sweep = Sweep(boot, 0)
+    sweep = Sweep(boot)
     try:
         names = [name for name in os.listdir(STATIC_SERVICES) if os.path.exists(f"{STATIC_SERVICES}/{name}/run")]
     except FileNotFoundError:
@@ -774,9 +796,7 @@ def try_volume(boot: Boot, home: Folder) -> None:
     """Write a file as hermes. A full disk is only said: gateways may still run. A volume that refuses is Fatal."""
     probe = "hermes-write-test"
     try:
-        with Lock(home) as lock:
-            if lock.held:
-                home.remove_temporaries(probe, STATE_FILE, VERSION_STAMP, "auth.json", *BUILT_IN)
+        with Lock(home, probe, STATE_FILE, VERSION_STAMP, "auth.json", *BUILT_IN):
             os.unlink(home.write_beside(probe, b"hermes\n", 0o600), dir_fd=home.fd)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -824,7 +844,7 @@ def sync_skills(boot: Boot) -> None:
     script = next((path for path in (f"{IMAGE}/tools/skills_sync.py", *installed("tools/skills_sync.py")) if os.path.exists(path)), "")
     if not script or not boot.does("sync the bundled skills"):
         return
-    if code := run_helper(boot.owner, [f"{VENV}/bin/python", script], environment):
+    if code := run_helper([f"{VENV}/bin/python", script], environment):
         warn(f"skills sync ended with code {code}; run it again with `{VENV}/bin/python {script}`")
 
 
@@ -873,7 +893,7 @@ def migrate_config(boot: Boot, *, fresh: bool) -> None:
             warn("config.yaml and .env could not be backed up, so the configuration was not migrated; free some space")
             return
         environment = wrapper.program_environment(boot.environment)
-        if code := run_helper(boot.owner, [wrapper.HERMES, "config", "migrate"], environment):
+        if code := run_helper([wrapper.HERMES, "config", "migrate"], environment):
             warn(f"config migration ended with code {code}; run `hermes config migrate` by hand")
             return
     if not boot.dry_run:
@@ -982,35 +1002,35 @@ def soul_fault(folder: Folder) -> str:
     return ""
 
 
-class Command:
-    """What the container's command line asks of the reconciler. Cont-init scripts do not see it; s6-overlay's rc.init process has it."""
-
-    __slots__ = ("dashboard", "gateway_profile")
-
-    def __init__(self, boot: Boot, words: list[str], home: Folder | None) -> None:
-        if words[:1] == [USER]:
-            words = words[1:]
-        profile, words = wrapper.profile_option(words)
-        self.dashboard = words[:1] == ["dashboard"]
-        self.gateway_profile: str | None = None
-        supervised = "--no-supervise" not in words and not truthy(boot.setting("HERMES_GATEWAY_NO_SUPERVISE"))
-        if words[:2] == ["gateway", "run"] and supervised:
-            self.gateway_profile = chosen_profile(profile, boot.environment, home)
-
-
 def container_command() -> list[str]:
-    """Return the CMD's words: what follows the wrapper on the command line of rc.init, or of PID 1 where that runs it."""
+    """Return the words of hermes's command line that the container was started with.
+
+    Cont-init scripts do not see them; they follow the wrapper on the command line of rc.init, or of PID 1 where that runs it.
+    """
     for process in sorted((name for name in os.listdir("/proc") if name.isdigit()), key=int):
         try:
             with open(f"/proc/{process}/cmdline", "rb") as file:
                 words = [os.fsdecode(word) for word in file.read().split(b"\0")[:-1]]
         except OSError:
             continue  # ended meanwhile, or not ours to read
-        for index, word in enumerate(words):
-            launched = process == "1" or any(os.path.basename(before) == "rc.init" for before in words[:index])
-            if launched and os.path.basename(word) in ("main-wrapper.sh", "main_wrapper.py"):
-                return words[index + 1 :]
+        names = [os.path.basename(word) for word in words]
+        launcher = 0 if process == "1" else names.index("rc.init") if "rc.init" in names else len(names)
+        for index, name in enumerate(names[launcher:], launcher):
+            if name in ("main-wrapper.sh", "main_wrapper.py"):
+                return words[index + 2 :] if words[index + 1 : index + 2] == [USER] else words[index + 1 :]
     return []
+
+
+def is_dashboard(command: list[str]) -> bool:
+    """Say whether the container is there for the dashboard: two containers with slots on one volume fight for its log folders."""
+    return wrapper.profile_option(command)[1][:1] == ["dashboard"]
+
+
+def run_profile(boot: Boot, command: list[str], home: Folder) -> str | None:
+    """Return the profile whose gateway the container was started to run, in the manner from before there was a supervisor."""
+    option, words = wrapper.profile_option(command)
+    supervised = "--no-supervise" not in words and not truthy(boot.setting("HERMES_GATEWAY_NO_SUPERVISE"))
+    return chosen_profile(option, boot.environment, home) if words[:2] == ["gateway", "run"] and supervised else None
 
 
 def chosen_profile(option: str | None, environment: dict[str, str], home: Folder | None) -> str:
@@ -1027,14 +1047,17 @@ def chosen_profile(option: str | None, environment: dict[str, str], home: Folder
     return (first[0].strip() if first else "") or "default"
 
 
-def survey(boot: Boot, home: Folder, command: Command) -> list[Profile]:
-    """Return every profile of the volume with what to do about it: default first, then the folders of profiles/ in name order."""
+def survey(boot: Boot, home: Folder, running: str | None) -> list[Profile]:
+    """Return every profile of the volume with what to do about it: default first, then the folders of profiles/ in name order.
+
+    running is the profile that the container's command starts, should it have no state yet.
+    """
     multiplex = truthy(boot.setting("GATEWAY_MULTIPLEX_PROFILES"))
-    found = [judge(home, "default", command, multiplex=False)]
+    found = [judge(home, "default", running, multiplex=False)]
     try:
         with home.folder("profiles") as profiles:
             for name in sorted(os.listdir(profiles.fd), key=os.fsencode):
-                if (profile := survey_entry(profiles, name, command, multiplex)) is not None:
+                if (profile := survey_entry(profiles, name, running, multiplex)) is not None:
                     found.append(profile)
     except FileNotFoundError:
         pass
@@ -1043,7 +1066,7 @@ def survey(boot: Boot, home: Folder, command: Command) -> list[Profile]:
     return found
 
 
-def survey_entry(profiles: Folder, name: str, command: Command, multiplex: bool) -> Profile | None:
+def survey_entry(profiles: Folder, name: str, running: str | None, multiplex: bool) -> Profile | None:
     """Judge one entry of profiles/; None for a file, which is nobody's profile."""
     try:
         status = profiles.stat(name)
@@ -1056,16 +1079,16 @@ def survey_entry(profiles: Folder, name: str, command: Command, multiplex: bool)
                 return Profile(name, None, "skipped", why)
             if name == "default":
                 return Profile(name, None, "skipped", "the name is reserved for the root profile; rename profiles/default")
-            return judge(folder, name, command, multiplex=multiplex)
+            return judge(folder, name, running, multiplex=multiplex)
     except OSError as error:
         return Profile(name, None, "skipped", f"profiles/{shown(name)} {fault(error)}; mend or remove it")
 
 
-def judge(folder: Folder, name: str, command: Command, *, multiplex: bool) -> Profile:
+def judge(folder: Folder, name: str, running: str | None, *, multiplex: bool) -> Profile:
     """Decide from a profile's state file whether its gateway starts: only `running` does."""
     state, why = prior_state(folder)
-    if state is None and not why and command.gateway_profile == name:
-        state = "running"  # `docker run IMAGE gateway run` from before there was a supervisor
+    if state is None and not why and name == running:
+        state = "running"
     start = state == "running" and not multiplex
     why = why or ("GATEWAY_MULTIPLEX_PROFILES leaves it to the default gateway" if state == "running" and multiplex else "")
     return Profile(name, state, "started" if start else "registered", why)
@@ -1160,15 +1183,6 @@ def slot_files(profile: str, stop_timeout: int, extra_env: dict[str, str] | None
         "timeout-finish": (f"{(BACK_OFF_LIMIT + 5) * 1000}\n", 0o644),
         "log/run": (log_run_script(profile, to_folder=to_folder), 0o755),
     }
-
-
-def stop_timeout(environment: dict[str, str]) -> int:
-    """Return the seconds a gateway gets between SIGTERM and SIGKILL."""
-    value = setting(environment, "HERMES_GATEWAY_STOP_TIMEOUT")
-    if value and not (value.isascii() and value.isdigit() and len(value) <= 5 and 1 <= int(value) <= 86400):
-        warn(f"HERMES_GATEWAY_STOP_TIMEOUT={value!r} is not a number of seconds from 1 to 86400; using {STOP_TIMEOUT}")
-        value = ""
-    return int(value or STOP_TIMEOUT)
 
 
 def put(folder: Folder, name: str, content: str, mode: int) -> None:
@@ -1311,7 +1325,7 @@ class S6ServiceManager:
         self.environment = environment
         self.home = home or wrapper.root_home(environment)
         self.scandir = str(scandir or setting(environment, "S6_PROFILE_GATEWAY_SCANDIR") or SCANDIR)
-        self.stop_timeout = stop_timeout(environment)
+        self.stop_timeout = seconds(environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
 
     # Names
 
@@ -1393,8 +1407,7 @@ class S6ServiceManager:
 
         try:
             pid = int(self.status(profile)["pid"])
-            with open(f"/proc/{pid}/stat", "rb") as file:
-                started = int(file.read().split()[21])
+            started = int(wrapper.start_time(pid))
             written = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
             marker = {"target_pid": pid, "target_start_time": started, "stopper_pid": os.getpid(), "written_at": written}
             with self.profile_folder(profile) as folder:
@@ -1416,6 +1429,10 @@ class S6ServiceManager:
         """Stop and start one gateway, recording that it should run. Raises as start does."""
         self.raise_first(self.restart_all([name], timeout=timeout))
 
+    def patience(self, timeout: float | None) -> float:
+        """Return how long to wait for an end: as asked for, else a little longer than s6 waits before it kills."""
+        return self.stop_timeout + 5 if timeout is None else timeout
+
     def raise_first(self, failures: dict[str, GatewayError]) -> None:
         """Raise the failure of a single gateway's command."""
         for error in failures.values():
@@ -1431,14 +1448,14 @@ class S6ServiceManager:
         writes the same file, once more when it has ended."""
         failures = self.prepare(names, "stopped")
         ours = [name for name in names if name not in failures]
-        failures |= self.bring(ours, up=False, timeout=self.stop_timeout + 5 if timeout is None else timeout)
+        failures |= self.bring(ours, up=False, timeout=self.patience(timeout))
         return failures | self.prepare([name for name in ours if name not in failures], "stopped")
 
     def restart_all(self, names: list[str], *, timeout: float | None = None) -> dict[str, GatewayError]:
         """Stop and start gateways, all at once; return what failed, by name."""
         failures = self.prepare(names, "running")
-        for up, seconds in ((False, self.stop_timeout + 5 if timeout is None else timeout), (True, 10)):
-            failures |= self.bring([name for name in names if name not in failures], up=up, timeout=seconds)
+        for up, patience in ((False, self.patience(timeout)), (True, 10)):
+            failures |= self.bring([name for name in names if name not in failures], up=up, timeout=patience)
         return failures
 
     def prepare(self, names: list[str], desired: str) -> dict[str, GatewayError]:
@@ -1529,7 +1546,7 @@ class S6ServiceManager:
         """
         slot = self.slot(profile)
         if is_supervised(slot):
-            self.raise_first(self.bring([profile], up=False, timeout=self.stop_timeout + 5 if timeout is None else timeout))
+            self.raise_first(self.bring([profile], up=False, timeout=self.patience(timeout)))
         name = os.path.basename(slot)
         removed = f".{name}"[:230] + f".{time.time_ns():x}"
         try:
@@ -1784,8 +1801,8 @@ def reconcile_phase(boot: Boot) -> int:
     if boot.setting("HERMES_RECONCILE").lower() in ("0", "false", "no", "off"):
         boot.does("leave the gateways alone, since HERMES_RECONCILE is off")
         return 0
-    words = container_command()
-    if Command(boot, words, None).dashboard:
+    command = container_command()
+    if is_dashboard(command):
         boot.does("leave the gateways to another container, since this one's command is the dashboard")
         return 0
     if not os.path.isdir(boot.home):
@@ -1794,7 +1811,7 @@ def reconcile_phase(boot: Boot) -> int:
         raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; run the setup first, or set it right")
     if not boot.dry_run:
         own_scandir(boot)
-    return as_owner(boot.owner, reconcile, boot, words)
+    return as_owner(boot.owner, reconcile, boot, command)
 
 
 def own_scandir(boot: Boot) -> None:
@@ -1804,10 +1821,10 @@ def own_scandir(boot: Boot) -> None:
         folder = Folder(boot.scandir, follow=True)
     except OSError as error:
         raise Fatal(f"the scandir {shown(boot.scandir)} {fault(error)}, so no gateway can run; make it a writable folder") from error
-    sweep = Sweep(boot, 0)
     with folder as scandir:
         if os.geteuid() != 0:
             return
+        sweep = Sweep(boot)
         sweep.claim(".", scandir.fd)
         try:
             with scandir.folder(".s6-svscan") as control:
@@ -1817,16 +1834,16 @@ def own_scandir(boot: Boot) -> None:
             pass  # no s6-svscan watches it
 
 
-def reconcile(boot: Boot, words: list[str]) -> int:
+def reconcile(boot: Boot, command: list[str]) -> int:
     """As hermes: find the profiles, publish their slots, say and log a line for each."""
     with open_home(boot) as home:
-        profiles = survey(boot, home, Command(boot, words, home))
+        profiles = survey(boot, home, run_profile(boot, command, home))
         if boot.dry_run:
             for profile in profiles:
                 boot.does(f"publish: {profile.line().split(' ', 1)[1].rstrip()}")
             return 0
         with Folder(boot.scandir, follow=True) as scandir:
-            timeout = stop_timeout(boot.environment)
+            timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
             for profile in profiles:
                 if profile.action != "skipped":
                     register(home, scandir, profile, timeout)
@@ -1858,7 +1875,7 @@ def make_log_folder(home: Folder, profile: str) -> str:
 
 def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
     """Write the boot's lines to stderr and to logs/container-boot.log, which is rotated once it is over BOOT_LOG_LIMIT bytes."""
-    if setting(boot.environment, "S6_VERBOSITY") != "0":
+    if not boot.quiet:
         sys.stderr.write("".join(lines))
         sys.stderr.flush()
     try:
@@ -1883,11 +1900,7 @@ def shut_down(boot: Boot) -> int:
     """
     become_hermes()
     manager = S6ServiceManager(environment=boot.environment)
-    value = boot.setting("HERMES_SHUTDOWN_TIMEOUT") or "8"
-    if not (value.isascii() and value.isdigit() and len(value) <= 5):
-        warn(f"HERMES_SHUTDOWN_TIMEOUT={value!r} is not a number of seconds; using 8")
-        value = "8"
-    deadline = time.monotonic() + int(value)
+    deadline = time.monotonic() + seconds(boot.environment, "HERMES_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT, 0)
     slots = [f"{manager.scandir}/{SLOT_PREFIX}{name}" for name in manager.list_profile_gateways()]
     slots = [slot for slot in slots if is_supervised(slot)]
     commands = [S6Command("s6-svc", "-d", slot) for slot in slots]

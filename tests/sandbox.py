@@ -228,6 +228,10 @@ class Sandbox:
                     link.symlink_to(f"/usr/bin/{program.name}")
         write_script(self.upper / "command/with-contenv", WITH_CONTENV)
 
+    def put_agent(self, script: str) -> None:
+        """Put a program in the agent's place, for tests of what leads to it or of a gateway that misbehaves on command."""
+        write_script(self.upper / "opt/hermes/.venv/bin/hermes", script)
+
     # Life
 
     def command(self, words: list[str]) -> list[str]:

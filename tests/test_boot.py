@@ -100,10 +100,7 @@ def test_hermes_can_control_slots_and_static_services(container):
 
 def hermes_that_sleeps(box) -> None:
     """Put a program in the agent's place that shows how it was called and then runs until it is told to end."""
-    program = box.upper / "opt/hermes/.venv/bin/hermes"
-    program.parent.mkdir(parents=True, exist_ok=True)
-    program.write_text('#!/bin/sh\necho "hermes: $* as $(id -un) in $PWD with $HOME, ${API_SERVER_PORT:-no port}"\nexec sleep infinity\n')
-    program.chmod(0o755)
+    box.put_agent('#!/bin/sh\necho "hermes: $* as $(id -un) in $PWD with $HOME, ${API_SERVER_PORT:-no port}"\nexec sleep infinity\n')
 
 
 def wanted_up(box) -> dict[str, bool]:

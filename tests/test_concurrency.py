@@ -80,10 +80,7 @@ def test_a_stop_during_a_reconcile_is_not_forgotten(container, tmp_path):
     (folder / "SOUL.md").touch()
     (folder / "gateway_state.json").write_text(json.dumps(RUNNING | {"kept": 1}))
     box = container()
-    program = box.upper / "opt/hermes/.venv/bin/hermes"
-    program.parent.mkdir(parents=True, exist_ok=True)
-    program.write_text("#!/bin/sh\nexec sleep infinity\n")
-    program.chmod(0o755)
+    box.put_agent("#!/bin/sh\nexec sleep infinity\n")
     box.start("sleep", "infinity")
     reconcile = subprocess.Popen(
         box.exec_command(["sh", "-c", "for i in 1 2 3 4 5 6 7 8 9 10; do /opt/hermes/docker/hermes_boot.py reconcile || exit 1; done"]),

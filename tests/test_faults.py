@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 RUNNING = '{"desired_state": "running"}'
+SLEEPER = "#!/bin/sh\nexec sleep infinity\n"
 STATE = "gateway_state.json"
 
 
@@ -208,23 +209,21 @@ def snapshot() -> list[tuple]:
     ]
 
 
-CHECK = (
-    "for p in a-good z-good; do s6-svwait -t 3000 -u /run/service/gateway-$p || echo missing $p; done; stat -c '%n %u:%g %a' /etc/shadow"
-)
+CHECK = """PATH=/command:$PATH
+for p in a-good z-good; do s6-svwait -t 3000 -u /run/service/gateway-$p || echo missing $p; done
+stat -c '%n %u:%g %a' /etc/shadow
+"""
 
 
 @pytest.mark.parametrize("fault, said", FAULTS.values(), ids=FAULTS)
 def test_the_good_profiles_come_up_beside(container, home, fault, said):
     """Both good gateways start, the boot ends with 0 in seconds, one line names the fault, nothing outside changes."""
     box = container()
-    program = box.upper / "opt/hermes/.venv/bin/hermes"
-    program.parent.mkdir(parents=True, exist_ok=True)
-    program.write_text("#!/bin/sh\nexec sleep infinity\n")
-    program.chmod(0o755)
+    box.put_agent(SLEEPER)
     fault(home)
     before = snapshot()
     started = time.monotonic()
-    done = box.run("sh", "-c", f"PATH=/command:$PATH; {CHECK}")
+    done = box.run("sh", "-c", CHECK)
     assert done.returncode == 0, done.stderr
     assert b"missing" not in done.stdout, done.stderr.decode()
     assert time.monotonic() - started < 10
@@ -234,25 +233,34 @@ def test_the_good_profiles_come_up_beside(container, home, fault, said):
     assert (box.upper / "etc/passwd").stat().st_uid == 0 and b"/etc/shadow 0:" in done.stdout
 
 
-def test_a_full_volume_starts_what_it_has(container, tmp_path, home):
+@pytest.fixture
+def in_memory(tmp_path, home):
+    """Make a volume like home on a tmpfs with mount options of its own; unmounted at the end."""
+    mounted: list[Path] = []
+
+    def make(options: str) -> Path:
+        volume = tmp_path / "memory"
+        volume.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", volume], check=True)
+        mounted.append(volume)
+        subprocess.run(["cp", "-a", f"{home}/.", volume], check=True)
+        return volume
+
+    yield make
+    for volume in mounted:
+        subprocess.run(["umount", "-l", volume], check=True)
+
+
+def test_a_full_volume_starts_what_it_has(container, in_memory):
     """No byte left: the seeds are missing and that is said, the gateways start."""
-    full = tmp_path / "full"
-    full.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", full], check=True)
-    try:
-        subprocess.run(["cp", "-a", f"{home}/.", full], check=True)
-        subprocess.run(["dd", "if=/dev/zero", f"of={full}/fill", "bs=4k"], capture_output=True)
-        box = container(volume=full)
-        program = box.upper / "opt/hermes/.venv/bin/hermes"
-        program.parent.mkdir(parents=True, exist_ok=True)
-        program.write_text("#!/bin/sh\nexec sleep infinity\n")
-        program.chmod(0o755)
-        done = box.run("sh", "-c", f"PATH=/command:$PATH; {CHECK}")
-        assert done.returncode == 0 and b"missing" not in done.stdout, done.stderr.decode()
-        assert b"No space left on device; free some space" in done.stderr
-        assert not [path for path in full.iterdir() if path.name.endswith(".tmp")]
-    finally:
-        subprocess.run(["umount", "-l", full], check=True)
+    full = in_memory("size=256k")
+    subprocess.run(["dd", "if=/dev/zero", f"of={full}/fill", "bs=4k"], capture_output=True)
+    box = container(volume=full)
+    box.put_agent(SLEEPER)
+    done = box.run("sh", "-c", CHECK)
+    assert done.returncode == 0 and b"missing" not in done.stdout, done.stderr.decode()
+    assert b"No space left on device; free some space" in done.stderr
+    assert not [path for path in full.iterdir() if path.name.endswith(".tmp")]
 
 
 def test_a_read_only_volume_ends_the_boot_with_the_reason(container, tmp_path, home):
@@ -267,35 +275,29 @@ def test_a_read_only_volume_ends_the_boot_with_the_reason(container, tmp_path, h
     assert b"cannot be written by hermes (10000:10000): Read-only file system" in done.stderr and b"mount it writable" in done.stderr
 
 
-def test_a_million_entries_and_renames_during_the_sweep(container, tmp_path, home):
+def test_a_million_entries_and_renames_during_the_sweep(container, in_memory):
     """A wide folder, with names that change while it is swept. In memory, where a million files come and go quickly."""
-    big = tmp_path / "big"
-    big.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=0", "tmpfs", big], check=True)
+    workspace = in_memory("nr_inodes=0") / "workspace"
+    wide = workspace / "wide"
+    wide.mkdir(parents=True)
+    for number in range(1_000_000):
+        os.close(os.open(f"{wide}/{number}", os.O_CREAT))
+    (workspace / "moves/deep/er").mkdir(parents=True)
     script = (
         "import os, sys\nos.chdir(sys.argv[1])\nwhile True:\n"
         " for a, b in (('moves', 'moved'), ('moved/deep', 'deep'), ('deep', 'moved/deep'), ('moved', 'moves')):\n"
         "  try: os.rename(a, b)\n  except OSError: pass\n"
     )
-    mover = None
+    mover = subprocess.Popen([sys.executable, "-IS", "-c", script, str(workspace)])
     try:
-        subprocess.run(["cp", "-a", f"{home}/.", big], check=True)
-        wide = big / "workspace/wide"
-        wide.mkdir(parents=True)
-        for number in range(1_000_000):
-            os.close(os.open(f"{wide}/{number}", os.O_CREAT))
-        (big / "workspace/moves/deep/er").mkdir(parents=True)
-        mover = subprocess.Popen([sys.executable, "-IS", "-c", script, str(big / "workspace")])
         started = time.monotonic()
-        done = container(volume=big).run("true", timeout=120)
+        done = container(volume=workspace.parent).run("true", timeout=120)
         assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
         assert time.monotonic() - started < 60
         assert (wide / "999999").stat().st_uid == 10000
     finally:
-        if mover:
-            mover.kill()
-            mover.wait()
-        subprocess.run(["umount", "-l", big], check=True)
+        mover.kill()
+        mover.wait()
 
 
 @pytest.mark.parametrize(
@@ -309,27 +311,18 @@ def test_profiles_that_are_no_folder_cost_only_themselves(container, home, make)
     assert b"profiles on the volume is a link, or not of the kind it should be, so no profile but default has a gateway" in done.stderr
 
 
-def test_a_volume_out_of_inodes_starts_what_it_has(container, tmp_path, home):
+def test_a_volume_out_of_inodes_starts_what_it_has(container, in_memory):
     """No file more can be made."""
-    full = tmp_path / "full"
-    full.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=40", "tmpfs", full], check=True)
-    try:
-        subprocess.run(["cp", "-a", f"{home}/.", full], check=True)
-        for number in range(40):
-            try:
-                (full / f"fill{number}").touch()
-            except OSError:
-                break
-        box = container(volume=full)
-        program = box.upper / "opt/hermes/.venv/bin/hermes"
-        program.parent.mkdir(parents=True, exist_ok=True)
-        program.write_text("#!/bin/sh\nexec sleep infinity\n")
-        program.chmod(0o755)
-        done = box.run("sh", "-c", f"PATH=/command:$PATH; {CHECK}")
-        assert done.returncode == 0 and b"missing" not in done.stdout, done.stderr.decode()
-    finally:
-        subprocess.run(["umount", "-l", full], check=True)
+    full = in_memory("nr_inodes=40")
+    for number in range(40):
+        try:
+            (full / f"fill{number}").touch()
+        except OSError:
+            break
+    box = container(volume=full)
+    box.put_agent(SLEEPER)
+    done = box.run("sh", "-c", CHECK)
+    assert done.returncode == 0 and b"missing" not in done.stdout, done.stderr.decode()
 
 
 @pytest.mark.parametrize("make", [Path.touch, link_to("/no/such")], ids=["file", "dangling link"])
@@ -349,10 +342,7 @@ HOMES = ["/srv/with space", "/srv/it's", '/srv/"quoted"', "/srv/$(touch /tmp/pwn
 def test_any_home_boots_and_logs_to_the_right_folder(container, path):
     """Its name reaches the scripts as data."""
     box = container(environment={"HERMES_HOME": path, "HERMES_GATEWAY_BOOTSTRAP_STATE": "running"})
-    program = box.upper / "opt/hermes/.venv/bin/hermes"
-    program.parent.mkdir(parents=True, exist_ok=True)
-    program.write_text('#!/bin/sh\necho "here: $PWD"\nexec sleep infinity\n')
-    program.chmod(0o755)
+    box.put_agent('#!/bin/sh\necho "here: $PWD"\nexec sleep infinity\n')
     wait = 'for i in 1 2 3 4 5 6 7 8 9 10; do grep -q here: "$HERMES_HOME/logs/gateways/default/current" && break; sleep 0.2; done'
     done = box.run("sh", "-c", f'{wait}; cat "$HERMES_HOME/logs/gateways/default/current"; ls -d /tmp/pwned')
     assert done.returncode == 2 and f"here: {path.splitlines()[0]}" in done.stdout.decode(), done

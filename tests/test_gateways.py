@@ -32,10 +32,7 @@ class Gateways:
 
     def __init__(self, box: Sandbox, profiles: dict[str, str], state: str = "") -> None:
         self.box, self.volume = box, box.volume
-        program = box.upper / "opt/hermes/.venv/bin/hermes"
-        program.parent.mkdir(parents=True, exist_ok=True)
-        program.write_text(GATEWAY)
-        program.chmod(0o755)
+        box.put_agent(GATEWAY)
         for name, does in ({"default": RUN} | profiles).items():
             folder = self.folder(name)
             folder.mkdir(parents=True, exist_ok=True)

@@ -62,10 +62,7 @@ def test_argv_survives_byte_for_byte(container, program, words):
 
 def hermes_that_prints_its_arguments(box) -> None:
     """Put a program in the agent's place that shows what it was called with: what is tested is the way to it."""
-    program = box.upper / "opt/hermes/.venv/bin/hermes"
-    program.parent.mkdir(parents=True, exist_ok=True)
-    program.write_text('#!/bin/sh\nfor word do printf "%s\\0" "$word"; done\n')
-    program.chmod(0o755)
+    box.put_agent('#!/bin/sh\nfor word do printf "%s\\0" "$word"; done\n')
 
 
 ROUTES = {
@@ -179,10 +176,7 @@ def test_as_a_user_of_its_own_nothing_is_dropped(container, tmp_path):
 def test_the_hermes_command_drops_root(container, sent):
     """`docker exec c hermes …` as root runs hermes as the user hermes; HERMES_DOCKER_EXEC_AS_ROOT=1 opts out."""
     box = container()
-    program = box.upper / "opt/hermes/.venv/bin/hermes"
-    program.parent.mkdir(parents=True, exist_ok=True)
-    program.write_text(f'#!/bin/sh\nid -u\necho "$HOME" "$@"\nkill -{int(sent)} $$\n')
-    program.chmod(0o755)
+    box.put_agent(f'#!/bin/sh\nid -u\necho "$HOME" "$@"\nkill -{int(sent)} $$\n')
     box.start("sleep", "infinity")
     done = box.exec("hermes", "chat", "a b")
     assert (done.stdout, done.returncode) == ("10000\n/opt/data chat a b\n", -sent)
