@@ -1243,7 +1243,7 @@ def refresh(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, st
                     current = None
                 if current != content.encode():
                     folder.write(file, content.encode(), mode, replace=True)
-        if start:
+        if start and slot.stat("down"):
             slot.remove("down")
 
 
@@ -1440,23 +1440,23 @@ class S6ServiceManager:
 
     def start_all(self, names: list[str], *, timeout: float = 10) -> dict[str, GatewayError]:
         """Start gateways, all at once; return what failed, by name."""
-        failures = self.prepare(names, "running")
-        return failures | self.bring([name for name in names if name not in failures], up=True, timeout=timeout)
+        return self.carry_out(names, "running", ((True, timeout),))
 
     def stop_all(self, names: list[str], *, timeout: float | None = None) -> dict[str, GatewayError]:
-        """Stop gateways, all at once; return what failed, by name. The intent is written first and, since a gateway that ends
-        writes the same file, once more when it has ended."""
-        failures = self.prepare(names, "stopped")
-        ours = [name for name in names if name not in failures]
-        failures |= self.bring(ours, up=False, timeout=self.patience(timeout))
-        return failures | self.prepare([name for name in ours if name not in failures], "stopped")
+        """Stop gateways, all at once; return what failed, by name."""
+        return self.carry_out(names, "stopped", ((False, self.patience(timeout)),))
 
     def restart_all(self, names: list[str], *, timeout: float | None = None) -> dict[str, GatewayError]:
         """Stop and start gateways, all at once; return what failed, by name."""
-        failures = self.prepare(names, "running")
-        for up, patience in ((False, self.patience(timeout)), (True, 10)):
+        return self.carry_out(names, "running", ((False, self.patience(timeout)), (True, 10)))
+
+    def carry_out(self, names: list[str], desired: str, steps: tuple[tuple[bool, float], ...]) -> dict[str, GatewayError]:
+        """Record the intent and take the steps, each (up, timeout); return what failed, by name. The intent is written once more at
+        the end: the agent writes the same file without our lock, and may have put back what it read before."""
+        failures = self.prepare(names, desired)
+        for up, patience in steps:
             failures |= self.bring([name for name in names if name not in failures], up=up, timeout=patience)
-        return failures
+        return failures | self.prepare([name for name in names if name not in failures], desired)
 
     def prepare(self, names: list[str], desired: str) -> dict[str, GatewayError]:
         """Check that gateways exist and record the intent for them; return what failed, by name."""
@@ -1861,7 +1861,7 @@ def register(home: Folder, scandir: Folder, profile: Profile, timeout: int) -> N
         profile.why = profile.why or log_fault
         publish(scandir, profile.name, slot_files(profile.name, timeout, None, to_folder=not log_fault), start=profile.action == "started")
     except OSError as error:
-        profile.action, profile.why = "skipped", f"its slot could not be made: {reason(error)}; restart the container"
+        profile.action, profile.why = "skipped", f"its slot could not be made ({reason(error)}); make the scandir writable for hermes, with space left"
 
 
 def make_log_folder(home: Folder, profile: str) -> str:

@@ -11,6 +11,7 @@ import threading
 import time
 
 import hermes_boot
+import sandbox
 from hermes_boot import Boot, Folder
 
 RUNNING = {"desired_state": "running"}
@@ -94,6 +95,38 @@ def test_a_stop_during_a_reconcile_is_not_forgotten(container, tmp_path):
     assert reconcile.returncode == 0 and b"Traceback" not in err
     box.restart()
     assert box.path("/run/service/gateway-a/down").exists()
+
+
+def test_the_real_agent_writes_its_state_while_boots_run(container, tmp_path):
+    """hermes-agent's own writer goes on during ten boots and starts: no boot finds half a file, no key is lost."""
+    folder = tmp_path / "volume/profiles/a"
+    folder.mkdir(parents=True)
+    (folder / "SOUL.md").touch()
+    (folder / "gateway_state.json").write_text(json.dumps(RUNNING | {"kept": 1}))
+    box = container(agent=True)
+    box.start("sleep", "infinity")
+    writer = (
+        "import itertools, os, time\nfrom gateway.status import write_runtime_status\n"
+        "for number in itertools.count(1):\n"
+        " write_runtime_status(gateway_state='running', active_agents=number)\n"
+        " open('/tmp/written', 'w').write(str(number))\n"
+        " if os.path.exists('/tmp/stop'): break\n time.sleep(0.001)\n"
+    )
+    argv = box.exec_command(["/opt/hermes/.venv/bin/python", "-c", writer], "hermes", {"HERMES_HOME": "/opt/data/profiles/a"})
+    agent = subprocess.Popen(argv)
+    try:
+        assert sandbox.wait_for(lambda: box.path("/tmp/written").exists())
+        for _ in range(10):
+            done = box.exec("/opt/hermes/docker/hermes_boot.py")
+            assert done.returncode == 0 and "profile=a prior_state=running action=started" in done.stderr, done
+            assert box.exec("/opt/hermes/docker/hermes_boot.py", "gateway", "start", "-p", "a").returncode == 0
+    finally:
+        box.path("/tmp/stop").touch()
+        agent.wait(30)
+    written = int(box.path("/tmp/written").read_text())
+    state = json.loads((folder / "gateway_state.json").read_text())
+    assert written > 100
+    assert (state["active_agents"], state["kept"], state["desired_state"]) == (written, 1, "running")
 
 
 def test_secrets_are_in_no_log_no_argument_and_never_readable(container, tmp_path):

@@ -335,6 +335,21 @@ def test_a_scandir_that_is_none_is_one_line(plain, make):
     assert "fatal: the scandir " in line and "so no gateway can run" in line
 
 
+def test_a_read_only_scandir_costs_the_gateways_and_says_so(live, plain):
+    """Nothing can be published: each profile gets a line with the reason; slots that are there already stay as they are."""
+    plain.profile("a", RUNNING)
+    plain.scandir.mkdir()
+    try:
+        for options, expected in (("ro", "skipped"), ("remount,rw", "started"), ("remount,ro", "started")):
+            subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", plain.scandir], check=True)
+            done = plain.reconcile()
+            assert done.returncode == 0 and f"profile=a prior_state=running action={expected}" in done.stderr
+            assert ("could not be made (Read-only file system); make" in done.stderr) is (expected == "skipped")
+        assert plain.slots() == {"a": True, "default": False}
+    finally:
+        subprocess.run(["umount", "-l", plain.scandir], check=True)
+
+
 HOMES = ["/srv/with space", "/srv/it's", '/srv/"quoted"', "/srv/$(touch /tmp/pwned)`touch /tmp/pwned`", "/srv/line\nbreak", "/srv/-x;y&z"]
 
 
