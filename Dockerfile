@@ -45,6 +45,7 @@ RUN cd /opt/hermes/docker \
  && ln -s hermes_boot.py entrypoint.sh \
  && ln -s main_wrapper.py main-wrapper.sh \
  && ln -s ../docker/main_wrapper.py ../bin/hermes \
+ && ln -s ../docker/hermes_boot.py ../bin/hermes-boot \
  && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-init.d/01-hermes-setup \
  && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-init.d/02-reconcile-profiles \
  && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-finish.d/10-hermes-shutdown
@@ -65,12 +66,13 @@ COPY s6-rc.d/ /etc/s6-overlay/s6-rc.d/
 # A failing setup ends the container (2). Services may take as long as they need (0): s6-rc would stop the boot after 5 seconds, and
 # a first boot may have a whole NAS share to give to hermes.
 ENV HERMES_HOME=/opt/data \
-    PATH=/opt/hermes/bin:/opt/hermes/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    PATH=/opt/hermes/bin:/opt/hermes/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/command \
     VIRTUAL_ENV=/opt/hermes/.venv \
     S6_BEHAVIOUR_IF_STAGE2_FAILS=2 \
     S6_CMD_WAIT_FOR_SERVICES_MAXTIME=0 \
     S6_KILL_GRACETIME=10 \
     S6_VERBOSITY=1
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 CMD ["/opt/hermes/bin/hermes-boot", "health"]
 WORKDIR /opt/data
 VOLUME /opt/data
 ENTRYPOINT ["/init", "/opt/hermes/docker/main-wrapper.sh"]

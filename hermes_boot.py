@@ -43,6 +43,8 @@ MANAGED_FILES = frozenset(
 MANAGED_PREFIXES = ("state.db", "response_store.db")  # SQLite puts -wal and -shm beside each
 VERSION_STAMP = ".hermes-agent-version"
 
+VERSION = "1.0.0"
+
 STATE_FILE = "gateway_state.json"
 STATE_LIMIT = 4 << 20  # bytes; real ones have a few hundred
 STALE_FILES = ("gateway.pid", "processes.json")  # of a dead container's processes
@@ -523,7 +525,7 @@ class Sweep:
     that belong to hermes's former UIDs excepted, which hermes could write anyway).
     """
 
-    __slots__ = ("uid", "gid", "dry_run", "former", "mounts", "changed", "checked", "linked", "failure", "failed")
+    __slots__ = ("uid", "gid", "dry_run", "former", "mounts", "changed", "checked", "linked", "first", "failure", "failed")
 
     def __init__(self, boot: Boot, *, former: int = 0, mounts: frozenset[tuple[int, int]] = frozenset()) -> None:
         self.uid, self.gid = boot.owner
@@ -531,7 +533,7 @@ class Sweep:
         self.former = {former, self.uid}
         self.mounts = mounts
         self.changed = self.checked = self.linked = self.failed = 0
-        self.failure = ""
+        self.failure = self.first = ""
 
     def claim(self, name: str, at: int, *, writable: bool = False) -> None:
         """Give one entry to hermes; with writable, see to it that its owner can read and write it."""
@@ -548,6 +550,7 @@ class Sweep:
                 if not self.dry_run:
                     os.chown(path, self.uid, self.gid)
                 self.changed += 1
+                self.first = self.first or f"{shown(name)} belongs to {status.st_uid}:{status.st_gid}"
             if writable and stat.S_ISREG(status.st_mode) and status.st_mode & 0o600 != 0o600 and not self.dry_run:
                 os.chmod(path, stat.S_IMODE(os.fstat(fd).st_mode) | 0o600)
         except OSError as error:
@@ -673,6 +676,11 @@ def own_volume(boot: Boot, former: int) -> None:
         if not boot.does(f"make {shown(boot.home)}"):
             return
         make_home(boot)
+    sweep_volume(boot, former).report(boot)
+
+
+def sweep_volume(boot: Boot, former: int) -> Sweep:
+    """Check all that hermes manages on the volume, and change wrong owners unless it is a dry run."""
     sweep = Sweep(boot, former=former, mounts=mounts_below(boot.home))
     with Folder(boot.home, follow=True) as home:
         sweep.claim(".", home.fd)
@@ -683,7 +691,7 @@ def own_volume(boot: Boot, former: int) -> None:
             sweep.claim(name, home.fd, writable=True)
         for path in MANAGED_FOLDERS:
             own_folder(sweep, home, path)
-    sweep.report(boot)
+    return sweep
 
 
 def make_home(boot: Boot) -> None:
@@ -865,6 +873,15 @@ def image_version() -> str:
     return ""
 
 
+def volume_version(boot: Boot) -> str:
+    """Return the version of hermes-agent that last ran on the volume, "" on one from before this was noted."""
+    try:
+        with Folder(boot.home, follow=True) as home:
+            return home.read(VERSION_STAMP, 100).decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
 def version_key(version: str) -> list[int]:
     """Return a version's numbers for comparing."""
     return [int(part) if part.isdigit() else 0 for part in version.split(".")]
@@ -878,12 +895,7 @@ def migrate_config(boot: Boot, *, fresh: bool) -> None:
     version = image_version()
     if not version or truthy(boot.setting("HERMES_SKIP_CONFIG_MIGRATION")):
         return
-    last = ""
-    try:
-        with Folder(boot.home, follow=True) as home:
-            last = home.read(VERSION_STAMP, 100).decode(errors="replace").strip()
-    except OSError:
-        pass  # a volume from before this file: migrate once
+    last = volume_version(boot)
     if version_key(version) <= version_key(last):
         return
     if not fresh:
@@ -943,6 +955,11 @@ class Profile:
         return f"{date} profile={shown(self.name)} prior_state={state} action={self.action}{why}\n"
 
 
+def profile_folder(home: Folder, profile: str) -> Folder:
+    """Open a profile's folder."""
+    return home.folder("." if profile == "default" else f"profiles/{profile}")
+
+
 def name_fault(name: str) -> str:
     """Return what keeps a name from being a profile's, "" when nothing does."""
     if not set(name) <= PROFILE_NAME or name[:1] in ("", "-", "_"):
@@ -965,20 +982,30 @@ def load_state(data: bytes) -> dict[str, object]:
     return state
 
 
+def read_state(folder: Folder) -> tuple[dict[str, object], str]:
+    """Return a profile's state, empty when it has none, and what is wrong with the file ("" when nothing is)."""
+    try:
+        return load_state(folder.read(STATE_FILE, STATE_LIMIT)), ""
+    except FileNotFoundError:
+        return {}, ""
+    except OSError as error:
+        return {}, f"{STATE_FILE} {fault(error)}; remove it and start the gateway again"
+    except ValueError:
+        return {}, f"{STATE_FILE} is not a JSON object; remove it and start the gateway again"
+
+
 def prior_state(folder: Folder) -> tuple[str | None, str]:
-    """Return the state a gateway should be in by its state file, and what is wrong with that file ("" when nothing is).
+    """Return the state a gateway should be in by its state file, and what is wrong with that file ("" when nothing is)."""
+    state, why = read_state(folder)
+    return (None, why) if why else intent_of(state)
+
+
+def intent_of(state: dict[str, object]) -> tuple[str | None, str]:
+    """Return the state that a gateway should be in, and what is wrong with it ("" when nothing is).
 
     desired_state is the operator's intent and wins; gateway_state is the gateway's own word, in which draining and degraded are ways
     of running.
     """
-    try:
-        state = load_state(folder.read(STATE_FILE, STATE_LIMIT))
-    except FileNotFoundError:
-        return None, ""
-    except OSError as error:
-        return None, f"{STATE_FILE} {fault(error)}; remove it and start the gateway again"
-    except ValueError:
-        return None, f"{STATE_FILE} is not a JSON object; remove it and start the gateway again"
     intent = state.get("desired_state")
     if intent is None:
         intent = state.get("gateway_state")
@@ -1255,33 +1282,11 @@ def rescan(scandir: str, option: str = "-a") -> None:
             warn(f"s6-svscanctl {option} {scandir} failed ({text}); run it again as root, or restart the container")
 
 
-# The service manager
+# What s6 knows
 
 
-class GatewayError(Exception):
-    """What kept the manager from doing what it was asked; exit_code is the command line's."""
-
-    exit_code = 1
-
-
-class NotRegistered(GatewayError):
-    """There is no slot for this profile."""
-
-    exit_code = 4
-
-
-class AlreadyRegistered(GatewayError, ValueError):
-    """There is a slot for this profile already."""
-
-
-class InvalidName(GatewayError, ValueError):
-    """The name cannot be a profile's."""
-
-    exit_code = 2
-
-
-class CommandFailed(GatewayError):
-    """An s6 program failed, or what it was to bring about did not come about in time. The message has its stderr."""
+TAI_OFFSET = (1 << 62) + 37  # s6 counts TAI seconds since 1970, 37 ahead of UTC since 2017
+RESTART_WINDOW = 60  # seconds in which deaths count as one crash loop
 
 
 class S6Command:
@@ -1309,6 +1314,145 @@ def s6(program: str, *arguments: str) -> tuple[int, str]:
         return S6Command(program, *arguments).result()
     except OSError as error:
         return 127, f"{program}: {reason(error)}"
+
+
+def until(condition, timeout: float) -> bool:
+    """Poll a condition that s6 has no event for; say whether it came to hold within timeout seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def opens_for_writing(path: str) -> bool:
+    """Say whether somebody reads from a FIFO."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW))
+    except OSError:
+        return False
+    return True
+
+
+def is_supervised(slot: str) -> bool:
+    """Say whether an s6-supervise reads a slot's control FIFO."""
+    return opens_for_writing(f"{slot}/supervise/control")
+
+
+def end_back_off(slot: str) -> None:
+    """Wake a finish script that waits before the next start: opening its FIFO is the signal."""
+    opens_for_writing(f"{slot}/back-off")
+
+
+class SlotStatus:
+    """What s6-supervise says of a slot: the process (0: none), whether that is finish, whether s6 wants it up, since when (seconds
+    since 1970), and, while it is not up, how it ended (a wait status, see wait(2))."""
+
+    __slots__ = ("pid", "finishing", "wanted", "since", "ended")
+
+    def __init__(self, pid: int, finishing: bool, wanted: bool, since: float, ended: int) -> None:
+        self.pid, self.finishing, self.wanted, self.since, self.ended = pid, finishing, wanted, since, ended
+
+    @property
+    def up(self) -> bool:
+        """Say whether the gateway itself runs."""
+        return self.pid != 0 and not self.finishing
+
+
+def slot_status(slot: str) -> SlotStatus | None:
+    """Return what s6 knows of a slot, None when no s6-supervise watches it.
+
+    Read from supervise/status, as s6-svstat does (s6 2.12 put a process group into it): a process for each of hundreds of slots
+    would take half a second. A layout that is none of these is left to s6-svstat itself.
+    """
+    if not is_supervised(slot):
+        return None
+    try:
+        data = read_small(f"{slot}/supervise/status")
+    except OSError:
+        return None
+    if len(data) not in (35, 43):
+        return asked_status(slot)
+    flags = data[-1]
+    since = int.from_bytes(data[:8]) - TAI_OFFSET + int.from_bytes(data[8:12]) / 1e9
+    return SlotStatus(int.from_bytes(data[24:32]), bool(flags & 2), bool(flags & 4), since, int.from_bytes(data[-3:-1]))
+
+
+def asked_status(slot: str) -> SlotStatus | None:
+    """Return what s6-svstat says of a slot."""
+    code, text = s6("s6-svstat", "-o", "up,pid,wantedup,updownfor,exitcode,signum", slot)
+    if code:
+        return None
+    up, pid, wanted, seconds_ago, exit_code, signal_number = text.split()
+    ended = int(signal_number) if int(signal_number) > 0 else max(0, int(exit_code)) << 8
+    return SlotStatus(max(0, int(pid)), up != "true" and int(pid) > 0, wanted == "true", time.time() - int(seconds_ago), ended)
+
+
+def read_small(path: str) -> bytes:
+    """Return the first 4 KiB of a file of s6's, never blocking."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
+    try:
+        return os.read(fd, 4096)
+    finally:
+        os.close(fd)
+
+
+def deaths(slot: str) -> list[tuple[float, int]]:
+    """Return the last deaths in a slot, oldest first: when, in seconds since 1970, and the wait status."""
+    try:
+        data = read_small(f"{slot}/supervise/death_tally")
+    except OSError:
+        return []
+    records = [data[start : start + 14] for start in range(0, len(data) - 13, 14)]
+    return [(int.from_bytes(record[:8]) - TAI_OFFSET, record[12] << 8 | record[13]) for record in records]
+
+
+def back_off(times: list[float]) -> int:
+    """Return how long finish waits after the last of these deaths, in seconds: the rule of finish_script, for those who look on."""
+    delay, last = 0, [0.0] * 4
+    for now in times:
+        if delay and now - last[3] <= delay + RESTART_WINDOW:
+            delay = min(delay * 2, BACK_OFF_LIMIT)
+        else:
+            delay = 2 if now - last[0] <= RESTART_WINDOW else 0
+        last = [*last[1:], now]
+    return delay
+
+
+def is_looping(times: list[float]) -> bool:
+    """Say whether a gateway with these deaths is in a crash loop at this moment."""
+    delay = back_off(times)
+    return delay > 0 and time.time() - times[-1] <= delay + RESTART_WINDOW
+
+
+# The service manager
+
+
+class GatewayError(Exception):
+    """What kept the manager from doing what it was asked; exit_code is the command line's."""
+
+    exit_code = 1
+
+
+class NotRegistered(GatewayError):
+    """There is no slot for this profile."""
+
+    exit_code = 4
+
+
+class AlreadyRegistered(GatewayError, ValueError):
+    """There is a slot for this profile already."""
+
+
+class InvalidName(GatewayError, ValueError):
+    """The name cannot be a profile's."""
+
+    exit_code = 2
+
+
+class CommandFailed(GatewayError):
+    """An s6 program failed, or what it was to bring about did not come about in time. The message has its stderr."""
 
 
 class S6ServiceManager:
@@ -1362,17 +1506,15 @@ class S6ServiceManager:
 
     # State
 
-    def status(self, name: str) -> dict[str, str]:
-        """Return what s6 says of a gateway: up, wantedup, pid, exitcode, signal, updownfor. Raises CommandFailed."""
-        fields = "up,wantedup,pid,exitcode,signal,updownfor"
-        code, text = s6("s6-svstat", "-o", fields, self.slot(name))
-        if code:
-            raise CommandFailed(f"{name}: {text or 'no supervisor answers'}")
-        return dict(zip(fields.split(","), text.split()))
+    def status(self, name: str) -> SlotStatus:
+        """Return what s6 says of a gateway. Raises NotRegistered, InvalidName, CommandFailed."""
+        if (status := slot_status(self.slot(name))) is None:
+            raise CommandFailed(f"{name}: no supervisor answers; run `hermes-boot doctor`")
+        return status
 
     def is_running(self, name: str) -> bool:
         """Say whether a gateway's process is up, by s6. Raises NotRegistered, CommandFailed."""
-        return self.status(name)["up"] == "true"
+        return self.status(name).up
 
     def record(self, profile: str, desired: str) -> None:
         """Write the operator's intent to a profile's state file, keeping every other key. Raises CommandFailed."""
@@ -1399,14 +1541,14 @@ class S6ServiceManager:
     def profile_folder(self, profile: str) -> Folder:
         """Open a profile's folder."""
         with Folder(self.home, follow=True) as home:
-            return home.folder("." if profile == "default" else f"profiles/{profile}")
+            return profile_folder(home, profile)
 
     def announce_stop(self, profile: str) -> None:
         """Tell the gateway that the SIGTERM to come is meant: hermes-agent then ends with code 0 and says so in its log."""
         import json
 
         try:
-            pid = int(self.status(profile)["pid"])
+            pid = self.status(profile).pid
             started = int(wrapper.start_time(pid))
             written = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
             marker = {"target_pid": pid, "target_start_time": started, "stopper_pid": os.getpid(), "written_at": written}
@@ -1501,10 +1643,10 @@ class S6ServiceManager:
         except GatewayError as error:
             failures[name] = error
             return True
-        if up and status["up"] == "false" and status["wantedup"] == "false":
-            failures[name] = CommandFailed(f"{name}: ended at once with code {status['exitcode']} and is parked; see its log")
+        if up and not status.up and not status.wanted:
+            failures[name] = CommandFailed(f"{name}: ended at once with {ending(status.ended)} and is parked; see its log")
             return True
-        return (status["up"] == "true") is up
+        return status.up is up
 
     # Registration
 
@@ -1562,35 +1704,6 @@ class S6ServiceManager:
             raise NotRegistered(f"no such gateway: {profile}; somebody else has just removed it") from None
         except OSError as error:
             raise CommandFailed(f"{profile}: its slot could not be removed: {reason(error)}") from error
-
-
-def until(condition, timeout: float) -> bool:
-    """Poll a condition that s6 has no event for; say whether it came to hold within timeout seconds."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.005)
-    return True
-
-
-def opens_for_writing(path: str) -> bool:
-    """Say whether somebody reads from a FIFO."""
-    try:
-        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW))
-    except OSError:
-        return False
-    return True
-
-
-def is_supervised(slot: str) -> bool:
-    """Say whether an s6-supervise reads a slot's control FIFO."""
-    return opens_for_writing(f"{slot}/supervise/control")
-
-
-def end_back_off(slot: str) -> None:
-    """Wake a finish script that waits before the next start: opening its FIFO is the signal."""
-    opens_for_writing(f"{slot}/back-off")
 
 
 def become_hermes() -> None:
@@ -1656,101 +1769,42 @@ def unregister_one(manager: S6ServiceManager, profile: str) -> int:
     return 0
 
 
-def show_status(manager: S6ServiceManager, names: list[str], as_json: bool) -> int:
-    """Print s6's word on gateways; return 0 when all of them are up, else 3."""
-    rows, failures = {}, {}
-    for name in names:
-        try:
-            rows[name] = manager.status(name)
-        except GatewayError as error:
-            failures[name] = error
-    if as_json:
-        import json
-
-        print(json.dumps(rows))
-    for name, row in {} if as_json else rows.items():
-        ended = f"code {row['exitcode']}" if row["signal"] == "NA" else row["signal"]
-        last = f"pid {row['pid']}" if row["up"] == "true" else f"last ended with {ended}"
-        print(f"{name}: {'up' if row['up'] == 'true' else 'down'} for {row['updownfor']} s, {last}")
-    up = all(row["up"] == "true" for row in rows.values())
-    return report_failures(failures) or (0 if up else 3)
-
-
 DONE = {"start": "started", "stop": "stopped", "restart": "restarted"}
-GATEWAY_USAGE = """usage: hermes_boot.py gateway ACTION [-p NAME | --all] [--json]
-
-  start, stop, restart   do it, wait for it, and remember it over a restart of the container
-  status                 say what s6 knows; with --json as an object
-  list                   name the profiles that have a slot
-  register, unregister   publish or remove a profile's slot
-
-  -p, --profile NAME     the profile; without it the active one, as for `hermes`
-  --all                  every registered one; goes on past a failure
-
-exit codes: 0 done, 1 failed, 2 wrong usage, 3 not running (status), 4 no such gateway
-"""
 
 
-class Usage(Exception):
-    """A command line that is not understood."""
-
-
-def gateway_command(words: list[str], environment: dict[str, str]) -> int:
-    """Run `hermes_boot.py gateway …`; return the exit code."""
-    if words in (["--help"], ["-h"]):
-        print(GATEWAY_USAGE, end="")
-        return 0
+def gateway_command(boot: Boot, action: str, profile: str | None, every: bool, as_json: bool) -> int:
+    """Run `hermes_boot.py gateway ...`; return the exit code."""
+    if action in DONE:
+        return control(action, profile, every, boot.environment)
+    become_hermes()
+    manager = S6ServiceManager(environment=boot.environment)
     try:
-        return act(*gateway_arguments(words), environment)
-    except Usage as error:
-        say("error", str(error))
-        print(GATEWAY_USAGE, end="", file=sys.stderr)
-        return 2
+        if action == "list":
+            names = manager.list_profile_gateways()
+            print(to_json(names) if as_json else "\n".join(names))
+            return 0
+        name = named_profile(manager, profile)
+        if action == "status":
+            return gateway_status(boot, manager, [] if every or profile is None else [name], as_json)
+        return (register_one if action == "register" else unregister_one)(manager, name)
     except GatewayError as error:
         return report_failures({"": error})
 
 
-def gateway_arguments(words: list[str]) -> tuple[str, str | None, bool, bool]:
-    """Return (action, profile, all, json) of a command line. Raises Usage."""
-    action, profile, every, as_json, rest = "", None, False, False, list(words)
-    while rest:
-        word = rest.pop(0)
-        if word in ("-p", "--profile") and rest:
-            profile = rest.pop(0)
-        elif word.startswith("--profile="):
-            profile = word.removeprefix("--profile=")
-        elif word == "--all":
-            every = True
-        elif word == "--json":
-            as_json = True
-        elif word in (*DONE, "status", "list", "register", "unregister") and not action:
-            action = word
-        else:
-            raise Usage(f"unknown argument {word!r}")
-    if not action or (every and profile is not None) or (every and action.endswith("register")):
-        raise Usage("an action is needed, for one profile (-p NAME) or --all" if not action else f"{action}: -p NAME or --all, not both")
-    return action, profile, every, as_json
+def gateway_status(boot: Boot, manager: S6ServiceManager, names: list[str], as_json: bool) -> int:
+    """Print the rows of some gateways, or of all that have a slot; return 0 when they are all up, else 3."""
+    for name in names:
+        manager.slot(name)
+    rows = [row for row in rows_of(boot) if row.name in (names or manager.list_profile_gateways())]
+    print(to_json([row.as_dict() for row in rows]) if as_json else table(rows))
+    return 0 if all(row.state in ("up", "starting") for row in rows) else 3
 
 
-def act(action: str, profile: str | None, every: bool, as_json: bool, environment: dict[str, str]) -> int:
-    """Carry out an understood command line."""
-    if action in DONE:
-        return control(action, profile, every, environment)
-    become_hermes()
-    manager = S6ServiceManager(environment=environment)
-    if action == "list":
-        names = manager.list_profile_gateways()
-        if as_json:
-            import json
+def to_json(value: object) -> str:
+    """Return a value as JSON for people and programs."""
+    import json
 
-            print(json.dumps(names))
-        else:
-            print("".join(f"{name}\n" for name in names), end="")
-        return 0
-    name = named_profile(manager, profile)
-    if action == "status":
-        return show_status(manager, manager.list_profile_gateways() if every or profile is None else [name], as_json)
-    return (register_one if action == "register" else unregister_one)(manager, name)
+    return json.dumps(value, indent=2)
 
 
 # The phases
@@ -1855,13 +1909,16 @@ def reconcile(boot: Boot, command: list[str]) -> int:
 def register(home: Folder, scandir: Folder, profile: Profile, timeout: int) -> None:
     """Publish one profile's slot; what is in the way of that, or of its log, becomes the profile's own reason."""
     try:
-        with home.folder("." if profile.name == "default" else f"profiles/{profile.name}") as folder:
+        with profile_folder(home, profile.name) as folder:
             profile.why = clean_profile(folder) or profile.why
         log_fault = make_log_folder(home, profile.name)
         profile.why = profile.why or log_fault
         publish(scandir, profile.name, slot_files(profile.name, timeout, None, to_folder=not log_fault), start=profile.action == "started")
     except OSError as error:
-        profile.action, profile.why = "skipped", f"its slot could not be made ({reason(error)}); make the scandir writable for hermes, with space left"
+        profile.action, profile.why = (
+            "skipped",
+            f"its slot could not be made ({reason(error)}); make the scandir writable for hermes, with space left",
+        )
 
 
 def make_log_folder(home: Folder, profile: str) -> str:
@@ -1917,6 +1974,697 @@ def shut_down(boot: Boot) -> int:
     return 0
 
 
+# What operators see: status
+
+
+class Row:
+    """What `status` says of one gateway; the fields are its columns."""
+
+    __slots__ = ("name", "state", "since", "pid", "restarts", "wanted", "last_exit", "autostart", "why", "port", "last_line")
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the row for JSON; times are seconds since 1970."""
+        return {field: getattr(self, field) for field in self.__slots__}
+
+
+START_SECONDS = 3  # a gateway up for less is still starting, unless it has said more
+API_SERVER_PORT = 8642  # hermes-agent's default
+
+
+def rows_of(boot: Boot) -> list[Row]:
+    """Return a row for every profile of the volume and for every slot, default first."""
+    manager = S6ServiceManager(boot.scandir, boot.home, environment=boot.environment)
+    multiplex = truthy(boot.setting("GATEWAY_MULTIPLEX_PROFILES"))
+    with Folder(boot.home, follow=True) as home:
+        names = {"default", *manager.list_profile_gateways(), *(p.name for p in survey(boot, home, None) if p.action != "skipped")}
+        return [row_of(boot, home, name, multiplex) for name in sorted(names, key=lambda name: (name != "default", name))]
+
+
+def row_of(boot: Boot, home: Folder, name: str, multiplex: bool) -> Row:
+    """Return what there is to say of one gateway."""
+    row, slot = Row(), f"{boot.scandir}/{SLOT_PREFIX}{name}"
+    status, tally = slot_status(slot), deaths(slot)
+    row.name, row.port, row.autostart, row.why = name, None, False, "no such profile"
+    state: dict[str, object] = {}
+    try:
+        with profile_folder(home, name) as folder:
+            state, fault_text = read_state(folder)
+            row.autostart, row.why = autostart(name, state, fault_text, multiplex)
+            row.port = port_of(boot, folder, name)
+    except OSError:
+        pass  # a slot whose profile is gone
+    times = [time_of_death for time_of_death, _ in tally]
+    row.state = state_of(status, state, times, os.path.isdir(slot))
+    row.since = round(status.since, 3) if status else None
+    row.pid = status.pid if status and status.up else None
+    recent = sum(1 for moment in times if time.time() - moment <= RESTART_WINDOW)
+    row.restarts = recent - 1 if recent and status and not status.wanted else recent  # after the last death no start followed
+    row.wanted = status.wanted if status else None
+    row.last_exit = ending(tally[-1][1]) if tally else None
+    row.last_line = (last_lines(home, name, 1) or [""])[0]
+    return row
+
+
+def state_of(status: SlotStatus | None, state: dict[str, object], times: list[float], registered: bool) -> str:
+    """Return a gateway's state in one word or two."""
+    if status is None:
+        return "no supervisor" if registered else "no slot"
+    if status.wanted and is_looping(times):
+        return "crash loop"
+    if status.up:
+        ours = state.get("pid") == status.pid
+        young = time.time() - status.since < START_SECONDS and not (ours and state.get("gateway_state") == "running")
+        starting = young or (ours and state.get("gateway_state") == "starting")
+        return "stopping" if not status.wanted else "starting" if starting else "up"
+    if status.wanted:
+        return "starting"
+    if status.finishing:
+        return "stopping"
+    parked = status.ended == EX_CONFIG << 8 and state.get("desired_state") != "stopped"
+    return "parked" if parked else "down"
+
+
+def autostart(name: str, state: dict[str, object], fault_text: str, multiplex: bool) -> tuple[bool, str]:
+    """Return whether a gateway starts at the next boot, and why."""
+    intent, why = (None, fault_text) if fault_text else intent_of(state)
+    if why:
+        return False, why
+    if intent == "running" and multiplex and name != "default":
+        return False, "GATEWAY_MULTIPLEX_PROFILES leaves it to the default gateway"
+    return intent == "running", "never started" if intent is None else shown(intent)
+
+
+def ending(wait_status: int) -> str:
+    """Return how a process ended, by its wait status: `code 1` or the signal's name."""
+    code = os.waitstatus_to_exitcode(wait_status)
+    if code >= 0:
+        return f"code {code}"
+    import signal
+
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def port_of(boot: Boot, folder: Folder, name: str) -> int | None:
+    """Return the port of a profile's API server, None when it has none: hermes-agent's rule, from .env, config.yaml and, for the
+    default gateway, the container's variables."""
+    values = {key: value for key, value in boot.environment.items() if key.startswith("API_SERVER_")} if name == "default" else {}
+    values |= dotenv(text_of(folder, ".env"))
+    config = text_of(folder, "config.yaml")
+    configured = yaml_value(config, "platforms", "api_server", "extra", "port")
+    by_environment = truthy(values.get("API_SERVER_ENABLED", "")) or values.get("API_SERVER_KEY", "") != ""
+    if not by_environment and not truthy(yaml_value(config, "platforms", "api_server", "enabled")):
+        return None
+    ports = (values.get("API_SERVER_PORT", ""), configured) if by_environment else (configured, values.get("API_SERVER_PORT", ""))
+    return next((number for port in ports if (number := number_in(port, 1, 65535))), API_SERVER_PORT)
+
+
+def text_of(folder: Folder, name: str) -> str:
+    """Return a configuration file's text, "" when it cannot be had."""
+    try:
+        return folder.read(name, 1 << 20).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def dotenv(text: str) -> dict[str, str]:
+    """Return the API_SERVER_ variables of a .env file; nothing else of it is kept, since it is full of secrets."""
+    result = {}
+    for line in text.splitlines():
+        name, equals, value = line.strip().removeprefix("export ").partition("=")
+        if equals and name.strip().startswith("API_SERVER_"):
+            result[name.strip()] = value.strip().strip("'\"")
+    return result
+
+
+def yaml_value(text: str, *path: str) -> str:
+    """Return the scalar under nested keys of a YAML file in block style, "" when there is none. For two known keys, no more: the
+    standard library has no YAML, and what is not found here only leaves a column empty."""
+    parents: list[int] = []  # indents of the keys matched so far
+    children = 0  # indent of the keys below the last of them, -1 until the first is seen
+    for line in text.splitlines():
+        word = line.strip()
+        if not word or word.startswith("#"):
+            continue
+        indent = len(line) - len(line.lstrip(" "))
+        while parents and indent <= parents[-1]:
+            children = parents.pop()
+        children = indent if children < 0 else children
+        key, _, value = word.partition(":")
+        if indent != children or key.strip("'\"") != path[len(parents)]:
+            continue
+        if len(parents) == len(path) - 1:
+            return value.partition(" #")[0].strip().strip("'\"")
+        parents.append(indent)
+        children = -1
+    return ""
+
+
+COLUMNS = ("PROFILE", "STATE", "SINCE", "PID", "RESTARTS/MIN", "WANTED", "LAST EXIT", "NEXT BOOT", "PORT", "LAST LOG LINE")
+COLOURS = {"up": 32, "starting": 33, "stopping": 33, "crash loop": 31, "parked": 31, "no slot": 31, "no supervisor": 31}
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """Return a row's columns as text."""
+    return (
+        row.name,
+        row.state,
+        "-" if row.since is None else duration(time.time() - row.since),
+        str(row.pid or "-"),
+        str(row.restarts),
+        {True: "up", False: "down", None: "-"}[row.wanted],
+        row.last_exit or "-",
+        f"{'starts' if row.autostart else 'stays down'} ({row.why.partition(';')[0]})",
+        str(row.port or "-"),
+        row.last_line,
+    )
+
+
+def duration(seconds_past: float) -> str:
+    """Return a time span in its two largest units."""
+    rest, parts = max(0, int(seconds_past)), []
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m"), (1, "s")):
+        if rest >= size or (unit == "s" and not parts):
+            parts.append(f"{rest // size}{unit}")
+        rest %= size
+    return " ".join(parts[:2])
+
+
+def table(rows: list[Row]) -> str:
+    """Return the rows aligned; on a terminal in colour (unless NO_COLOR is set) and cut to its width."""
+    terminal = sys.stdout.isatty()
+    lines = [COLUMNS, *(cells(row) for row in rows)]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(COLUMNS) - 1)]
+    width = os.get_terminal_size().columns if terminal else 0
+    result = []
+    for line in lines:
+        padded = [cell.ljust(size) for cell, size in zip(line, widths)]
+        text = "  ".join([*padded, line[-1]]).rstrip()
+        text = text[:width] if width else text
+        colour = COLOURS.get(line[1]) if terminal and not os.environ.get("NO_COLOR") else None
+        start = widths[0] + 2
+        result.append(
+            f"{text[:start]}\033[{colour}m{text[start : start + len(line[1])]}\033[0m{text[start + len(line[1]) :]}" if colour else text
+        )
+    return "\n".join(result)
+
+
+def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | None) -> int:
+    """Print the table or JSON, again and again with watch, in seconds; return 0, or 4 when there is no such profile."""
+    become_hermes()
+    while True:
+        rows = [row for row in rows_of(boot) if profile in (None, row.name)]
+        if not rows:
+            return report_failures({"": NotRegistered(f"no such profile: {shown(profile or '')}; `hermes-boot status` lists them")})
+        if not as_json and not opens_for_writing(f"{boot.scandir}/.s6-svscan/control"):
+            warn(f"no supervisor answers on {boot.scandir}; `hermes-boot doctor` says why")
+        text = to_json([row.as_dict() for row in rows]) if as_json else table(rows)
+        print(f"\033[H\033[J{text}" if watch and sys.stdout.isatty() else text, flush=True)
+        if not watch:
+            return 0
+        time.sleep(watch)
+
+
+# What operators see: health
+
+
+START_GRACE = 10  # seconds that a wanted gateway may be down
+
+
+def health(environment: dict[str, str]) -> int:
+    """Return 0 when the supervisor answers and every gateway that should be up is, or is about to be; else 1, after one line why.
+
+    For HEALTHCHECK and probes, so it takes no more than it must: no JSON unless a gateway is down, no command line parser.
+    """
+    become_hermes()
+    boot = Boot(environment)
+    if not opens_for_writing(f"{boot.scandir}/.s6-svscan/control"):
+        print(f"unhealthy: no supervisor answers on {boot.scandir}")
+        return 1
+    slots = sorted(name for name in os.listdir(boot.scandir) if name.startswith(SLOT_PREFIX))
+    ill = [f"{name.removeprefix(SLOT_PREFIX)}: {why}" for name in slots if (why := illness(boot, name))]
+    print(f"unhealthy: {'; '.join(ill)}" if ill else f"healthy: {len(slots)} slots")
+    return int(bool(ill))
+
+
+def illness(boot: Boot, name: str) -> str:
+    """Return why a gateway that should be up is not, "" when it is, or need not be, or has just been told to start."""
+    slot = f"{boot.scandir}/{name}"
+    status = slot_status(slot)
+    if status is None:
+        return "no supervisor"
+    if not status.wanted:
+        parked = not status.up and status.ended == EX_CONFIG << 8 and not was_stopped(boot, name.removeprefix(SLOT_PREFIX))
+        return f"parked after {ending(status.ended)}" if parked else ""
+    if is_looping([moment for moment, _ in deaths(slot)]):
+        return "crash loop"
+    down = time.time() - status.since
+    return f"down for {duration(down)}" if not status.up and down > START_GRACE else ""
+
+
+def was_stopped(boot: Boot, profile: str) -> bool:
+    """Say whether the operator wants a gateway down."""
+    try:
+        with Folder(boot.home, follow=True) as home, profile_folder(home, profile) as folder:
+            return read_state(folder)[0].get("desired_state") == "stopped"
+    except OSError:
+        return False
+
+
+# What operators see: logs
+
+
+def open_log(logs: Folder, name: str):
+    """Open a log file of s6-log's, None when it is not there or is no plain file."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=logs.fd)
+    except OSError:
+        return None
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return open(fd, "rb")
+    os.close(fd)
+    return None
+
+
+def unread_logs(logs: Folder, last: int) -> list:
+    """Open the log files from the one with the inode last on (0: from the oldest), oldest first.
+
+    current is opened before the archives are listed: when s6-log rotates in between, it is found among them, and what is newer
+    comes with the next call. So nothing is read twice or missed.
+    """
+    current = open_log(logs, "current")
+    archives = [open_log(logs, name) for name in sorted(os.listdir(logs.fd)) if name.startswith("@")]
+    files = [file for file in (*archives, current) if file]
+    inodes = [os.fstat(file.fileno()).st_ino for file in files]
+    start = inodes.index(last) if last in inodes else 0
+    end = inodes.index(inodes[-1]) + 1 if current else len(files)
+    for file in files[:start] + files[end:]:
+        file.close()
+    return files[start:end]
+
+
+def log_lines(logs: Folder, *, follow: bool):
+    """Yield a log's lines as bytes, archives and current in order; with follow, go on for ever, over rotations, with None in pauses."""
+    last = None
+    while True:
+        inode = os.fstat(last.fileno()).st_ino if last else 0
+        for file in unread_logs(logs, inode):
+            if last and os.fstat(file.fileno()).st_ino == inode:
+                file.close()
+            else:
+                if last:
+                    last.close()
+                last = file
+            yield from whole_lines(last)
+        if not follow:
+            return
+        yield None
+
+
+def whole_lines(file):
+    """Yield what a log file has more; a line that s6-log has only begun is left for the next time."""
+    while True:
+        position = file.tell()
+        line = file.readline()
+        if not line.endswith(b"\n"):
+            file.seek(position)
+            return
+        yield line
+
+
+def last_lines(home: Folder, profile: str, count: int) -> list[str]:
+    """Return the last lines of a gateway's current log without their timestamps, fit for one line of a terminal each."""
+    try:
+        with home.folder(f"logs/gateways/{profile}") as logs:
+            file = open_log(logs, "current")
+    except OSError:
+        return []
+    if file is None:
+        return []
+    with file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+        lines = file.read().decode(errors="replace").splitlines()[-count:]
+    return ["".join(letter if letter.isprintable() else " " for letter in line.partition("  ")[2] or line)[:200] for line in lines]
+
+
+def since_when(text: str) -> str:
+    """Return the timestamp, as s6-log writes it, that 30s, 10m, 2h, 1d or a date stands for. Raises ValueError."""
+    size = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
+    if size and text[:-1].isdigit():
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - int(text[:-1]) * size))
+    if text[:4].isdigit() and text[4:5] == "-":
+        return text.replace("T", " ")
+    raise ValueError(f"{text!r} is neither a time span (30s, 10m, 2h, 1d) nor a date (2026-05-21, 2026-05-21T06:18)")
+
+
+def show_logs(boot: Boot, profile: str | None, count: int | None, since: str | None, follow: bool) -> int:
+    """Print a gateway's log, its last count lines of those from since on; return 0, or 4 when there is none."""
+    from collections import deque
+
+    become_hermes()
+    manager = S6ServiceManager(boot.scandir, boot.home, environment=boot.environment)
+    name, after = named_profile(manager, profile), (since or "").encode()
+    try:
+        manager.valid(name)
+        with Folder(boot.home, follow=True) as home, home.folder(f"logs/gateways/{name}") as logs:
+            lines = (line for line in log_lines(logs, follow=follow) if line is None or line[: len(after)] >= after)
+            write_lines(deque(iter(lines.__next__, None), count))  # up to the first pause
+            for line in lines:
+                write_lines([line]) if line else time.sleep(0.2)
+    except FileNotFoundError:
+        return report_failures({"": NotRegistered(f"{name}: no log yet; `hermes-boot status` lists the gateways")})
+    except GatewayError as error:
+        return report_failures({"": error})
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read has seen enough
+    return 0
+
+
+def write_lines(lines) -> None:
+    """Write log lines to stdout as they are, and at once."""
+    sys.stdout.buffer.writelines(lines)
+    sys.stdout.buffer.flush()
+
+
+# What operators see: doctor
+
+
+SLOW_WRITE = 0.5  # seconds for a small file, synced
+
+
+class Check:
+    """One line of `doctor`: pass, warn or fail, what was looked at, what was found, and the command that mends it."""
+
+    __slots__ = ("level", "what", "found", "mend", "fix")
+
+    def __init__(self, level: str, what: str, found: str, mend: str = "", fix=None) -> None:
+        """fix is what --fix calls, where mending is safe; it returns what it did, in words."""
+        self.level, self.what, self.found, self.mend, self.fix = level, what, found, mend, fix
+
+    def as_dict(self) -> dict[str, str]:
+        """Return the check for JSON."""
+        return {"level": self.level, "check": self.what, "found": self.found, "mend": self.mend}
+
+
+def doctor(boot: Boot, *, as_json: bool, fix: bool) -> int:
+    """Look at everything that goes wrong in such a container; return 1 when a check fails. With fix, mend what is safe to mend first.
+
+    Only owners need root, to be seen and to be mended, so they come first; all else is done as hermes.
+    """
+    if fix and os.geteuid() == 0:
+        fix_owners(boot)
+    owners = owner_checks(boot)
+    become_hermes()
+    checks = all_checks(boot)
+    fixes = [check for check in checks if fix and check.fix]
+    for check in fixes:
+        say("fixed", f"{check.what}: {check.fix()}")
+    checks = [*supervisor_checks(boot), *owners, *(all_checks(boot) if fixes else checks)]
+    if as_json:
+        print(to_json([check.as_dict() for check in checks]))
+    for check in [] if as_json else checks:
+        print(f"{check.level:4}  {check.what}: {check.found}{f'; {check.mend}' if check.mend else ''}")
+    return int(any(check.level == "fail" for check in checks))
+
+
+def all_checks(boot: Boot) -> list[Check]:
+    """Return the checks that need no root."""
+    checks = [*volume_checks(boot), *version_checks(boot), *path_checks()]
+    try:
+        with Folder(boot.home, follow=True) as home:
+            rows = rows_of(boot)
+            checks += [*profile_checks(boot, home), *secret_checks(home, rows), *port_checks(rows)]
+            for row in rows:
+                checks += [gateway_check(boot, home, row), *logger_checks(boot, home, row.name)]
+    except OSError as error:
+        checks.append(Check("fail", "volume", f"{shown(boot.home)} cannot be read: {reason(error)}", "mount it, or set HERMES_HOME right"))
+    return checks
+
+
+def supervisor_checks(boot: Boot) -> list[Check]:
+    """Look for the supervisor."""
+    if not opens_for_writing(f"{boot.scandir}/.s6-svscan/control"):
+        mend = "start the container with the image's ENTRYPOINT, not with a platform's own in its place"
+        return [Check("fail", "supervisor", f"no s6-svscan answers on {boot.scandir}", mend)]
+    if wrapper.s6_is_pid_1():
+        return [Check("pass", "supervisor", "s6 is PID 1")]
+    try:
+        with open("/proc/1/comm") as file:
+            first = file.read().strip()
+    except OSError:
+        first = "something else"
+    found = f"s6-svscan answers on {boot.scandir}, but PID 1 is {shown(first)}"
+    return [Check("warn", "supervisor", found, "drop `--init` (compose: `init: true`), so that s6 is PID 1")]
+
+
+def fix_owners(boot: Boot) -> None:
+    """As root: hand over what the boot hands over."""
+    sweep = sweep_volume(boot, former=boot.owner[0])
+    own_scandir(boot)
+    own_static_services(boot)
+    if sweep.changed:
+        say("fixed", f"owners: gave {sweep.changed} entries to {boot.owner[0]}:{boot.owner[1]}, the first: {sweep.first}")
+
+
+def owner_checks(boot: Boot) -> list[Check]:
+    """Look for entries on the volume that are not hermes's; without root, some may be out of sight."""
+    uid, gid = owner_of(boot.home)
+    ours = f"{boot.owner[0]}:{boot.owner[1]}"
+    if not os.path.isdir(boot.home):
+        return []  # the volume's own check says it
+    checks = []
+    if (uid, gid) != boot.owner:
+        mend = f"start with HERMES_UID={uid} HERMES_GID={gid}, or restart the container to give it to hermes"
+        checks.append(Check("warn", "owner", f"{shown(boot.home)} belongs to {uid}:{gid}, hermes is {ours}", mend))
+    boot.dry_run = True
+    try:
+        sweep = sweep_volume(boot, former=boot.owner[0])
+    except OSError as error:
+        return [*checks, Check("warn", "owners", f"could not be checked: {reason(error)}", "run it as root")]
+    finally:
+        boot.dry_run = False
+    mend = "restart the container, or run `hermes-boot doctor --fix` as root"
+    if sweep.changed:
+        checks.append(
+            Check("fail", "owners", f"{sweep.changed} of {sweep.checked} entries are not hermes's, the first: {sweep.first}", mend)
+        )
+    if sweep.failed:
+        checks.append(Check("fail", "owners", f"{sweep.failed} folders cannot be read, the first: {sweep.failure}", mend))
+    return checks or [Check("pass", "owners", f"{sweep.checked} entries are {ours}'s")]
+
+
+def volume_checks(boot: Boot) -> list[Check]:
+    """Look at the volume: space, inodes, whether and how fast it takes a write."""
+    try:
+        free = os.statvfs(boot.home)
+    except OSError as error:
+        return [Check("fail", "volume", f"{shown(boot.home)}: {reason(error)}", "mount a volume there, or set HERMES_HOME right")]
+    space, kind, checks = free.f_bavail * free.f_frsize, file_system(boot.home), []
+    if space < 64 << 20:
+        largest = f"du -xh {quoted(boot.home)} | sort -h | tail"
+        checks.append(Check("warn", "volume", f"only {space >> 20} MiB are free", f"free some; the largest: {largest}"))
+    if free.f_files and free.f_favail < 1000:
+        checks.append(Check("warn", "volume", f"only {free.f_favail} more files fit (inodes)", "remove some"))
+    started = time.monotonic()
+    try:
+        with Folder(boot.home, follow=True) as home:
+            os.unlink(home.write_beside("hermes-write-test", b"hermes\n", 0o600), dir_fd=home.fd)
+    except OSError as error:
+        mend = {errno.EROFS: "mount it writable", errno.ENOSPC: "free some space"}.get(error.errno, "see what is said of owners")
+        return [*checks, Check("fail", "volume", f"{shown(boot.home)} ({kind}) cannot be written: {reason(error)}", mend)]
+    took = time.monotonic() - started
+    if took > SLOW_WRITE:
+        mend = "keep HERMES_HOME on a local volume; SQLite and logs suffer on a slow one"
+        checks.append(Check("warn", "volume", f"writing a file took {took * 1000:.0f} ms ({kind})", mend))
+    return checks or [Check("pass", "volume", f"{kind}, {space >> 20} MiB free, a file written in {took * 1000:.0f} ms")]
+
+
+def file_system(path: str) -> str:
+    """Return the kind of file system that a path is on, from /proc/self/mountinfo."""
+    real, point, kind = os.path.realpath(path).rstrip("/") + "/", "", "unknown"
+    try:
+        with open("/proc/self/mountinfo", "rb") as file:
+            for line in file:
+                before, _, after = line.partition(b" - ")
+                mount = os.fsdecode(before.split(b" ")[4]).rstrip("/") + "/"
+                if real.startswith(mount) and len(mount) >= len(point):
+                    point, kind = mount, os.fsdecode(after.split(b" ")[0])
+    except OSError:
+        pass  # no /proc: then it stays unknown
+    return kind
+
+
+def version_checks(boot: Boot) -> list[Check]:
+    """Compare the image's agent with the one that last ran on the volume."""
+    image, volume = image_version(), volume_version(boot)
+    if image and volume and version_key(image) < version_key(volume):
+        found = f"hermes-agent {volume} has run on this volume, the image has {image}"
+        return [Check("warn", "versions", found, f"use an image of {volume} or later")]
+    if image and volume != image and not truthy(boot.setting("HERMES_SKIP_CONFIG_MIGRATION")):
+        return [
+            Check(
+                "warn",
+                "versions",
+                f"the configuration is of {volume or 'an unknown version'}, the image has {image}",
+                "hermes config migrate",
+            )
+        ]
+    return [Check("pass", "versions", f"hermes-agent {image or 'missing'} in the image, {volume or 'none'} on the volume")]
+
+
+def path_checks() -> list[Check]:
+    """Look for the s6 programs, ours and people's."""
+    program = wrapper.s6_program("s6-svc")
+    folder = os.path.dirname(program)
+    if not os.access(program, os.X_OK):
+        return [Check("fail", "s6 programs", "s6-svc is neither in /command nor on PATH", "use the image as it was built")]
+    if folder not in os.environ.get("PATH", "").split(":"):
+        return [Check("warn", "s6 programs", f"{folder} is not on PATH", f"export PATH=$PATH:{folder}")]
+    return [Check("pass", "s6 programs", f"in {folder}")]
+
+
+def profile_checks(boot: Boot, home: Folder) -> list[Check]:
+    """Look for folders of profiles/ that are no profiles."""
+    skipped = [profile for profile in survey(boot, home, None) if profile.action == "skipped"]
+    return [Check("warn", f"profiles/{shown(profile.name)}", *profile.why.partition("; ")[::2]) for profile in skipped]
+
+
+def secret_checks(home: Folder, rows: list[Row]) -> list[Check]:
+    """Look for secrets that others can read."""
+    checks = []
+    for row in rows:
+        for name in (".env", "auth.json"):
+            try:
+                with profile_folder(home, row.name) as folder:
+                    status = folder.stat(name)
+                    if status and stat.S_ISREG(status.st_mode) and status.st_mode & 0o004:
+                        checks.append(secret_check(home, row.name, name))
+            except OSError:
+                continue  # a slot without a profile
+    return checks
+
+
+def secret_check(home: Folder, profile: str, name: str) -> Check:
+    """Return the check for one readable secret."""
+    path = os.path.normpath(f"{os.readlink(f'/proc/self/fd/{home.fd}')}/{'' if profile == 'default' else f'profiles/{profile}'}/{name}")
+
+    def fix() -> str:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        os.fchmod(fd, 0o600)
+        os.close(fd)
+        return f"chmod 600 {shown(path)}"
+
+    return Check("warn", profile, f"{name} can be read by everyone", f"chmod 600 {quoted(path)}", fix)
+
+
+def port_checks(rows: list[Row]) -> list[Check]:
+    """Look for gateways that want the same port."""
+    ports: dict[int, list[str]] = {}
+    for row in rows:
+        if row.port and (row.wanted or row.autostart):
+            ports.setdefault(row.port, []).append(row.name)
+    return [
+        Check(
+            "fail", "ports", f"{' and '.join(names)} have the same port {port}", f"set another API_SERVER_PORT in profiles/{names[-1]}/.env"
+        )
+        for port, names in ports.items()
+        if len(names) > 1
+    ]
+
+
+CAUSES = (
+    (("address already in use",), "its port is taken", "set another API_SERVER_PORT in its .env"),
+    (("no space left",), "the volume is full", "free some space"),
+    (("permission denied", "read-only file system"), "it may not use its files", "hermes-boot doctor --fix"),
+    (
+        ("api key", "api_key", "unauthorized", "credential", "no model", "provider", "token"),
+        "no model or authentication",
+        "hermes -p {} setup",
+    ),
+)
+
+
+def gateway_check(boot: Boot, home: Folder, row: Row) -> Check:
+    """Return what a gateway's state means, and the way out of it."""
+    name, start = row.name, f"hermes -p {row.name} gateway start"
+    if row.state in ("no slot", "no supervisor"):
+        found = "it has no slot" if row.state == "no slot" else "s6-supervise is not running for it"
+        return Check("fail", name, found, "hermes-boot doctor --fix", lambda: repair_slot(boot, name))
+    if row.state in ("crash loop", "parked"):
+        verb = f"died {row.restarts} times in the last minute" if row.state == "crash loop" else "is parked: s6 will not restart it"
+        lines = last_lines(home, name, 20)
+        cause, mend = likely_cause(row, lines)
+        said = "".join(f"\n      | {line}" for line in lines[-3:])
+        return Check("fail", name, f"{verb}, last with {row.last_exit}; {cause}", f"{mend}; then {start}{said}")
+    if row.state == "down" and row.autostart:
+        return Check("warn", name, "is down, though it should run", start)
+    if row.state == "down":
+        return Check("pass", name, f"down, as it was left ({row.why.partition(';')[0]}); to have it up: {start}")
+    return Check("pass", name, f"{row.state} for {duration(time.time() - (row.since or time.time()))}")
+
+
+def likely_cause(row: Row, lines: list[str]) -> tuple[str, str]:
+    """Return the likely cause of a gateway's deaths, by its log's last lines, and what to do against it."""
+    if row.last_exit == "SIGKILL":
+        return "killed, most likely for want of memory", "raise the container's memory limit"
+    text = "\n".join(lines).lower()
+    for words, cause, mend in CAUSES:
+        if any(word in text for word in words):
+            return cause, mend.format(row.name)
+    if row.last_exit == f"code {EX_CONFIG}":
+        return "its configuration is wrong", f"hermes -p {row.name} setup"
+    return "its log says why", f"hermes-boot logs -p {row.name} -n 50"
+
+
+def repair_slot(boot: Boot, name: str) -> str:
+    """Have s6-svscan look again; where that does not help, publish the slot anew, as the next boot would."""
+    slot = SLOT_PREFIX + name
+    rescan(boot.scandir)
+    if until(lambda: is_supervised(f"{boot.scandir}/{slot}"), 1):
+        return "s6-svscan has taken up its slot"
+    with open_home(boot) as home, Folder(boot.scandir, follow=True) as scandir:
+        if scandir.stat(slot):
+            os.rename(slot, f".{slot}"[:230] + f".{time.time_ns():x}", src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
+        with profile_folder(home, name) as folder:
+            profile = judge(folder, name, None, multiplex=name != "default" and truthy(boot.setting("GATEWAY_MULTIPLEX_PROFILES")))
+        register(home, scandir, profile, seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1))
+    rescan(boot.scandir)
+    until(lambda: is_supervised(f"{boot.scandir}/{slot}"), 5)
+    return f"published its slot ({profile.action})"
+
+
+def logger_checks(boot: Boot, home: Folder, name: str) -> list[Check]:
+    """Look for a logger that does not get its folder, most often because another container has it locked."""
+    slot = f"{boot.scandir}/{SLOT_PREFIX}{name}/log"
+    if not is_looping([moment for moment, _ in deaths(slot)]):
+        return []
+    folder = f"logs/gateways/{name}"
+    if log_is_locked(home, folder):
+        mend = "give each container a volume of its own, or all but one HERMES_RECONCILE=0"
+        return [Check("fail", name, f"{folder} is locked by another container", mend)]
+    return [Check("fail", name, "its logger dies again and again", f"make {folder} on the volume a plain folder that hermes can write")]
+
+
+def log_is_locked(home: Folder, folder: str) -> bool:
+    """Say whether a process holds s6-log's lock, without taking it."""
+    import fcntl
+    import struct
+
+    try:
+        with home.folder(folder) as logs:
+            fd = os.open("lock", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=logs.fd)
+    except OSError:
+        return False
+    try:
+        layout = "hhqqi4x"  # struct flock: type, whence, start, length, pid
+        answer = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        return struct.unpack(layout, answer)[0] != fcntl.F_UNLCK
+    finally:
+        os.close(fd)
+
+
 # Command line
 
 
@@ -1927,42 +2675,23 @@ ROLES = {
     "02-reconcile-profiles": "reconcile",
     "entrypoint.sh": "entrypoint",
 }
-USAGE = """usage: hermes_boot.py [setup | reconcile] [--dry-run]
-       hermes_boot.py gateway ACTION [-p NAME | --all] [--json]
-       hermes_boot.py shutdown
-
-  setup       remap the hermes user, mend ownership on the volume, seed it, migrate its configuration
-  reconcile   give every profile on the volume a gateway slot
-  gateway     start, stop, restart, register, unregister, status, list; see `gateway --help`
-  shutdown    end every gateway and the container's command, as at the container's end
-  --dry-run   list what would change, change nothing
-
-Without a subcommand: setup, then reconcile.
-"""
+EXIT_CODES = "exit codes: 0 done, 1 failed, 2 wrong usage, 3 not running (gateway status), 4 no such gateway"
 
 
 def main(argv: list[str]) -> int:
     """Run the phase that our name or the first argument asks for; return the exit code: 0 done, 1 failed, 2 wrong usage."""
     sys.argv = argv
     os.umask(0o022)
-    role, words = ROLES.get(os.path.basename(argv[0]), ""), argv[1:]
+    role = ROLES.get(os.path.basename(argv[0]), "")
     if role == "entrypoint":
         warn("docker/entrypoint.sh is deprecated; use the image's ENTRYPOINT, /init")
         role = "setup"
-    if not role and words[:1] == ["gateway"]:
-        return guarded(gateway_command, words[1:], exec_environment())
-    if words in (["--help"], ["-h"]):
-        print(USAGE, end="")
-        return 0
-    dry_run = "--dry-run" in words
-    words = [word for word in words if word != "--dry-run"]
-    if not role and len(words) == 1 and words[0] in ("setup", "reconcile", "shutdown"):
-        role = words.pop()
-    if words and os.path.basename(argv[0]) not in ROLES:
-        say("error", f"unknown argument {words[0]!r}")
-        print(USAGE, end="", file=sys.stderr)
-        return 2
-    return guarded(run_phases, role, dry_run)
+    if role or argv[1:] in ([], ["setup"], ["reconcile"], ["shutdown"]):  # the boot's own calls pay for no parser
+        return guarded(run_phases, role or "".join(argv[1:]), False)
+    if argv[1:] == ["health"]:
+        return guarded(health, exec_environment())
+    arguments = parse(argv[1:])
+    return guarded(run_command, arguments)
 
 
 def exec_environment() -> dict[str, str]:
@@ -1977,6 +2706,90 @@ def run_phases(role: str, dry_run: bool) -> int:
         return shut_down(boot)
     code = setup_phase(boot) if role != "reconcile" else 0
     return code if code or role == "setup" else reconcile_phase(boot)
+
+
+def run_command(arguments) -> int:
+    """Run an operator's command."""
+    command = arguments.command or ""
+    if command in ("", "setup", "reconcile", "shutdown"):
+        return run_phases(command, getattr(arguments, "dry_run", False))
+    if command == "health":
+        return health(exec_environment())
+    boot = Boot(exec_environment())
+    if command == "gateway":
+        return gateway_command(boot, arguments.action, arguments.profile, arguments.all, arguments.json)
+    if command == "status":
+        return show_status(boot, arguments.profile, arguments.json, arguments.watch)
+    if command == "logs":
+        return show_logs(boot, arguments.profile, arguments.lines, arguments.since, arguments.follow)
+    return doctor(boot, as_json=arguments.json, fix=arguments.fix)
+
+
+def parse(words: list[str]):
+    """Return the parsed command line; wrong usage ends the process with code 2."""
+    import argparse
+
+    def command(to, name: str, text: str, *examples: str):
+        epilog = "\n".join(["examples:", *(f"  {parser.prog} {example}" for example in examples)]) if examples else None
+        kind = argparse.RawDescriptionHelpFormatter
+        return to.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=epilog, formatter_class=kind, allow_abbrev=False
+        )
+
+    def whole(text: str) -> int:
+        if (number := number_in(text, 1, 10**9)) is None:
+            raise ValueError(text)
+        return number
+
+    def moment(text: str) -> str:
+        try:
+            return since_when(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    parser = argparse.ArgumentParser(
+        prog=os.path.basename(sys.argv[0]),
+        description="Boot the container, manage its gateways, say how they are. Without a command: setup, then reconcile.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}, hermes-agent {image_version() or 'missing'}")
+    parser.add_argument("--dry-run", action="store_true", help="list what would change, change nothing")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    status = command(commands, "status", "show every gateway in a table", "status", "status -p coder --json", "status --watch 5")
+    diagnosis = command(commands, "doctor", "look for everything that goes wrong in such a container", "doctor", "doctor --fix")
+    command(commands, "health", "say whether every gateway that should be up is, for health checks", "health")
+    logs = command(commands, "logs", "print a gateway's log", "logs -p coder -f", "logs -p coder --since 10m", "logs -n 50")
+    gateway = command(
+        commands, "gateway", "start, stop, publish or remove gateways", "gateway start -p coder", "gateway restart --all", "gateway list"
+    )
+    gateway.epilog += f"\n\n{EXIT_CODES}"
+    phases = (
+        ("setup", "remap the hermes user, mend ownership on the volume, seed it, migrate its configuration"),
+        ("reconcile", "give every profile on the volume a gateway slot"),
+    )
+    for name, text in phases:
+        command(commands, name, text, f"{name} --dry-run").add_argument("--dry-run", action="store_true", help="list what would change")
+    command(commands, "shutdown", "end every gateway and the container's command, as at the container's end")
+    gateway.add_argument(
+        "action", choices=[*DONE, "status", "list", "register", "unregister"], help="start, stop and restart wait, and are remembered"
+    )
+    for chosen in (status, logs, gateway):
+        chosen.add_argument("-p", "--profile", metavar="NAME", help="the profile; for logs and gateway the active one unless given")
+    for reporting in (status, diagnosis, gateway):
+        reporting.add_argument("--json", action="store_true", help="for programs")
+    gateway.add_argument("--all", action="store_true", help="every registered gateway; goes on past a failure")
+    status.add_argument(
+        "-w", "--watch", nargs="?", type=whole, const=2, metavar="SECONDS", help="again and again, every 2 seconds unless given"
+    )
+    diagnosis.add_argument("--fix", action="store_true", help="mend what is safe to mend, saying each step")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as the log grows")
+    logs.add_argument("-n", "--lines", type=whole, metavar="N", help="the last N lines")
+    logs.add_argument("--since", type=moment, metavar="TIME", help="30s, 10m, 2h, 1d ago, or a date")
+    arguments = parser.parse_args(words)
+    if arguments.command == "gateway" and arguments.all and (arguments.profile is not None or arguments.action.endswith("register")):
+        gateway.error("-p NAME or --all, not both; register and unregister take one")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import sandbox
+from sandbox import Sandbox
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +39,65 @@ def container(live, tmp_path):
     yield make
     for box in boxes:
         box.remove()
+
+
+MANAGER = "/opt/hermes/docker/hermes_boot.py"
+GATEWAY = """#!/bin/sh
+# A gateway that does what the file `does` of its profile says; any other command shows what it was called with.
+folder=$HERMES_HOME
+[ "$1" != -p ] || folder=$HERMES_HOME/profiles/$2
+case "$*" in *"gateway run --replace"*) ;; *) echo "real hermes: $*"; exit 0;; esac
+echo start >> "$folder/starts"
+. "$folder/does"
+"""
+RUN = "exec sleep infinity\n"
+
+
+class Gateways:
+    """A running container with profiles whose gateways do as told."""
+
+    def __init__(self, box: Sandbox, profiles: dict[str, str], state: str = "") -> None:
+        self.box, self.volume = box, box.volume
+        box.put_agent(GATEWAY)
+        for name, does in ({"default": RUN} | profiles).items():
+            folder = self.folder(name)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "SOUL.md").touch()
+            (folder / "does").write_text(does)
+            if state:
+                (folder / "gateway_state.json").write_text(json.dumps({"desired_state": state, "kept": [1, {"a": None}]}))
+        box.start("sleep", "infinity")
+
+    def folder(self, name: str) -> Path:
+        """Return a profile's folder on the machine."""
+        return self.volume if name == "default" else self.volume / "profiles" / name
+
+    def do(self, *words: str, user: str | None = None) -> subprocess.CompletedProcess:
+        """Run `hermes_boot.py gateway …` in the container."""
+        return self.box.exec(MANAGER, "gateway", *words, user=user)
+
+    def up(self, name: str) -> bool:
+        """Return s6's own word."""
+        return self.box.exec("/command/s6-svstat", "-o", "up", f"/run/service/gateway-{name}").stdout == "true\n"
+
+    def starts(self, name: str) -> int:
+        """Return how often a gateway was started."""
+        file = self.folder(name) / "starts"
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
+    def state(self, name: str) -> dict:
+        """Return a profile's state file."""
+        return json.loads((self.folder(name) / "gateway_state.json").read_text())
+
+    def pid(self, name: str) -> str:
+        """Return a gateway's pid in the container."""
+        return self.box.exec("/command/s6-svstat", "-o", "pid", f"/run/service/gateway-{name}").stdout.strip()
+
+
+@pytest.fixture
+def gateways(container):
+    """Start a container with profiles."""
+    return lambda profiles, state="", **options: Gateways(container(**options), profiles, state)
 
 
 class Plain:

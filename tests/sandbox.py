@@ -32,7 +32,7 @@ S6_PACKAGES = ("s6", "execline", "libs6-", "libexecline", "libskarnet", "libnsss
 WRAPPER = "/opt/hermes/docker/main-wrapper.sh"
 IMAGE_ENVIRONMENT = {
     "HERMES_HOME": "/opt/data",
-    "PATH": "/opt/hermes/bin:/opt/hermes/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "PATH": "/opt/hermes/bin:/opt/hermes/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/command",
     "VIRTUAL_ENV": "/opt/hermes/.venv",
     "S6_BEHAVIOUR_IF_STAGE2_FAILS": "2",
     "S6_KILL_GRACETIME": "10",
@@ -203,6 +203,7 @@ class Sandbox:
             (docker / "entrypoint.sh", "hermes_boot.py"),
             (docker / "main-wrapper.sh", "main_wrapper.py"),
             (self.upper / "opt/hermes/bin/hermes", "../docker/main_wrapper.py"),
+            (self.upper / "opt/hermes/bin/hermes-boot", "../docker/hermes_boot.py"),
             (etc / "cont-init.d/01-hermes-setup", boot),
             (etc / "cont-init.d/02-reconcile-profiles", boot),
             (etc / "cont-finish.d/10-hermes-shutdown", boot),

@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 
-import hermes_boot
 import sandbox
+
+import hermes_boot
 from hermes_boot import Boot, Folder
 
 RUNNING = {"desired_state": "running"}

@@ -10,69 +10,10 @@ import json
 import re
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
-from sandbox import Sandbox, wait_for
-
-MANAGER = "/opt/hermes/docker/hermes_boot.py"
-GATEWAY = """#!/bin/sh
-# A gateway that does what the file `does` of its profile says; any other command shows what it was called with.
-folder=$HERMES_HOME
-[ "$1" != -p ] || folder=$HERMES_HOME/profiles/$2
-case "$*" in *"gateway run --replace"*) ;; *) echo "real hermes: $*"; exit 0;; esac
-echo start >> "$folder/starts"
-. "$folder/does"
-"""
-RUN = "exec sleep infinity\n"
-
-
-class Gateways:
-    """A running container with profiles whose gateways do as told."""
-
-    def __init__(self, box: Sandbox, profiles: dict[str, str], state: str = "") -> None:
-        self.box, self.volume = box, box.volume
-        box.put_agent(GATEWAY)
-        for name, does in ({"default": RUN} | profiles).items():
-            folder = self.folder(name)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "SOUL.md").touch()
-            (folder / "does").write_text(does)
-            if state:
-                (folder / "gateway_state.json").write_text(json.dumps({"desired_state": state, "kept": [1, {"a": None}]}))
-        box.start("sleep", "infinity")
-
-    def folder(self, name: str) -> Path:
-        """Return a profile's folder on the machine."""
-        return self.volume if name == "default" else self.volume / "profiles" / name
-
-    def do(self, *words: str, user: str | None = None) -> subprocess.CompletedProcess:
-        """Run `hermes_boot.py gateway …` in the container."""
-        return self.box.exec(MANAGER, "gateway", *words, user=user)
-
-    def up(self, name: str) -> bool:
-        """Return s6's own word."""
-        return self.box.exec("/command/s6-svstat", "-o", "up", f"/run/service/gateway-{name}").stdout == "true\n"
-
-    def starts(self, name: str) -> int:
-        """Return how often a gateway was started."""
-        file = self.folder(name) / "starts"
-        return len(file.read_text().splitlines()) if file.exists() else 0
-
-    def state(self, name: str) -> dict:
-        """Return a profile's state file."""
-        return json.loads((self.folder(name) / "gateway_state.json").read_text())
-
-    def pid(self, name: str) -> str:
-        """Return a gateway's pid in the container."""
-        return self.box.exec("/command/s6-svstat", "-o", "pid", f"/run/service/gateway-{name}").stdout.strip()
-
-
-@pytest.fixture
-def gateways(container):
-    """Start a container with profiles."""
-    return lambda profiles, state="", **options: Gateways(container(**options), profiles, state)
-
+from conftest import MANAGER, RUN
+from sandbox import wait_for
 
 BEFORE = {
     "down": (RUN, ""),
@@ -188,9 +129,9 @@ def test_list_and_status_have_a_form_for_programs(gateways):
     host = gateways({"a": RUN}, "running")
     wait_for(lambda: host.up("a"))
     assert json.loads(host.do("list", "--json").stdout) == ["a", "default"] and host.do("list").stdout == "a\ndefault\n"
-    row = json.loads(host.do("status", "-p", "a", "--json").stdout)["a"]
-    assert row["up"] == "true" and row["pid"] == host.pid("a")
-    assert re.fullmatch(r"a: up for \d+ s, pid \d+\n", host.do("status", "-p", "a").stdout)
+    (row,) = json.loads(host.do("status", "-p", "a", "--json").stdout)
+    assert row["wanted"] is True and str(row["pid"]) == host.pid("a")
+    assert re.search(rf"^a +(up|starting) +\d+s +{row['pid']} ", host.do("status", "-p", "a").stdout, re.M)
 
 
 USAGE = [[], ["dance"], ["start", "stop"], ["start", "--all", "-p", "a"], ["register", "--all"], ["start", "-p"], ["start", "--what"]]
@@ -200,7 +141,7 @@ USAGE = [[], ["dance"], ["start", "stop"], ["start", "--all", "-p", "a"], ["regi
 def test_wrong_usage_is_code_2(plain, words):
     """With the usage, and nothing done."""
     done = plain.reconcile(command=["gateway", *words])
-    assert done.returncode == 2 and "usage: hermes_boot.py gateway" in done.stderr
+    assert done.returncode == 2 and "usage: hermes_boot.py" in done.stderr
 
 
 def test_a_hanging_gateway_is_killed_after_the_stop_timeout(gateways):

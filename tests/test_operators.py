@@ -1,0 +1,387 @@
+"""What operators see: status, doctor, health and logs, each state and each pitfall produced for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+
+import pytest
+from conftest import MANAGER, RUN, Gateways
+from sandbox import wait_for
+
+import hermes_boot
+
+STUBBORN = "trap '' TERM\nwhile :; do sleep 0.1; done\n"
+ONCE = '[ "$(wc -l < "$folder/starts")" -gt 1 ] || kill -9 $$\nexec sleep infinity\n'
+STATES = {
+    "up": RUN,
+    "killed": ONCE,
+    "crashing": "echo 'no API key found' >&2\nexit 1\n",
+    "parked": "echo 'bad token'\nexit 78\n",
+    "stopped": RUN,
+    "stopping": STUBBORN,
+    "starting": RUN,
+    "no-slot": RUN,
+    "no-supervisor": RUN,
+}
+
+
+def status(host: Gateways, *words: str, user: str | None = None) -> dict[str, dict]:
+    """Return the rows of `status --json` by name."""
+    done = host.box.exec(MANAGER, "status", "--json", *words, user=user)
+    assert done.returncode == 0, done
+    return {row["name"]: row for row in json.loads(done.stdout)}
+
+
+def tell_all_states(host: Gateways) -> None:
+    """Bring every gateway of STATES into its state."""
+    assert wait_for(lambda: host.box.log().count("died too often") > 0, 20)
+    assert host.do("stop", "-p", "stopped").returncode == 0
+    slot = host.box.path("/run/service/gateway-no-slot")
+    assert host.do("unregister", "-p", "no-slot").returncode == 0 and not slot.exists()
+    slot = host.box.path("/run/service/gateway-no-supervisor")
+    slot.rename(slot.with_name(".hidden"))
+    host.box.exec("/command/s6-svscanctl", "-an", "/run/service")
+    slot.mkdir()
+    host.box.exec("/command/s6-svc", "-d", "/run/service/gateway-stopping")
+    assert host.do("restart", "-p", "starting").returncode == 0
+
+
+def test_every_state_is_shown(gateways):
+    """In the table and as JSON, the same for root and for hermes, with pid, last exit, and what the next boot does."""
+    host = gateways(STATES, "running", environment={"HERMES_GATEWAY_STOP_TIMEOUT": "60"})
+    (host.folder("never") / "x").parent.mkdir()
+    (host.folder("never") / "SOUL.md").touch()
+    assert host.do("register", "-p", "never").returncode == 0
+    tell_all_states(host)
+    rows = status(host)
+    expected = {
+        "default": ("up", True, None, True, "running"),
+        "up": ("up", True, None, True, "running"),
+        "killed": ("up", True, "SIGKILL", True, "running"),
+        "crashing": ("crash loop", True, "code 1", True, "running"),
+        "parked": ("parked", False, "code 78", True, "running"),
+        "stopped": ("down", False, "SIGTERM", False, "stopped"),
+        "stopping": ("stopping", False, None, True, "running"),
+        "starting": ("starting", True, "SIGTERM", True, "running"),
+        "no-slot": ("no slot", None, None, True, "running"),
+        "no-supervisor": ("no supervisor", None, None, True, "running"),
+        "never": ("down", False, None, False, "never started"),
+    }
+    shown = {name: (row["state"], row["wanted"], row["last_exit"], row["autostart"], row["why"]) for name, row in rows.items()}
+    assert shown == expected
+    assert list(rows)[0] == "default" and list(rows)[1:] == sorted(list(rows)[1:])
+    assert rows["crashing"]["restarts"] >= 5 and rows["killed"]["restarts"] == 1 and rows["stopped"]["restarts"] == 0
+    assert rows["crashing"]["last_line"] == "no API key found" or "waiting" in rows["crashing"]["last_line"]
+    assert str(rows["up"]["pid"]) == host.pid("up") and rows["parked"]["pid"] is None
+    as_hermes = status(host, user="hermes")
+    assert {name: row["state"] for name, row in as_hermes.items()} == {name: row["state"] for name, row in rows.items()}
+    table = host.box.exec(MANAGER, "status").stdout.splitlines()
+    assert table[0].split("  ")[0] == "PROFILE" and "\033" not in "".join(table)
+    start = table[0].index("STATE")
+    assert {line[:start].strip(): line[start:].split("  ")[0] for line in table[1:]} == {name: row["state"] for name, row in rows.items()}
+    ill = host.box.exec(MANAGER, "health")
+    assert ill.returncode == 1
+    assert ill.stdout == "unhealthy: crashing: crash loop; no-supervisor: no supervisor; parked: parked after code 78\n"
+
+
+def test_our_reading_of_s6s_files_is_s6s_own(gateways):
+    """Straight from supervise/status, and by s6-svstat: the same, in every state."""
+    host = gateways({"up": RUN, "killed": ONCE, "crashing": "exit 1\n", "parked": "exit 78\n", "stopping": STUBBORN}, "running")
+    assert wait_for(lambda: host.box.log().count("died too often") > 0, 20)
+    host.box.exec("/command/s6-svc", "-d", "/run/service/gateway-stopping")
+    script = """
+import json, sys
+sys.path.insert(0, "/opt/hermes/docker")
+import hermes_boot
+def fields(status):
+    return [status.up, status.pid if status.up else 0, status.wanted, None if status.up else status.ended]
+for name in sys.argv[1:]:
+    slot = "/run/service/gateway-" + name
+    read, asked = hermes_boot.slot_status(slot), hermes_boot.asked_status(slot)
+    assert fields(read) == fields(asked) and abs(read.since - asked.since) < 2, name
+    times = [int(line.split()[0][9:17], 16) for line in hermes_boot.s6("s6-svdt", slot)[1].splitlines()]
+    ours = [time for time, _ in hermes_boot.deaths(slot)]
+    assert len(times) == len(ours) and [b - a for a, b in zip(times, times[1:])] == [b - a for a, b in zip(ours, ours[1:])], name
+"""
+    done = host.box.exec("/usr/bin/python3", "-IBSc", script, "default", "up", "killed", "crashing", "parked", "stopping")
+    assert done.returncode == 0, done.stderr
+    assert abs(status(host)["default"]["since"] - time.time()) < 30
+
+
+BACK_OFFS = [([], 0), ([10, 11, 12, 13], 0), ([10, 11, 12, 13, 14], 2), ([10, 11, 12, 13, 14, 17, 22, 31], 16), ([10, 30, 50, 71, 90], 0)]
+
+
+@pytest.mark.parametrize("times, delay", BACK_OFFS)
+def test_the_back_off_rule_is_finishs(times, delay):
+    """Deaths at these seconds: what finish would wait."""
+    assert hermes_boot.back_off([1000 + moment for moment in times]) == delay
+
+
+def test_status_of_hundreds_of_gateways_takes_well_under_a_second(gateways):
+    """200 gateways with two supervisors and a logger each, half of them up."""
+    profiles = {f"p{number}": RUN for number in range(200)}
+    host = gateways(profiles, "running")
+    assert wait_for(lambda: sum(row["state"] in ("up", "starting") for row in status(host).values()) == 201, 60)
+    for user in (None, "hermes"):
+        started = time.monotonic()
+        assert len(status(host, user=user)) == 201
+        assert time.monotonic() - started < 0.8
+
+
+def on_terminal(host: Gateways, *words: str, environment: dict[str, str] | None = None) -> str:
+    """Return what a program writes to a terminal 100 columns wide."""
+    import fcntl
+    import struct
+    import termios
+
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    subprocess.run(host.box.exec_command(list(words), None, environment), stdin=theirs, stdout=theirs, check=True, timeout=30)
+    os.close(theirs)
+    return os.read(ours, 100_000).decode()
+
+
+def test_colour_is_for_terminals_only_and_no_color_is_honoured(gateways):
+    """And a terminal's width is kept."""
+    host = gateways({"a": "echo " + "x" * 300 + "\nexit 78\n"}, "running")
+    assert wait_for(lambda: status(host)["a"]["state"] == "parked")
+    coloured = on_terminal(host, MANAGER, "status")
+    assert "\033[31mparked\033[0m" in coloured
+    plain = on_terminal(host, MANAGER, "status", environment={"NO_COLOR": "1"})
+    assert "\033" not in plain and max(map(len, plain.splitlines())) == 100
+
+
+def test_watch_goes_on(gateways):
+    """Every second, until it is interrupted."""
+    host = gateways({}, "running")
+    watching = subprocess.Popen(
+        host.box.exec_command(["timeout", "-s", "INT", "3", MANAGER, "status", "--watch", "1"]), stdout=subprocess.PIPE
+    )
+    out, _ = watching.communicate(timeout=20)
+    assert out.count(b"PROFILE") >= 2
+
+
+PORTS = {
+    "env": ("API_SERVER_KEY=k\nAPI_SERVER_PORT='9001'\n", "", 9001),
+    "default port": ("export API_SERVER_ENABLED=true\n", "", 8642),
+    "config": (
+        "",
+        "model: x\nplatforms:\n  telegram:\n    enabled: true\n  api_server:\n    enabled: true\n    extra:\n      port: 9002 # ours\n",
+        9002,
+    ),
+    "config below another key": ("", "other:\n  platforms:\n    api_server:\n      enabled: true\n", None),
+    "both": ("API_SERVER_KEY=k\nAPI_SERVER_PORT=9003\n", "platforms:\n  api_server:\n    extra:\n      port: 9004\n", 9003),
+    "no server": ("API_SERVER_PORT=9005\n", "", None),
+    "nonsense": ("API_SERVER_KEY=k\nAPI_SERVER_PORT=99999999\n", "", 8642),
+}
+
+
+@pytest.mark.parametrize("env, config, port", PORTS.values(), ids=PORTS)
+def test_the_port_is_the_one_the_agent_would_take(plain, env, config, port):
+    """From a profile's .env and config.yaml; the container's variables are the default gateway's alone."""
+    folder = plain.profile("a")
+    (folder / ".env").write_text(env)
+    (folder / "config.yaml").write_text(config)
+    done = plain.reconcile(command=["status", "--json"], API_SERVER_KEY="k", API_SERVER_PORT="7000")
+    rows = {row["name"]: row["port"] for row in json.loads(done.stdout)}
+    assert rows == {"default": 7000, "a": port}
+
+
+# health
+
+
+def test_health_follows_the_gateways(gateways):
+    """Healthy when all that should be up are, whatever the operator has stopped; unhealthy without a supervisor."""
+    host = gateways({"a": RUN, "b": "exit 78\n"}, "")
+    assert host.box.exec(MANAGER, "health").stdout == "healthy: 3 slots\n"
+    assert host.do("start", "-p", "a").returncode == 0
+    assert host.box.exec(MANAGER, "health", user="hermes").returncode == 0
+    host.do("start", "-p", "b")
+    assert wait_for(lambda: host.box.exec(MANAGER, "health").stdout == "unhealthy: b: parked after code 78\n")
+    assert host.do("stop", "-p", "b").returncode == 0
+    done = host.box.exec("/opt/hermes/bin/hermes-boot", "health")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "healthy: 3 slots\n", "")
+    done = host.box.exec(MANAGER, "health", environment={"S6_PROFILE_GATEWAY_SCANDIR": "/tmp"})
+    assert (done.returncode, done.stdout) == (1, "unhealthy: no supervisor answers on /tmp\n")
+
+
+# doctor
+
+
+def diagnosis(host: Gateways, *words: str, user: str | None = None, **options) -> tuple[int, dict[str, list[dict]]]:
+    """Return doctor's code and its checks by what they are about."""
+    done = host.box.exec(MANAGER, "doctor", "--json", *words, user=user, **options)
+    found: dict[str, list[dict]] = {}
+    for check in json.loads(done.stdout):
+        found.setdefault(check["check"], []).append(check)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, found
+
+
+def test_doctor_finds_nothing_on_a_good_container(gateways):
+    """Code 0, every line a pass, for root and for hermes."""
+    host = gateways({"a": RUN}, "running")
+    assert wait_for(lambda: host.up("a") and host.up("default"))
+    for user in (None, "hermes"):
+        code, found = diagnosis(host, user=user)
+        assert code == 0 and {check["level"] for checks in found.values() for check in checks} == {"pass"}, found
+        assert found["supervisor"][0]["found"] == "s6 is PID 1"
+
+
+def test_doctor_names_the_way_out_of_every_state(gateways):
+    """A crash loop with its log's last lines and likely cause, a parked gateway, one without slot or supervisor, one that was stopped."""
+    host = gateways(STATES, "running")
+    tell_all_states(host)
+    code, found = diagnosis(host)
+    assert code == 1
+    (crash,) = found["crashing"]
+    assert crash["level"] == "fail" and "no model or authentication" in crash["found"]
+    assert crash["mend"].startswith("hermes -p crashing setup; then hermes -p crashing gateway start\n      | no API key found")
+    (parked,) = found["parked"]
+    assert parked["level"] == "fail" and "is parked" in parked["found"] and "hermes -p parked setup" in parked["mend"]
+    assert "down, as it was left (stopped); to have it up: hermes -p stopped gateway start" == found["stopped"][0]["found"]
+    for name, what in (("no-slot", "it has no slot"), ("no-supervisor", "s6-supervise is not running for it")):
+        assert (found[name][0]["level"], found[name][0]["found"], found[name][0]["mend"]) == ("fail", what, "hermes-boot doctor --fix")
+    done = host.box.exec(MANAGER, "doctor", "--fix")
+    assert "fixed: no-slot: published its slot (started)" in done.stderr and "fixed: no-supervisor: published its slot" in done.stderr
+    assert wait_for(lambda: host.up("no-slot") and host.up("no-supervisor"))
+    assert "fixed:" not in host.box.exec(MANAGER, "doctor", "--fix").stderr
+
+
+def test_doctor_finds_what_is_wrong_on_the_volume_and_fixes_what_is_safe(gateways, tmp_path):
+    """Owners, readable secrets, folders that are no profiles, two gateways on one port, versions; a second --fix finds nothing to do."""
+    host = gateways({"a": RUN, "b": RUN}, "running")
+    box = host.box
+    (host.folder("a") / "root.txt").write_text("by docker exec")
+    for name in "ab":
+        (host.folder(name) / ".env").write_text("API_SERVER_KEY=s3cr3t\nAPI_SERVER_PORT=9000\n")
+        (host.folder(name) / ".env").chmod(0o644 if name == "a" else 0o600)
+        box.exec("chown", "hermes:hermes", f"/opt/data/profiles/{name}/.env")
+    for folder in ("Not A Profile", "nosoul"):
+        (host.volume / "profiles" / folder).mkdir()
+    (host.volume / ".hermes-agent-version").write_text("99.0\n")
+    box.path("/opt/hermes/.venv/lib/python3.11/site-packages/hermes_agent-0.19.0.dist-info").mkdir(parents=True)
+    code, found = diagnosis(host, environment={"PATH": "/usr/bin:/bin"})
+    assert code == 1
+    assert re.match(r"3 of \d+ entries are not hermes's, the first: ", found["owners"][0]["found"])
+    assert (found["a"][0]["level"], found["a"][0]["mend"]) == ("warn", "chmod 600 '/opt/data/profiles/a/.env'")
+    assert found["ports"][0]["level"] == "fail" and "a and b have the same port 9000" in found["ports"][0]["found"]
+    assert found["profiles/'Not A Profile'"][0]["mend"] == "rename the folder"
+    assert "no SOUL.md" in found["profiles/nosoul"][0]["found"]
+    assert "99.0 has run on this volume, the image has 0.19.0" in found["versions"][0]["found"]
+    assert found["s6 programs"][0]["mend"] == "export PATH=$PATH:/command"
+    assert "s3cr3t" not in json.dumps(found)
+    fixed = box.exec(MANAGER, "doctor", "--fix")
+    assert "fixed: owners: gave 3 entries" in fixed.stderr and "fixed: a: chmod 600" in fixed.stderr and "s3cr3t" not in str(fixed)
+    assert (host.folder("a") / ".env").stat().st_mode & 0o777 == 0o600 and (host.folder("a") / "root.txt").stat().st_uid == 10000
+    assert "fixed:" not in box.exec(MANAGER, "doctor", "--fix").stderr
+
+
+def test_doctor_sees_a_log_folder_that_another_container_has_locked(gateways):
+    """Two containers with gateways on one volume fight for s6-log's lock; the loser is told."""
+    first = gateways({"a": RUN}, "running")
+    second = Gateways(gateways.__closure__[0].cell_contents(), {"a": RUN}, "running")
+    assert wait_for(lambda: first.up("a"))
+    assert wait_for(lambda: any("is locked by another container" in check["found"] for check in diagnosis(second)[1]["a"]), 20)
+    assert "HERMES_RECONCILE=0" in next(check["mend"] for check in diagnosis(second)[1]["a"] if "locked" in check["found"])
+    assert not any("locked" in check["found"] for check in diagnosis(first)[1]["a"])
+
+
+VOLUMES = {
+    "full": (lambda home: fill(home), "cannot be written: No space left on device", "free some space"),
+    "read-only": (lambda home: mount(home, "remount,ro"), "(tmpfs) cannot be written: Read-only file system", "mount it writable"),
+}
+
+
+def fill(home) -> None:
+    """Leave no byte free."""
+    with open(home / "fill", "wb", buffering=0) as file, pytest.raises(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def mount(home, options: str) -> None:
+    """Mount a small tmpfs, or change it."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size=1m,{options}", "tmpfs", home], check=True)
+
+
+@pytest.mark.parametrize("make, found, mend", VOLUMES.values(), ids=VOLUMES)
+def test_doctor_tries_the_volume(live, plain, make, found, mend):
+    """A small one is warned about, one that takes no write fails."""
+    mount(plain.home, "rw")
+    try:
+        make(plain.home)
+        done = plain.reconcile(command=["doctor"])
+    finally:
+        subprocess.run(["umount", "-l", plain.home], check=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("fail  volume")]
+    assert found in line and line.endswith(mend)
+    assert re.search(r"warn  volume: only [01] MiB are free", done.stdout)
+
+
+def test_doctor_without_a_supervisor_or_a_volume(plain):
+    """Says so, and does not stumble over the rest."""
+    plain.profile("a", '{"desired_state": "running"}')
+    done = plain.reconcile(command=["doctor"])
+    assert done.returncode == 1 and f"fail  supervisor: no s6-svscan answers on {plain.scandir}; start the container" in done.stdout
+    assert "fail  a: it has no slot; hermes-boot doctor --fix" in done.stdout
+    done = plain.reconcile(command=["doctor"], HERMES_HOME=str(plain.home / "none"))
+    assert done.returncode == 1 and "fail  volume: " in done.stdout and "Traceback" not in done.stderr
+
+
+# logs
+
+WRITER = """n=0; while [ $n -lt 30000 ]; do n=$((n + 1)); echo "line $n xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"; done
+exec sleep infinity
+"""
+
+
+def test_logs_reads_archives_in_order_and_follows_over_rotations(gateways):
+    """Every line once, in order, while s6-log rotates below the reader; -n and --since cut."""
+    host = gateways({"a": WRITER})
+    assert host.do("start", "-p", "a").returncode == 0
+    out = host.volume / "followed"
+    with open(out, "wb") as file:
+        following = subprocess.Popen(host.box.exec_command(["timeout", "40", MANAGER, "logs", "-p", "a", "-f"]), stdout=file)
+    assert wait_for(lambda: b"line 30000 " in out.read_bytes()[-200:], 40)
+    following.kill()
+    lines = [int(line.split(b"line ")[1].split()[0]) for line in out.read_bytes().splitlines()]
+    assert lines == list(range(1, 30001))
+    assert len(list((host.volume / "logs/gateways/a").glob("@*"))) >= 2
+    done = host.box.exec(MANAGER, "logs", "-p", "a")
+    assert [int(line.split("line ")[1].split()[0]) for line in done.stdout.splitlines()] == lines
+    done = host.box.exec(MANAGER, "logs", "-p", "a", "-n", "3", user="hermes")
+    assert [line.split("  ")[1].split()[1] for line in done.stdout.splitlines()] == ["29998", "29999", "30000"]
+    assert host.box.exec(MANAGER, "logs", "-p", "a", "--since", "1h", "-n", "1").stdout.count("\n") == 1
+    assert host.box.exec(MANAGER, "logs", "-p", "a", "--since", "2099-01-01").stdout == ""
+    piped = host.box.exec("sh", "-c", f"{MANAGER} logs -p a | head -n 1")
+    assert piped.stdout.endswith("line 1 " + "x" * 63 + "\n") and piped.stderr == ""
+
+
+def test_a_log_that_is_not_there_is_one_line(plain):
+    """With the way to the names."""
+    done = plain.reconcile(command=["logs", "-p", "nobody"])
+    assert done.returncode == 4 and done.stderr == "hermes_boot.py: error: nobody: no log yet; `hermes-boot status` lists the gateways\n"
+    done = plain.reconcile(command=["logs", "--since", "yesterday"])
+    assert done.returncode == 2 and "neither a time span (30s, 10m, 2h, 1d) nor a date" in done.stderr
+
+
+# help
+
+
+@pytest.mark.parametrize("command", ["", "status", "doctor", "health", "logs", "gateway", "setup", "reconcile", "shutdown"])
+def test_help_is_everywhere(plain, command):
+    """With examples wherever there is something to choose."""
+    done = plain.reconcile(command=[*command.split(), "--help"])
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: hermes_boot.py {command}".rstrip()) and done.stderr == ""
+    assert ("examples:\n" in done.stdout) is (command not in ("", "shutdown")) and not plain.scandir.exists()
+
+
+def test_version(plain):
+    """Ours and the agent's."""
+    assert plain.reconcile(command=["--version"]).stdout == f"hermes_boot.py {hermes_boot.VERSION}, hermes-agent missing\n"
