@@ -29,6 +29,10 @@ test: ## run the tests; TESTS="-k wrapper" picks some
 	  { $(PYTHON) -m venv $(CACHE)/pytest && $(CACHE)/pytest/bin/pip -q install pytest; }
 	@$(PYTEST) -m pytest -q -p no:cacheprovider tests $(TESTS)
 
+.PHONY: bench
+bench: ## measure the boot against what the machine can do; QUICK=1 takes under a minute
+	@$(PYTHON) tests/bench.py
+
 .PHONY: clean
 clean: ## remove everything that was built or fetched
 	rm -rf $(CACHE) __pycache__ tests/__pycache__

@@ -60,6 +60,8 @@ MAX_SECONDS = 86400
 BACK_OFF_LIMIT = 60  # seconds
 HELPER_TIMEOUT = 120  # seconds for a program of the agent's that the boot runs
 
+SHARED_FOLDERS, SHARED_DEPTH, MOST_SWEEPERS = 64, 6, 4  # folders to share among processes, looked for down to this depth
+
 Owner = tuple[int, int]  # UID, GID
 
 
@@ -144,15 +146,22 @@ class Folder:
 
     def make(self, path: str) -> Folder:
         """Open a folder below this one, making what is missing of it with mode 0755."""
-        name, _, rest = path.partition("/")
+        try:
+            return self.folder(path)
+        except FileNotFoundError:
+            parent, _, name = path.rpartition("/")
+        if not parent:
+            return self.made(name)
+        with self.make(parent) as above:
+            return above.made(name)
+
+    def made(self, name: str) -> Folder:
+        """Make a folder in this one, unless it is there by now, and open it."""
         try:
             os.mkdir(name, 0o755, dir_fd=self.fd)
         except FileExistsError:
             pass
-        if not rest:
-            return Folder(name, self.fd)
-        with Folder(name, self.fd) as parent:
-            return parent.make(rest)
+        return Folder(name, self.fd)
 
     def stat(self, name: str, *, follow: bool = False) -> os.stat_result | None:
         """Return what is under a name, None when nothing is."""
@@ -164,10 +173,13 @@ class Folder:
     def read(self, name: str, limit: int) -> bytes:
         """Return a regular file's content; OSError when it is anything else or longer than limit bytes."""
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=self.fd)
-        with open(fd, "rb", buffering=0) as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "is not a regular file")
-            data = file.read(limit + 1)
+            data = os.read(fd, min(status.st_size, limit) + 1)
+        finally:
+            os.close(fd)
         if len(data) > limit:
             raise OSError(errno.EFBIG, f"is longer than {limit} bytes")
         return data
@@ -519,21 +531,28 @@ def join_groups(boot: Boot) -> None:
 class Sweep:
     """Hands what hermes manages on the volume back to hermes, and counts it.
 
-    Only wrong owners change. Every change is made on a descriptor (O_PATH, opened without following a link), so that no rename can
-    turn it on another file. Four kinds of entry are left alone, since root would give away more than the volume: links' targets,
-    other file systems mounted below, device nodes, and files with more names than one, of which a name may lie outside (those
-    that belong to hermes's former UIDs excepted, which hermes could write anyway).
+    Only wrong owners change. Every change is made on a descriptor opened without following a link, so that no rename can turn it on
+    another entry; by name only in a folder that nobody but root can change at that moment (see entries). Four kinds of entry are left
+    alone, since root would give away more than the volume: links' targets, other file systems mounted below, device nodes, and
+    files with more names than one, of which a name may lie outside (those that belong to hermes's former UIDs excepted, which hermes
+    could write anyway).
     """
 
-    __slots__ = ("uid", "gid", "dry_run", "former", "mounts", "changed", "checked", "linked", "first", "failure", "failed")
+    __slots__ = ("uid", "gid", "dry_run", "former", "mounts", "alone", "changed", "checked", "linked", "first", "failure", "failed")
+    COUNTS, WORDS = ("changed", "checked", "linked", "failed"), ("first", "failure")
 
     def __init__(self, boot: Boot, *, former: int = 0, mounts: frozenset[tuple[int, int]] = frozenset()) -> None:
         self.uid, self.gid = boot.owner
         self.dry_run = boot.dry_run
         self.former = {former, self.uid}
         self.mounts = mounts
+        self.alone = not os.path.exists(wrapper.COMMAND_PROCESS)  # nothing of hermes's runs before the CMD
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was counted."""
         self.changed = self.checked = self.linked = self.failed = 0
-        self.failure = self.first = ""
+        self.first = self.failure = ""
 
     def claim(self, name: str, at: int, *, writable: bool = False) -> None:
         """Give one entry to hermes; with writable, see to it that its owner can read and write it."""
@@ -549,8 +568,7 @@ class Sweep:
             if (status.st_uid, status.st_gid) != (self.uid, self.gid):
                 if not self.dry_run:
                     os.chown(path, self.uid, self.gid)
-                self.changed += 1
-                self.first = self.first or f"{shown(name)} belongs to {status.st_uid}:{status.st_gid}"
+                self.note(name, status)
             if writable and stat.S_ISREG(status.st_mode) and status.st_mode & 0o600 != 0o600 and not self.dry_run:
                 os.chmod(path, stat.S_IMODE(os.fstat(fd).st_mode) | 0o600)
         except OSError as error:
@@ -558,47 +576,80 @@ class Sweep:
         finally:
             os.close(fd)
 
+    def note(self, name: str, status: os.stat_result) -> None:
+        """Count a wrong owner; the first one is shown."""
+        self.changed += 1
+        if not self.first:
+            self.first = f"{shown(name)} belongs to {status.st_uid}:{status.st_gid}"
+
     def may_change(self, status: os.stat_result) -> bool:
         """Say whether root may act on an entry, by its descriptor's status."""
-        mode = status.st_mode
-        if stat.S_ISREG(mode) and status.st_nlink > 1 and status.st_uid not in self.former:
+        kind = stat.S_IFMT(status.st_mode)
+        if kind == stat.S_IFREG and status.st_nlink > 1 and status.st_uid not in self.former:
             self.linked += 1
             return False
-        return not stat.S_ISBLK(mode) and not stat.S_ISCHR(mode)
+        return kind not in (stat.S_IFBLK, stat.S_IFCHR)
 
     def fail(self, name: str, error: OSError) -> None:
         """Count a refusal; the first one stands for all, since a volume that refuses one chown refuses every one."""
         self.failure = self.failure or f"{shown(name)}: {reason(error)}"
         self.failed += 1
 
-    def entries(self, fd: int) -> list[str]:
-        """Check every entry of an open folder, and return the names of its folders."""
-        uid, gid, folders = self.uid, self.gid, []
+    def entries(self, fd: int, path: str) -> list[str]:
+        """Check an open folder and every entry of it but the folders, whose names are returned.
+
+        The folder itself comes last. Until then, before anything of hermes's runs, nobody but root can rename in a folder that is
+        not hermes's and that only its owner may write: there a chown by name does what four calls by descriptor would.
+        """
+        uid, gid, mounts, folders, checked = self.uid, self.gid, self.mounts, [], 0
+        own = os.fstat(fd)
+        still = self.alone and own.st_uid != uid and not own.st_mode & 0o022
         with os.scandir(fd) as listing:
             for entry in listing:
-                self.checked += 1
+                checked += 1
                 try:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.name)
+                        continue
                     status = entry.stat(follow_symlinks=False)
                 except OSError:
                     continue  # removed while we looked
-                folder = entry.is_dir(follow_symlinks=False)
-                if status.st_uid == uid and status.st_gid == gid and not folder:
+                if status.st_uid == uid and status.st_gid == gid:
                     continue
-                if (status.st_dev, status.st_ino) in self.mounts:
+                if mounts and (status.st_dev, status.st_ino) in mounts:
                     continue
-                if status.st_uid != uid or status.st_gid != gid:
+                if still:
+                    self.change(entry.name, entry.name, fd, status)
+                else:
                     self.claim(entry.name, fd)
-                if folder:
-                    folders.append(entry.name)
+        self.checked += checked
+        if own.st_uid != uid or own.st_gid != gid:
+            self.change(path, None, fd, own)
         return folders
 
-    def tree(self, name: str, at: int) -> None:
-        """Check all below a folder. One descriptor at any depth: the way back up is `..`, checked to be where we came from."""
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+    def change(self, shown_as: str, name: str | None, fd: int, status: os.stat_result) -> None:
+        """Give an open folder (name None), or an entry of a folder that only root can change, to hermes."""
+        if not self.may_change(status):
+            return
+        try:
+            if self.dry_run:
+                pass
+            elif name is None:
+                os.chown(fd, self.uid, self.gid)
+            else:
+                os.chown(name, self.uid, self.gid, dir_fd=fd, follow_symlinks=False)
+            self.note(shown_as, status)
+        except OSError as error:
+            self.fail(shown_as, error)
+
+    def tree(self, folder: Folder, path: str) -> None:
+        """Check an open folder and all below it; it is closed. One descriptor at any depth: the way back up is `..`, checked to be
+        where we came from."""
+        fd = folder.fd
         try:
             status = os.fstat(fd)
             device = status.st_dev
-            above = [(status.st_ino, self.entries(fd))]
+            above = [(status.st_ino, self.entries(fd, path))]
             while True:
                 _, folders = above[-1]
                 if folders:
@@ -615,20 +666,121 @@ class Sweep:
 
     def descend(self, fd: int, name: str, device: int, above: list[tuple[int, list[str]]]) -> int:
         """Check a folder's entries and make it the current one, unless it is gone, unreadable or another file system."""
+        child = self.enter(fd, name, device)
+        if child is None:
+            return fd
+        above.append((os.fstat(child.fd).st_ino, self.entries(child.fd, name)))
+        return replace_fd(fd, child.fd)
+
+    def enter(self, fd: int, name: str, device: int) -> Folder | None:
+        """Open a folder to check it, None when it is gone, unreadable or another file system."""
         try:
-            child = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+            child = Folder(name, fd)
         except (FileNotFoundError, NotADirectoryError):
-            return fd  # removed or replaced while we looked
+            return None  # removed or replaced while we looked
         except OSError as error:
             if error.errno != errno.ELOOP:  # a link in its place is not ours to follow
+                self.claim(name, fd)
                 self.fail(name, error)
-            return fd
-        status = os.fstat(child)
-        if status.st_dev != device or (status.st_dev, status.st_ino) in self.mounts:
-            os.close(child)
-            return fd
-        above.append((status.st_ino, self.entries(child)))
-        return replace_fd(fd, child)
+            return None
+        status = os.fstat(child.fd)
+        if status.st_dev == device and (status.st_dev, status.st_ino) not in self.mounts:
+            return child
+        os.close(child.fd)
+        return None
+
+    def volume(self, home: Folder) -> None:
+        """Check all managed folders. The upper levels here; once there are folders enough to share, all cores take from them."""
+        waiting: list[tuple[str, int]] = []  # a folder's path, and the file system it must be on
+        for path in MANAGED_FOLDERS:
+            waiting += self.top(home, path)
+        done = 0
+        while done < len(waiting) < SHARED_FOLDERS:
+            path, device = waiting[done]
+            done += 1
+            if path.count("/") >= SHARED_DEPTH:
+                self.below(home, path, device, self.tree)
+            else:
+                self.below(home, path, device, lambda folder, path, device=device: waiting.extend(self.opened(folder, path, device)))
+        if done < len(waiting):
+            self.share(home, waiting[done:])
+
+    def top(self, home: Folder, path: str) -> list[tuple[str, int]]:
+        """Check one managed folder's entries; return its folders. A link or a file in its place is said and left alone."""
+        parent = os.path.dirname(path)
+        try:
+            if parent:
+                with home.folder(parent) as above:
+                    self.checked += 1
+                    self.claim(".", above.fd)
+            folder = home.folder(path)
+            self.checked += 1
+            return self.opened(folder, path, os.fstat(folder.fd).st_dev)
+        except FileNotFoundError:
+            return []  # made later, by hermes
+        except OSError as error:
+            warn(f"{path} on the volume {fault(error)}; its owners were not checked; put a plain folder there")
+            return []
+
+    def opened(self, folder: Folder, path: str, device: int) -> list[tuple[str, int]]:
+        """Check an open folder's entries and close it; return its folders as volume() wants them."""
+        with folder:
+            return [(f"{path}/{name}", device) for name in self.entries(folder.fd, path)]
+
+    def below(self, home: Folder, path: str, device: int, action) -> None:
+        """Open a folder anew and act on it; whatever became of it since we saw it is counted."""
+        parent, _, name = path.rpartition("/")
+        try:
+            with home.folder(parent) as above:
+                folder = self.enter(above.fd, name, device)
+            if folder:
+                action(folder, path)
+        except FileNotFoundError:
+            return  # removed while we looked
+        except OSError as error:
+            self.fail(path, error)
+
+    def share(self, home: Folder, folders: list[tuple[str, int]]) -> None:
+        """Check folders in as many processes as there are cores; each takes the next group by a byte from a pipe."""
+        groups = min(256, len(folders))
+        tokens, filled = os.pipe()
+        os.write(filled, bytes(range(groups)))
+        os.close(filled)
+
+        def work() -> None:
+            while token := os.read(tokens, 1):
+                for path, device in folders[token[0] :: groups]:
+                    self.below(home, path, device, self.tree)
+
+        children = [self.fork(work) for _ in range(min(MOST_SWEEPERS, len(os.sched_getaffinity(0))) - 1)]
+        work()
+        os.close(tokens)
+        for child, result in children:
+            with open(result, "rb") as file:
+                self.add(file.read())
+            os.waitpid(child, 0)
+
+    def fork(self, work) -> tuple[int, int]:
+        """Start a process that works and then writes what it counted; return its pid and where to read that."""
+        result, output = os.pipe()
+        sys.stderr.flush()
+        child = os.fork()
+        if child == 0:
+            self.reset()
+            code = guarded(lambda: work() or 0)
+            values = [str(getattr(self, name)) for name in self.COUNTS + self.WORDS]
+            os.write(output, os.fsencode("\0".join(values)))
+            os._exit(code)
+        os.close(output)
+        return child, result
+
+    def add(self, data: bytes) -> None:
+        """Add what another process counted."""
+        values = os.fsdecode(data).split("\0")
+        for name, value in zip(self.COUNTS, values):
+            setattr(self, name, getattr(self, name) + int(value))
+        for name, value in zip(self.WORDS, values[len(self.COUNTS) :]):
+            setattr(self, name, getattr(self, name) or value)
 
     def report(self, boot: Boot) -> None:
         """Say what was mended, what could not be, and what was left alone for safety."""
@@ -689,8 +841,7 @@ def sweep_volume(boot: Boot, former: int) -> Sweep:
         sweep.checked += 1 + len(files)
         for name in files:
             sweep.claim(name, home.fd, writable=True)
-        for path in MANAGED_FOLDERS:
-            own_folder(sweep, home, path)
+        sweep.volume(home)
     return sweep
 
 
@@ -705,22 +856,6 @@ def make_home(boot: Boot) -> None:
 def is_managed_file(name: str) -> bool:
     """Say whether a top-level file is one that hermes keeps."""
     return name in MANAGED_FILES or name.startswith(MANAGED_PREFIXES)
-
-
-def own_folder(sweep: Sweep, home: Folder, path: str) -> None:
-    """Hand one managed folder and all below it to hermes; a link or a file in its place is said and left alone."""
-    parent, _, name = path.rpartition("/")
-    try:
-        with home.folder(parent or ".") as above:
-            if parent:
-                sweep.claim(".", above.fd)
-            sweep.claim(name, above.fd)
-            sweep.checked += 2 if parent else 1
-            sweep.tree(name, above.fd)
-    except FileNotFoundError:
-        return  # made later, by hermes
-    except OSError as error:
-        warn(f"{path} on the volume {fault(error)}; its owners were not checked; put a plain folder there")
 
 
 def own_static_services(boot: Boot) -> None:
@@ -971,15 +1106,55 @@ def name_fault(name: str) -> str:
 
 def load_state(data: bytes) -> dict[str, object]:
     """Return a state file's object; ValueError when it is not one."""
-    import json
-
+    text = data.decode("utf-8-sig").strip(" \t\n\r")
     try:
-        state = json.loads(data.decode("utf-8-sig"))
+        state = parsed(text)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     if not isinstance(state, dict):
         raise ValueError("is not a JSON object")
     return state
+
+
+def parsed(text: str) -> object:
+    """Return what json.loads would, by the parser it uses itself where that finds nothing to object to.
+
+    Importing json takes 8 ms, as long as Python itself, for regular expressions that only its slow path needs. (That parser's own
+    complaint, when json is not imported, is a SystemError in Python 3.11.)
+    """
+    try:
+        from _json import make_scanner
+
+        value, end = make_scanner(JsonRules)(text, 0)
+        if end == len(text):
+            return value
+    except (ImportError, StopIteration, SystemError, ValueError):
+        pass  # json.loads has the last word
+    import json
+
+    return json.loads(text)
+
+
+class JsonRules:
+    """What json.loads tells its parser."""
+
+    strict, object_hook, object_pairs_hook, parse_float, parse_int, memo = True, None, None, float, int, {}
+    parse_constant = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}.__getitem__
+
+
+def json_text(value: object) -> str:
+    """Return what json.dumps would for a value that load_state gave."""
+    from _json import encode_basestring_ascii
+
+    if isinstance(value, str):
+        return encode_basestring_ascii(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{encode_basestring_ascii(key)}: {json_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(json_text, value)) + "]"
+    return {"None": "null", "True": "true", "False": "false", "nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}.get(
+        repr(value), repr(value)
+    )
 
 
 def read_state(folder: Folder) -> tuple[dict[str, object], str]:
@@ -1018,15 +1193,15 @@ def intent_of(state: dict[str, object]) -> tuple[str | None, str]:
 
 def soul_fault(folder: Folder) -> str:
     """Return why a folder is not a profile by its SOUL.md, "" when it is one."""
-    if folder.stat("SOUL.md") is None:
+    status = folder.stat("SOUL.md")
+    if status is None:
         return "no SOUL.md, so not a profile"
-    try:
-        status = folder.stat("SOUL.md", follow=True)
-    except OSError:
-        status = None
-    if status is None or not stat.S_ISREG(status.st_mode):
-        return "SOUL.md is not a file; make it one, or remove it if this is no profile"
-    return ""
+    if stat.S_ISLNK(status.st_mode):
+        try:
+            status = folder.stat("SOUL.md", follow=True)
+        except OSError:
+            status = None
+    return "" if status and stat.S_ISREG(status.st_mode) else "SOUL.md is not a file; make it one, or remove it if this is no profile"
 
 
 def container_command() -> list[str]:
@@ -1079,36 +1254,43 @@ def survey(boot: Boot, home: Folder, running: str | None) -> list[Profile]:
 
     running is the profile that the container's command starts, should it have no state yet.
     """
+    return [profile for profile, _ in profiles_of(boot, home, running)]
+
+
+def profiles_of(boot: Boot, home: Folder, running: str | None):
+    """Yield what survey returns, one by one, each with its folder, open as long as it is looked at (None when it is skipped)."""
     multiplex = truthy(boot.setting("GATEWAY_MULTIPLEX_PROFILES"))
-    found = [judge(home, "default", running, multiplex=False)]
+    yield judge(home, "default", running, multiplex=False), home
     try:
         with home.folder("profiles") as profiles:
             for name in sorted(os.listdir(profiles.fd), key=os.fsencode):
-                if (profile := survey_entry(profiles, name, running, multiplex)) is not None:
-                    found.append(profile)
+                if found := entry_of(profiles, name, running, multiplex):
+                    yield found
+                    if found[1]:
+                        os.close(found[1].fd)
     except FileNotFoundError:
         pass
     except OSError as error:
         warn(f"profiles on the volume {fault(error)}, so no profile but default has a gateway; put a plain folder there")
-    return found
 
 
-def survey_entry(profiles: Folder, name: str, running: str | None, multiplex: bool) -> Profile | None:
-    """Judge one entry of profiles/; None for a file, which is nobody's profile."""
+def entry_of(profiles: Folder, name: str, running: str | None, multiplex: bool) -> tuple[Profile, Folder | None] | None:
+    """Return one entry of profiles/ with its folder, open unless it is skipped; None for a file, which is nobody's profile."""
+    folder = None
     try:
         status = profiles.stat(name)
         if status is None or not (stat.S_ISDIR(status.st_mode) or stat.S_ISLNK(status.st_mode)):
             return None
-        if why := name_fault(name):
-            return Profile(name, None, "skipped", why)
-        with profiles.folder(name) as folder:
-            if why := soul_fault(folder):
-                return Profile(name, None, "skipped", why)
-            if name == "default":
-                return Profile(name, None, "skipped", "the name is reserved for the root profile; rename profiles/default")
-            return judge(folder, name, running, multiplex=multiplex)
+        if not (why := name_fault(name)):
+            folder = Folder(name, profiles.fd)
+            why = soul_fault(folder) or ("the name is reserved for the root profile; rename profiles/default" if name == "default" else "")
+            if not why:
+                return judge(folder, name, running, multiplex=multiplex), folder
     except OSError as error:
-        return Profile(name, None, "skipped", f"profiles/{shown(name)} {fault(error)}; mend or remove it")
+        why = f"profiles/{shown(name)} {fault(error)}; mend or remove it"
+    if folder:
+        os.close(folder.fd)
+    return Profile(name, None, "skipped", why), None
 
 
 def judge(folder: Folder, name: str, running: str | None, *, multiplex: bool) -> Profile:
@@ -1162,12 +1344,9 @@ def run_script(profile: str, extra_env: dict[str, str] | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def finish_script() -> str:
-    """Return a slot's finish: park after EX_CONFIG; after five deaths in a minute, wait 2, 4, 8 ... BACK_OFF_LIMIT seconds.
-
-    The wait ends a back-off when a run has lasted over a minute, and at once when somebody opens the FIFO `back-off` for writing.
-    """
-    return f"""#!/bin/sh
+# A slot's finish: park after EX_CONFIG; after five deaths in a minute, wait 2, 4, 8 ... BACK_OFF_LIMIT seconds. A back-off ends when a
+# run has lasted a minute longer than the wait, and at once when somebody opens the FIFO `back-off` for writing.
+FINISH_SCRIPT = f"""#!/bin/sh
 # $1: the exit code of run, or 256 when signal $2 ended it. s6-svdt lists the deaths: @ and the TAI64N time in hexadecimal.
 [ "$1" != {EX_CONFIG} ] || exit {PERMANENT_FAILURE}
 delay=0
@@ -1184,6 +1363,7 @@ for death in $(s6-svdt . | cut -c 10-17); do
   set -- "$2" "$3" "$4" "$now"
 done
 [ "$delay" -gt 0 ] || exit 0
+[ "$(s6-svstat -o wantedup .)" = true ] || exit 0
 echo "gateway: died too often, waiting $delay s before the next start" >&2
 drop=
 [ "$(id -u)" != 0 ] || drop="s6-setuidgid {USER}"
@@ -1205,7 +1385,7 @@ def slot_files(profile: str, stop_timeout: int, extra_env: dict[str, str] | None
     return {
         "type": ("longrun\n", 0o644),
         "run": (run_script(profile, extra_env), 0o755),
-        "finish": (finish_script(), 0o755),
+        "finish": (FINISH_SCRIPT, 0o755),
         "timeout-kill": (f"{stop_timeout * 1000}\n", 0o644),
         "timeout-finish": (f"{(BACK_OFF_LIMIT + 5) * 1000}\n", 0o644),
         "log/run": (log_run_script(profile, to_folder=to_folder), 0o755),
@@ -1219,13 +1399,14 @@ def put(folder: Folder, name: str, content: str, mode: int) -> None:
     os.close(fd)
 
 
-def make_skeleton(folder: Folder) -> None:
+def make_skeleton(folder: Folder, path: str) -> None:
     """Make what s6-supervise would make for root alone: found ready and ours, it stays ours, so hermes can control its slots."""
-    for name, mode in (("event", 0o3730), ("supervise", 0o755), ("supervise/event", 0o3730)):
-        os.mkdir(name, dir_fd=folder.fd)
-        os.chmod(name, mode, dir_fd=folder.fd)
-    os.mkfifo("supervise/control", dir_fd=folder.fd)
-    os.chmod("supervise/control", 0o660, dir_fd=folder.fd)
+    os.mkdir(f"{path}supervise", 0o755, dir_fd=folder.fd)
+    for name in ("event", "supervise/event"):
+        os.mkdir(path + name, dir_fd=folder.fd)
+        os.chmod(path + name, 0o3730, dir_fd=folder.fd)
+    os.mkfifo(f"{path}supervise/control", dir_fd=folder.fd)
+    os.chmod(f"{path}supervise/control", 0o660, dir_fd=folder.fd)
 
 
 def publish(scandir: Folder, profile: str, files: dict[str, tuple[str, int]], *, start: bool) -> None:
@@ -1235,15 +1416,19 @@ def publish(scandir: Folder, profile: str, files: dict[str, tuple[str, int]], *,
     if found and stat.S_ISDIR(found.st_mode):
         refresh(scandir, name, files, start=start)
         return
-    scandir.remove(name)
+    if found:
+        scandir.remove(name)
     build(scandir, name, files, start=start)
 
 
 def build(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool) -> None:
     """Make a slot that is not there yet: built under a dot name, which s6-svscan ignores, then renamed into place."""
     temporary = f".{name}"[: 255 - len(".tmp")] + ".tmp"
-    scandir.remove(temporary)
-    os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
+    try:
+        os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
+    except FileExistsError:  # a killed boot's
+        scandir.remove(temporary)
+        os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
     with Folder(temporary, scandir.fd) as slot:
         os.mkdir("log", 0o755, dir_fd=slot.fd)
         for path, (content, mode) in files.items():
@@ -1251,9 +1436,8 @@ def build(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, star
         os.mkfifo("back-off", 0o600, dir_fd=slot.fd)
         if not start:
             put(slot, "down", "", 0o644)
-        make_skeleton(slot)
-        with slot.folder("log") as log:
-            make_skeleton(log)
+        make_skeleton(slot, "")
+        make_skeleton(slot, "log/")
     os.rename(temporary, name, src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
 
 
@@ -1409,7 +1593,7 @@ def deaths(slot: str) -> list[tuple[float, int]]:
 
 
 def back_off(times: list[float]) -> int:
-    """Return how long finish waits after the last of these deaths, in seconds: the rule of finish_script, for those who look on."""
+    """Return how long finish waits after the last of these deaths, in seconds: the rule of FINISH_SCRIPT, for those who look on."""
     delay, last = 0, [0.0] * 4
     for now in times:
         if delay and now - last[3] <= delay + RESTART_WINDOW:
@@ -1518,7 +1702,6 @@ class S6ServiceManager:
 
     def record(self, profile: str, desired: str) -> None:
         """Write the operator's intent to a profile's state file, keeping every other key. Raises CommandFailed."""
-        import json
 
         def edit(data: bytes | None) -> bytes:
             try:
@@ -1528,7 +1711,10 @@ class S6ServiceManager:
                 state = {}
             if state.get("desired_state") == desired and data:
                 return data
-            return json.dumps(state | {"desired_state": desired}).encode() + b"\n"
+            try:
+                return json_text(state | {"desired_state": desired}).encode() + b"\n"
+            except RecursionError:
+                raise OSError(errno.EINVAL, "is nested too deeply") from None
 
         try:
             with self.profile_folder(profile) as folder:
@@ -1545,15 +1731,13 @@ class S6ServiceManager:
 
     def announce_stop(self, profile: str) -> None:
         """Tell the gateway that the SIGTERM to come is meant: hermes-agent then ends with code 0 and says so in its log."""
-        import json
-
         try:
             pid = self.status(profile).pid
             started = int(wrapper.start_time(pid))
             written = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
             marker = {"target_pid": pid, "target_start_time": started, "stopper_pid": os.getpid(), "written_at": written}
             with self.profile_folder(profile) as folder:
-                folder.write(".gateway-planned-stop.json", json.dumps(marker).encode(), 0o644, replace=True)
+                folder.write(".gateway-planned-stop.json", json_text(marker).encode(), 0o644, replace=True)
         except (OSError, ValueError, GatewayError):
             pass  # not up, or no profile: then there is nobody to tell
 
@@ -1646,7 +1830,7 @@ class S6ServiceManager:
         if up and not status.up and not status.wanted:
             failures[name] = CommandFailed(f"{name}: ended at once with {ending(status.ended)} and is parked; see its log")
             return True
-        return status.up is up
+        return status.up if up else status.pid == 0
 
     # Registration
 
@@ -1891,43 +2075,43 @@ def own_scandir(boot: Boot) -> None:
 def reconcile(boot: Boot, command: list[str]) -> int:
     """As hermes: find the profiles, publish their slots, say and log a line for each."""
     with open_home(boot) as home:
-        profiles = survey(boot, home, run_profile(boot, command, home))
+        running = run_profile(boot, command, home)
         if boot.dry_run:
-            for profile in profiles:
+            for profile in survey(boot, home, running):
                 boot.does(f"publish: {profile.line().split(' ', 1)[1].rstrip()}")
             return 0
+        lines = []
         with Folder(boot.scandir, follow=True) as scandir:
             timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
-            for profile in profiles:
-                if profile.action != "skipped":
-                    register(home, scandir, profile, timeout)
+            for profile, folder in profiles_of(boot, home, running):
+                if folder:
+                    register(home, folder, scandir, profile, timeout)
+                lines.append(profile.line())
         rescan(boot.scandir)
-        log_boot(boot, home, [profile.line() for profile in profiles])
+        log_boot(boot, home, lines)
     return 0
 
 
-def register(home: Folder, scandir: Folder, profile: Profile, timeout: int) -> None:
+def register(home: Folder, folder: Folder, scandir: Folder, profile: Profile, timeout: int) -> None:
     """Publish one profile's slot; what is in the way of that, or of its log, becomes the profile's own reason."""
     try:
-        with profile_folder(home, profile.name) as folder:
-            profile.why = clean_profile(folder) or profile.why
+        profile.why = clean_profile(folder) or profile.why
         log_fault = make_log_folder(home, profile.name)
         profile.why = profile.why or log_fault
         publish(scandir, profile.name, slot_files(profile.name, timeout, None, to_folder=not log_fault), start=profile.action == "started")
     except OSError as error:
-        profile.action, profile.why = (
-            "skipped",
-            f"its slot could not be made ({reason(error)}); make the scandir writable for hermes, with space left",
-        )
+        profile.action = "skipped"
+        profile.why = f"its slot could not be made ({reason(error)}); make the scandir writable for hermes, with space left"
 
 
 def make_log_folder(home: Folder, profile: str) -> str:
     """Make the folder that s6-log writes a profile's log to; return why it cannot be, "" when it can."""
+    path = f"logs/gateways/{profile}"
     try:
-        with home.make(f"logs/gateways/{profile}"):
-            return ""
+        os.close(home.make(path).fd)
     except OSError as error:
-        return f"logs/gateways/{profile} {fault(error)}, so its log goes to the container's alone; put plain folders there"
+        return f"{path} {fault(error)}, so its log goes to the container's alone; put plain folders there"
+    return ""
 
 
 def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
@@ -2629,7 +2813,8 @@ def repair_slot(boot: Boot, name: str) -> str:
             os.rename(slot, f".{slot}"[:230] + f".{time.time_ns():x}", src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
         with profile_folder(home, name) as folder:
             profile = judge(folder, name, None, multiplex=name != "default" and truthy(boot.setting("GATEWAY_MULTIPLEX_PROFILES")))
-        register(home, scandir, profile, seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1))
+            timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
+            register(home, folder, scandir, profile, timeout)
     rescan(boot.scandir)
     until(lambda: is_supervised(f"{boot.scandir}/{slot}"), 5)
     return f"published its slot ({profile.action})"

@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -241,3 +242,24 @@ def test_dry_run_publishes_nothing(plain):
         "would publish: profile=coder prior_state=running action=started",
     ]
     assert not plain.scandir.exists() and not (plain.home / "logs").exists()
+
+
+JSON = ['{"a": 1, "b": [true, false, null, -1.5e3, "\\u00e9\\ud800\\n"], "c": {"d": {}}}', '{"n": NaN, "i": [Infinity, -Infinity]}', '{"ä": "€😀"}']
+BROKEN = ['{"a": 1', '{"a" 1}', "{'a': 1}", '{"a": "\t"}', '{"a": 1} x', '{"a": 1,}', '{"a": tru}', '{"a": "\\x"}', "", "{", '"']
+
+
+@pytest.mark.parametrize("text", JSON)
+def test_json_is_read_and_written_as_by_the_library(text):
+    """Without importing it."""
+    assert repr(hermes_boot.parsed(text)) == repr(json.loads(text))
+    assert hermes_boot.json_text(json.loads(text)) == json.dumps(json.loads(text))
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_what_is_no_json_is_refused(text):
+    """Whether or not the library was imported before."""
+    with pytest.raises(ValueError):
+        hermes_boot.parsed(text)
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import hermes_boot; hermes_boot.parsed(sys.argv[2])"
+    done = subprocess.run([sys.executable, "-IBSc", script, str(Path(hermes_boot.__file__).parent), text], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("json.decoder.JSONDecodeError: ")
