@@ -123,6 +123,7 @@ class Volume:
             for file in range(100):
                 os.close(os.open(f"{folder}/{file:03}.json", os.O_CREAT, 0o644))
         subprocess.run(["chown", "-R", "hermes:hermes", self.home], check=True)
+        Path(COMMAND_PROCESS).unlink(missing_ok=True)  # as at a boot: the container's command has not started yet
         variable("HERMES_HOME", self.home)
         variable("S6_PROFILE_GATEWAY_SCANDIR", self.scandir)
         self.boot()
@@ -184,7 +185,6 @@ class Volume:
 def measure(quick: bool) -> dict[str, dict]:
     """Measure everything that happens inside a container; return the results by case."""
     runs = 3 if quick else 9
-    os.unlink(COMMAND_PROCESS)  # as at a boot: the container's command has not started yet
     results: dict[str, dict] = {}
     cases = iter(TARGETS)
     results[next(cases)] = pairs(lambda: run(f"{SCRIPTS}/main-wrapper.sh", "true"), lambda: run(*BARE), runs * 4)
@@ -238,7 +238,7 @@ def scaling(counts: tuple[int, ...], runs: int) -> dict:
     took, loops = {}, {}
     for count in counts:
         with Volume(count, 0) as volume:
-            times = max(3, runs * 50 // (50 + count))
+            times = max(5, runs * 200 // (200 + count))
             result = pairs(lambda: run(RECONCILE), lambda: volume.slots(count + 1), times, volume.clear)
             took[count], loops[count] = result["ms"], result["floor_ms"]
     each = {more: (took[more] - took[less]) / (more - less) for less, more in zip(counts, counts[1:])}
