@@ -618,29 +618,28 @@ class Sweep:
                     continue
                 if mounts and (status.st_dev, status.st_ino) in mounts:
                     continue
-                if still:
-                    self.change(entry.name, entry.name, fd, status)
-                else:
+                if not still:
                     self.claim(entry.name, fd)
+                elif self.may_change(status):
+                    self.change(entry.name, fd, status, True)
         self.checked += checked
         if own.st_uid != uid or own.st_gid != gid:
-            self.change(path, None, fd, own)
+            self.change(path, fd, own, False)
         return folders
 
-    def change(self, shown_as: str, name: str | None, fd: int, status: os.stat_result) -> None:
-        """Give an open folder (name None), or an entry of a folder that only root can change, to hermes."""
-        if not self.may_change(status):
-            return
+    def change(self, name: str, fd: int, status: os.stat_result, inside: bool) -> None:
+        """Give an open folder, or an entry inside of it that nobody but root can move, to hermes."""
         try:
             if self.dry_run:
                 pass
-            elif name is None:
-                os.chown(fd, self.uid, self.gid)
-            else:
+            elif inside:
                 os.chown(name, self.uid, self.gid, dir_fd=fd, follow_symlinks=False)
-            self.note(shown_as, status)
+            else:
+                os.chown(fd, self.uid, self.gid)
         except OSError as error:
-            self.fail(shown_as, error)
+            self.fail(name, error)
+        else:
+            self.note(name, status)
 
     def tree(self, folder: Folder, path: str) -> None:
         """Check an open folder and all below it; it is closed. One descriptor at any depth: the way back up is `..`, checked to be

@@ -244,7 +244,11 @@ def test_dry_run_publishes_nothing(plain):
     assert not plain.scandir.exists() and not (plain.home / "logs").exists()
 
 
-JSON = ['{"a": 1, "b": [true, false, null, -1.5e3, "\\u00e9\\ud800\\n"], "c": {"d": {}}}', '{"n": NaN, "i": [Infinity, -Infinity]}', '{"ä": "€😀"}']
+JSON = [
+    '{"a": 1, "b": [true, false, null, -1.5e3, "\\u00e9\\ud800\\n"], "c": {"d": {}}}',
+    '{"n": NaN, "i": [Infinity, -Infinity]}',
+    '{"ä": "€😀"}',
+]
 BROKEN = ['{"a": 1', '{"a" 1}', "{'a': 1}", '{"a": "\t"}', '{"a": 1} x', '{"a": 1,}', '{"a": tru}', '{"a": "\\x"}', "", "{", '"']
 
 
