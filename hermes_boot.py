@@ -52,7 +52,7 @@ BOOT_LOG, BOOT_LOG_LIMIT = "container-boot.log", 256 << 10
 PROFILE_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
 SLOT_PREFIX, SLOT_NAME_LIMIT = "gateway-", 251
 EX_CONFIG = 78
-SIGTERM = 15
+SIGKILL, SIGTERM, SIGCONT = 9, 15, 18
 PERMANENT_FAILURE = 125  # s6's word from a finish script for "do not restart"
 STOP_TIMEOUT = 30  # seconds until SIGKILL, unless HERMES_GATEWAY_STOP_TIMEOUT says otherwise
 SHUTDOWN_TIMEOUT = 8  # seconds for all at the container's end, unless HERMES_SHUTDOWN_TIMEOUT says otherwise
@@ -322,6 +322,8 @@ class Boot:
         self.home = wrapper.root_home(environment)
         self.scandir = setting(environment, "S6_PROFILE_GATEWAY_SCANDIR") or SCANDIR
         self.owner: Owner = wrapper.account() or owner_of(self.home)
+        if os.geteuid() not in (0, self.owner[0]) and os.getegid() == 0:
+            self.owner = os.geteuid(), 0  # OpenShift's way: any UID, with root's group
         self.dry_run = dry_run
         if not self.home.startswith("/") or os.path.realpath(self.home) == "/":
             raise Fatal(f"HERMES_HOME={self.home!r} is not a folder of its own; set it to an absolute path such as {HOME}")
@@ -1206,8 +1208,10 @@ def soul_fault(folder: Folder) -> str:
 def container_command() -> list[str]:
     """Return the words of hermes's command line that the container was started with.
 
-    Cont-init scripts do not see them; they follow the wrapper on the command line of rc.init, or of PID 1 where that runs it.
+    Cont-init scripts do not see them; they follow the wrapper on the command line of rc.init, of PID 1 where that runs it, or of what
+    stands in for s6-overlay.
     """
+    stand_in = str(wrapper.noted_process(wrapper.SUPERVISOR_PROCESS))
     for process in sorted((name for name in os.listdir("/proc") if name.isdigit()), key=int):
         try:
             with open(f"/proc/{process}/cmdline", "rb") as file:
@@ -1215,7 +1219,7 @@ def container_command() -> list[str]:
         except OSError:
             continue  # ended meanwhile, or not ours to read
         names = [os.path.basename(word) for word in words]
-        launcher = 0 if process == "1" else names.index("rc.init") if "rc.init" in names else len(names)
+        launcher = 0 if process in ("1", stand_in) else names.index("rc.init") if "rc.init" in names else len(names)
         for index, name in enumerate(names[launcher:], launcher):
             if name in ("main-wrapper.sh", "main_wrapper.py"):
                 return words[index + 2 :] if words[index + 1 : index + 2] == [USER] else words[index + 1 :]
@@ -1429,14 +1433,15 @@ def build(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, star
         scandir.remove(temporary)
         os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
     with Folder(temporary, scandir.fd) as slot:
-        os.mkdir("log", 0o755, dir_fd=slot.fd)
+        make_skeleton(slot, "")
+        if "log/run" in files:
+            os.mkdir("log", 0o755, dir_fd=slot.fd)
+            make_skeleton(slot, "log/")
         for path, (content, mode) in files.items():
             put(slot, path, content, mode)
         os.mkfifo("back-off", 0o600, dir_fd=slot.fd)
         if not start:
             put(slot, "down", "", 0o644)
-        make_skeleton(slot, "")
-        make_skeleton(slot, "log/")
     os.rename(temporary, name, src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
 
 
@@ -1997,7 +2002,10 @@ def setup(boot: Boot) -> int:
     """Remap, own, seed and migrate. Raises Fatal for what the boot cannot work around."""
     euid, image_owner = os.geteuid(), boot.owner
     if euid not in (0, boot.owner[0]):
-        raise Fatal(f"started as UID {euid}, which is not {USER}'s; drop `--user` and set HERMES_UID={euid} HERMES_GID={os.getegid()}")
+        raise Fatal(
+            f"started as UID {euid}, which is not {USER}'s; drop `--user` and set HERMES_UID={euid} HERMES_GID={os.getegid()},"
+            f" or use `--user {boot.owner[0]}`, or any UID with GID 0 on a volume that group 0 may write"
+        )
     remap(boot)
     boot.does(f"run as {boot.owner[0]}:{boot.owner[1]}")
     if euid == 0:
@@ -2144,7 +2152,7 @@ def shut_down(boot: Boot) -> int:
     slots = [f"{manager.scandir}/{SLOT_PREFIX}{name}" for name in manager.list_profile_gateways()]
     slots = [slot for slot in slots if is_supervised(slot)]
     commands = [S6Command("s6-svc", "-d", slot) for slot in slots]
-    if command := wrapper.command_process():
+    if command := wrapper.noted_process(wrapper.COMMAND_PROCESS):
         os.kill(command, SIGTERM)
     for stopping in commands:
         stopping.result()
@@ -2153,8 +2161,207 @@ def shut_down(boot: Boot) -> int:
             end_back_off(slot)
         if s6("s6-svwait", "-D", "-t", "100", *slots)[0] == 0:
             break
-    until(lambda: not wrapper.command_process(), deadline - time.monotonic())
+    until(lambda: not wrapper.noted_process(wrapper.COMMAND_PROCESS), deadline - time.monotonic())
     return 0
+
+
+# Where s6 is not PID 1
+
+
+CONT_INIT, CONT_FINISH = "/etc/cont-init.d", "/etc/cont-finish.d"
+
+
+class Children:
+    """Our child processes, the container's orphans among them: reaped as they end, with the codes of those we wait for."""
+
+    __slots__ = ("codes", "signals")
+
+    def __init__(self) -> None:
+        """Make this process the one that orphans come to, and take signals one by one from here on."""
+        import signal
+
+        names = "SIGTERM SIGINT SIGHUP SIGQUIT SIGUSR1 SIGUSR2 SIGWINCH SIGCHLD SIGTTOU SIGTTIN".split()
+        self.signals = {getattr(signal, name) for name in names}
+        self.codes: dict[int, int] = {}
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
+        try:
+            import ctypes
+
+            ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER, see prctl(2)
+        except (ImportError, OSError):
+            warn("this Python has no ctypes, so orphans go to PID 1, which may not reap them")
+
+    def start(self, argv: list[str], environment: dict[str, str]) -> int:
+        """Start a program in a process group of its own, with signals as it expects them; return its pid. Raises OSError."""
+        return os.posix_spawnp(argv[0], argv, environment, setpgroup=0, setsigmask=(), setsigdef=(wrapper.SIGPIPE, wrapper.SIGXFSZ))
+
+    def reap(self) -> None:
+        """Take the codes of all that have ended."""
+        try:
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                self.codes[ended[0]] = os.waitstatus_to_exitcode(ended[1])
+        except ChildProcessError:
+            pass  # none is left
+
+    def wait(self, *pids: int, command: int = 0, timeout: float = 86400) -> int:
+        """Wait until one of these has ended, or for SIGTERM, or timeout seconds; return the pid, or 0. Other signals go to command."""
+        import signal
+
+        deadline = time.monotonic() + timeout
+        while True:
+            self.reap()
+            for pid in pids:
+                if pid in self.codes:
+                    return pid
+            received = signal.sigtimedwait(self.signals, max(0, min(60, deadline - time.monotonic())))
+            if received is None and time.monotonic() > deadline:
+                return 0
+            if command and received and received.si_signo == signal.SIGTERM:
+                return 0
+            if command and received and received.si_signo not in (signal.SIGCHLD, signal.SIGTTOU, signal.SIGTTIN):
+                os.kill(command, received.si_signo)
+
+    def end_all(self, grace: float) -> None:
+        """End every process that is left below us, and nobody else's: SIGTERM, grace seconds, SIGKILL until there is none."""
+        for number, patience in ((SIGTERM, grace), *[(SIGKILL, 0.1)] * 50):
+            self.reap()
+            with open(f"/proc/self/task/{os.getpid()}/children") as file:
+                left = [int(pid) for pid in file.read().split()]
+            if not left:
+                return
+            for pid in left:
+                os.kill(pid, number)
+            self.wait(*left, timeout=patience)
+
+
+def stand_in_for_init(words: list[str], environment: dict[str, str]) -> int:
+    """Be what s6-overlay is, below a PID 1 that is not s6: set up, supervise, run the CMD, end as it ended; return the exit code.
+
+    s6-overlay refuses to run there, but s6-svscan itself needs no PID 1. The order, the scripts and their meaning are the same.
+    """
+    sys.argv = ["/init"]
+    os.umask(0o022)
+    return guarded(supervise, words or [f"{IMAGE}/docker/main-wrapper.sh"], environment)
+
+
+def supervise(words: list[str], environment: dict[str, str]) -> int:
+    """Run the container from its start to its end; return its exit code."""
+    boot = Boot(environment)
+    lay_out_run(boot)
+    children = Children()
+    environment = environment | {"PATH": f"/command:{environment.get('PATH') or os.defpath}"}
+    try:
+        svscan = children.start([wrapper.s6_program("s6-svscan"), boot.scandir], environment)
+    except OSError as error:
+        raise Fatal(f"s6-svscan cannot be run: {reason(error)}; use the image as it was built") from error
+    until(lambda: opens_for_writing(f"{boot.scandir}/.s6-svscan/control"), 5)
+    publish_static_services(boot)
+    if not boot.quiet:
+        say("info", f"s6-svscan runs as PID {svscan}, since PID 1 is not ours here; gateways are supervised all the same")
+    failed = [script for script in scripts_in(CONT_INIT) if run_to_end(children, script, environment)]
+    if failed and boot.setting("S6_BEHAVIOUR_IF_STAGE2_FAILS") == "2":
+        command, code = 0, 1
+    else:
+        command, code = start_command(children, words, environment)
+    if command and children.wait(command, svscan, command=command) == svscan:
+        say("error", "s6-svscan has died; the container ends, so that the engine can start it anew")
+    for script in scripts_in(CONT_FINISH):  # these tell the gateways and the command to end, and wait for them
+        run_to_end(children, script, environment)
+    s6("s6-svscanctl", "-t", boot.scandir)
+    children.wait(svscan, timeout=3)
+    if command:
+        code = children.codes.get(command, -SIGTERM)
+    grace = number_in(boot.setting("S6_KILL_GRACETIME"), 1, MAX_SECONDS * 1000) or 3000
+    children.end_all(grace / 1000)
+    return code if code >= 0 else 128 - code
+
+
+def lay_out_run(boot: Boot) -> None:
+    """Make /run as s6-overlay's start leaves it: an empty scandir, and the environment, one file a variable, for hermes to read.
+    Fatal when it cannot be written."""
+    try:
+        for path in (wrapper.CONTAINER_ENVIRONMENT, boot.scandir):
+            parent, _, name = path.rpartition("/")
+            os.makedirs(parent, 0o755, exist_ok=True)
+            with Folder(parent, follow=True) as folder:
+                folder.remove(name)
+                os.mkdir(name, 0o755, dir_fd=folder.fd)
+        for name, value in boot.environment.items():
+            if boot.setting("S6_KEEP_ENV") != "1" and "/" not in name:
+                fd = os.open(f"{wrapper.CONTAINER_ENVIRONMENT}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
+                if os.geteuid() == 0:
+                    os.fchown(fd, 0, boot.owner[1])
+                with open(fd, "wb") as file:
+                    file.write(os.fsencode(value))
+    except OSError as error:
+        raise Fatal(
+            f"/run cannot be written ({reason(error)}); give it a tmpfs (--tmpfs /run:exec), with `--user` one of that UID"
+        ) from error
+    wrapper.note_process(wrapper.SUPERVISOR_PROCESS)
+
+
+def publish_static_services(boot: Boot) -> None:
+    """Put the image's static services into the scandir, without s6-rc and so in no order; s6 restarts what needs another one first."""
+    try:
+        names = os.listdir(f"{STATIC_SERVICES}/user/contents.d")
+    except OSError:
+        return
+    with Folder(boot.scandir, follow=True) as scandir:
+        for name in names:
+            files = {}
+            for file, mode in (("type", 0o644), ("run", 0o755), ("finish", 0o755), ("timeout-kill", 0o644)):
+                try:
+                    with open(f"{STATIC_SERVICES}/{name}/{file}") as source:
+                        files[file] = (source.read(), mode)
+                except OSError:
+                    continue  # a bundle, or a service without that file
+            if "run" in files:
+                build(scandir, name, files, start=True)
+    rescan(boot.scandir)
+
+
+def scripts_in(folder: str) -> list[str]:
+    """Return the executable files of a folder, in name order."""
+    try:
+        paths = [f"{folder}/{name}" for name in sorted(os.listdir(folder))]
+    except OSError:
+        return []
+    return [path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)]
+
+
+def run_to_end(children: Children, script: str, environment: dict[str, str]) -> int:
+    """Run one of the boot's scripts; return its exit code."""
+    try:
+        pid = children.start([script], environment)
+    except OSError as error:
+        warn(f"{script}: {reason(error)}")
+        return 1
+    children.wait(pid)
+    return children.codes[pid]
+
+
+def start_command(children: Children, words: list[str], environment: dict[str, str]) -> tuple[int, int]:
+    """Start the container's command, in the foreground of its terminal; return its pid, or 0 and the exit code that stands for why."""
+    try:
+        command = children.start(words, environment)
+    except OSError as error:
+        say("error", f"cannot run {words[0]!r}: {reason(error)}")
+        return 0, wrapper.NOT_FOUND if isinstance(error, FileNotFoundError) else wrapper.NOT_EXECUTABLE
+    try:
+        os.tcsetpgrp(0, command)
+        os.kill(command, SIGCONT)  # it may have asked for the terminal before it had it
+    except OSError:
+        pass  # no terminal
+    return command, 0
+
+
+def hold_gateway(words: list[str], environment: dict[str, str]) -> bool:
+    """Start the gateway that the CMD `gateway run` asks for as s6's, and say whether that was so. hermes-agent does this itself where
+    s6 is PID 1, and does not see it here."""
+    option, rest = wrapper.profile_option(words)
+    if rest[:2] != ["gateway", "run"] or "--no-supervise" in rest or truthy(setting(environment, "HERMES_GATEWAY_NO_SUPERVISE")):
+        return False
+    return in_child(answer_gateway_request, "start", option, False, environment) == 0
 
 
 # What operators see: status
@@ -2598,8 +2805,8 @@ def supervisor_checks(boot: Boot) -> list[Check]:
             first = file.read().strip()
     except OSError:
         first = "something else"
-    found = f"s6-svscan answers on {boot.scandir}, but PID 1 is {shown(first)}"
-    return [Check("warn", "supervisor", found, "drop `--init` (compose: `init: true`), so that s6 is PID 1")]
+    found = f"s6-svscan answers on {boot.scandir}, below another PID 1 ({shown(first)}), which works too"
+    return [Check("warn", "supervisor", found, "drop `--init` (compose: `init: true`) where you can, so that s6 is PID 1")]
 
 
 def fix_owners(boot: Boot) -> None:

@@ -21,6 +21,8 @@ VENV = "/opt/hermes/.venv"
 HERMES = f"{VENV}/bin/hermes"
 COMMAND_FOLDERS = ("/opt/hermes/bin", f"{VENV}/bin")
 COMMAND_PROCESS = "/run/hermes-command"  # pid and start time of the CMD, for its graceful end
+SUPERVISOR_PROCESS = "/run/hermes-supervisor"  # and of hermes_boot.py where it stands in for s6-overlay, which must be PID 1
+S6_INIT = "/init.s6-overlay"
 CONTAINER_ENVIRONMENT = "/run/s6/container_environment"
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 SIGPIPE, SIGXFSZ = 13, 25
@@ -125,6 +127,11 @@ def s6_is_pid_1() -> bool:
         return False
 
 
+def supervised() -> bool:
+    """Say whether s6 keeps this container's gateways, as PID 1 or below another one."""
+    return s6_is_pid_1() or noted_process(SUPERVISOR_PROCESS) != 0
+
+
 def run_as_hermes(argv: list[str], environment: dict[str, str], *, stay_root: bool = False) -> int:
     """Exec a program, as hermes when we are root; return only when that fails: 127 not found, 126 not executable."""
     if os.geteuid() == 0 and not stay_root:
@@ -182,7 +189,7 @@ def hermes_command(words: list[str]) -> int:
     """Be the `hermes` command: answer for the gateways that s6 supervises, hand everything else to the real program untouched."""
     environment = process_environment()
     request = gateway_request(words)
-    if request and s6_is_pid_1():
+    if request and supervised():
         import hermes_boot
 
         return hermes_boot.answer_gateway_request(*request, environment)
@@ -196,32 +203,69 @@ def start_time(pid: int) -> str:
         return file.read().rpartition(b")")[2].split()[19].decode()
 
 
-def note_command_process() -> None:
-    """Leave word who the CMD is: exec keeps the pid, and nobody but us knows it. Only the end needs it, so no failure matters."""
+def note_process(path: str) -> None:
+    """Leave word of who we are; exec keeps the pid. Only the container's end needs it, so no failure matters."""
     try:
-        with open(COMMAND_PROCESS, "w") as file:
+        with open(path, "w") as file:
             file.write(f"{os.getpid()} {start_time(os.getpid())}")
     except OSError:
         pass
 
 
-def command_process() -> int:
-    """Return the CMD's pid, 0 when it has ended; the start time tells it from a later process of that number."""
+def noted_process(path: str) -> int:
+    """Return the pid that was left there, 0 when that process has ended; the start time tells it from a later one of its number."""
     try:
-        with open(COMMAND_PROCESS) as file:
+        with open(path) as file:
             pid, started = file.read().split()
         return int(pid) if start_time(int(pid)) == started else 0
     except (OSError, ValueError):
         return 0
 
 
+def tini_program(words: list[str]) -> list[str]:
+    """Return what /init is to run when an old template calls tini: its options gone, its entrypoint.sh the CMD's wrapper."""
+    words = list(words)
+    while words and words[0].startswith("-"):
+        option = words.pop(0)
+        if option == "--":
+            break
+        if option in ("-p", "-e"):  # these have a value
+            del words[:1]
+    name = os.path.basename(words[0]) if words else "init"
+    if name == "entrypoint.sh":
+        return [os.path.join(os.path.dirname(os.path.realpath(__file__)), "main-wrapper.sh"), *words[1:]]
+    return words[1:] if name == "init" else words
+
+
+def init(words: list[str]) -> int:
+    """Be /init: s6-overlay's own where we are PID 1, and where the platform has another PID 1, hermes_boot.py in its place."""
+    environment = process_environment()
+    if os.getpid() == 1:
+        restore_signals()
+        os.execve(S6_INIT, ["/init", *words], environment)
+    import hermes_boot
+
+    return hermes_boot.stand_in_for_init(words, environment)
+
+
 def main(argv: list[str]) -> int:
-    """Run as the name we were called by: `hermes`, else the container's CMD. Returns only when the program cannot be run."""
-    if os.path.basename(argv[0]) == USER:
+    """Run as the name we were called by: `hermes`, `init`, `tini`, else the container's CMD. Returns when the program cannot be run."""
+    name = os.path.basename(argv[0])
+    if name == USER:
         return hermes_command(argv[1:])
+    if name == "init":
+        return init(argv[1:])
+    if name == "tini":
+        return init(tini_program(argv[1:]))
     environment = program_environment(container_environment())
-    note_command_process()
-    return run_as_hermes(program_of(argv[1:], environment), environment)
+    note_process(COMMAND_PROCESS)
+    program = program_of(argv[1:], environment)
+    if program[0] == HERMES and noted_process(SUPERVISOR_PROCESS):
+        import hermes_boot
+
+        if hermes_boot.hold_gateway(program[1:], environment):
+            program = program_of(["sleep", "infinity"], environment)
+    return run_as_hermes(program, environment)
 
 
 if __name__ == "__main__":

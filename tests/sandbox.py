@@ -153,8 +153,9 @@ def agent_venv() -> Path:
 class Sandbox:
     """One container. Its folder holds what a container's writable layer would; the volume outlives it.
 
-    mounts are (host path, guest path); environment is what `docker run -e` gives; user is `--user`, groups `--group-add`, both by
-    number; agent says whether to have the real hermes-agent at /opt/hermes/.venv; passwd and group are the image's account files.
+    mounts are (host path, guest path); environment is what `docker run -e` gives; user and gid are `--user`, groups `--group-add`, all by
+    number; agent says whether to have the real hermes-agent at /opt/hermes/.venv; with an entrypoint, that is run below a PID 1 of the
+    platform's, as with `docker run --init`; passwd and group are the image's account files.
     """
 
     def __init__(
@@ -165,9 +166,11 @@ class Sandbox:
         environment: dict[str, str] | None = None,
         mounts: tuple[tuple[str, str], ...] = (),
         user: int | None = None,
+        gid: int | None = None,
         groups: tuple[int, ...] = (),
         workdir: str = "/opt/data",
         agent: bool = False,
+        entrypoint: tuple[str, ...] = (),
         passwd: str = PASSWD,
         group: str = GROUP,
     ) -> None:
@@ -175,6 +178,8 @@ class Sandbox:
         self.volume = volume or folder / "volume"
         self.environment = IMAGE_ENVIRONMENT | (environment or {})
         self.mounts, self.user, self.groups, self.workdir, self.agent = mounts, user, groups, workdir, agent
+        self.entrypoint = entrypoint
+        self.gid = user if gid is None else gid
         self.process: subprocess.Popen[bytes] | None = None
         self.words: list[str] = []
         if not (folder / "upper").exists():
@@ -204,6 +209,8 @@ class Sandbox:
             (docker / "main-wrapper.sh", "main_wrapper.py"),
             (self.upper / "opt/hermes/bin/hermes", "../docker/main_wrapper.py"),
             (self.upper / "opt/hermes/bin/hermes-boot", "../docker/hermes_boot.py"),
+            (self.upper / "init", "/opt/hermes/docker/main_wrapper.py"),
+            (self.upper / "usr/bin/tini", "/opt/hermes/docker/main_wrapper.py"),
             (etc / "cont-init.d/01-hermes-setup", boot),
             (etc / "cont-init.d/02-reconcile-profiles", boot),
             (etc / "cont-finish.d/10-hermes-shutdown", boot),
@@ -246,8 +253,10 @@ class Sandbox:
             ],
             "environment": [[name, value] for name, value in self.environment.items()],
             "user": self.user,
+            "gid": self.gid,
             "groups": list(self.groups),
             "workdir": self.workdir,
+            "entrypoint": list(self.entrypoint),
             "words": words,
         }
         (self.folder / "spec.json").write_text(json.dumps(spec))
@@ -269,7 +278,7 @@ class Sandbox:
     def booted(self) -> bool:
         """Say whether the CMD runs."""
         init = self.init()
-        return bool(init) and os.path.exists(f"/proc/{init}/root/run/s6/workdir.done")
+        return bool(init) and os.path.exists(f"/proc/{init}/root/run/{'hermes-command' if self.entrypoint else 's6/workdir.done'}")
 
     def log(self) -> str:
         """Return what `docker logs` would show."""
@@ -371,23 +380,42 @@ def become_container(folder: str) -> None:
     os.chroot(root)
     os.chdir("/")
     os.umask(0o022)
-    lay_out_run(spec)
+    if not spec["entrypoint"]:
+        lay_out_run(spec)
     os.setgroups(spec["groups"])
     if spec["user"] is not None:
         for path, folders, files in os.walk("/run"):
             for name in (path, *(f"{path}/{entry}" for entry in folders + files)):
-                os.chown(name, spec["user"], spec["user"])
-        os.setresgid(*[spec["user"]] * 3)
+                os.chown(name, spec["user"], spec["gid"])
+        os.setresgid(*[spec["gid"]] * 3)
         os.setresuid(*[spec["user"]] * 3)
     environment = dict(spec["environment"]) if dict(spec["environment"]).get("S6_KEEP_ENV") == "1" else {}
     environment["PATH"] = SUPERVISION_PATH + ":" + environment.get("PATH", "")
     for number in range(1, 32):  # as an engine does: what the caller ignores, such as a background job's SIGINT, stays outside
         if number not in (signal.SIGKILL, signal.SIGSTOP):
             signal.signal(number, signal.SIG_DFL)
+    if spec["entrypoint"]:
+        be_another_init(spec)
     if os.fork() == 0:
         words = [os.fsencode(word) for word in spec["words"]]
         os.execve("/bin/sh", [b"/bin/sh", b"/run/s6/basedir/scripts/rc.init", b"top", WRAPPER.encode(), *words], environment)
     os.execve("/command/s6-svscan", ["s6-svscan", "/run/service"], environment)
+
+
+def be_another_init(spec: dict) -> None:
+    """Be the PID 1 of a platform: run the entrypoint below, pass SIGTERM and SIGINT on, reap, end with its code."""
+    os.chdir(spec["workdir"])
+    child = os.fork()
+    if child == 0:
+        words = [os.fsencode(word) for word in (*spec["entrypoint"], *spec["words"])]
+        os.execve(words[0], words, dict(spec["environment"]))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: os.kill(child, received))
+    while True:
+        pid, status = os.wait()
+        if pid == child:
+            code = os.waitstatus_to_exitcode(status)
+            os._exit(code if code >= 0 else 128 - code)
 
 
 def lay_out_run(spec: dict) -> None:

@@ -1,0 +1,161 @@
+"""Where the platform has a PID 1 of its own: s6-svscan runs below it, and the container behaves as it does under s6-overlay."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+
+import pytest
+from conftest import MANAGER, RUN
+from sandbox import WRAPPER, wait_for
+
+import main_wrapper
+
+INIT = ("/init", WRAPPER)
+OLD = "/opt/hermes/docker/entrypoint.sh"
+ENTRYPOINTS = {
+    "init": INIT,
+    "tini and init": ("/usr/bin/tini", "-g", "-vv", "-p", "SIGTERM", "--", *INIT),
+    "tini and the old entrypoint": ("/usr/bin/tini", "-g", "--", OLD),
+    "tini without options": ("/usr/bin/tini", WRAPPER),
+}
+COMMANDS = [
+    (["true"], 0),
+    (["sh", "-c", "exit 42"], 42),
+    (["sh", "-c", "kill -9 $$"], 137),
+    (["/no/such/program"], 127),
+    (["/etc/passwd"], 126),
+]
+
+
+@pytest.mark.parametrize("entrypoint", ENTRYPOINTS.values(), ids=ENTRYPOINTS)
+def test_the_code_is_the_commands_and_stdout_is_its_alone(container, entrypoint):
+    """By any of the entrypoints that people have in their files; one line says that s6 is not PID 1."""
+    box = container(entrypoint=entrypoint)
+    for words, code in COMMANDS:
+        done = box.run(*words)
+        assert (done.returncode, done.stdout) == (code, b""), done.stderr.decode()
+    assert done.stderr.count(b"info: s6-svscan runs as PID ") == 1
+    done = box.run("sh", "-c", "id -un; echo $HOME $VIRTUAL_ENV; cat", input=b"words\n")
+    assert done.stdout == b"hermes\n/opt/data /opt/hermes/.venv\nwords\n"
+
+
+TINI = {
+    "-- /init x": ["x"],
+    "-g -- /opt/hermes/docker/entrypoint.sh gateway run": [os.path.realpath("main-wrapper.sh"), "gateway", "run"],
+    "-e 143 -p SIGTERM sh -c -- x": ["sh", "-c", "--", "x"],
+    "-vvv": [],
+    "": [],
+}
+
+
+@pytest.mark.parametrize("words", TINI)
+def test_tinis_options_are_dropped(words):
+    """And nothing of the program's."""
+    expected = [word.replace(os.getcwd(), os.path.dirname(main_wrapper.__file__)) for word in TINI[words]]
+    assert main_wrapper.tini_program(words.split()) == expected
+
+
+def test_gateways_are_supervised_all_the_same(gateways):
+    """Killed, one comes back; stopped, it stays stopped over a restart; status, health, doctor and `hermes` answer."""
+    host = gateways({"a": RUN, "b": RUN}, "running", entrypoint=INIT)
+    assert wait_for(lambda: host.up("a") and host.up("b"))
+    killed, started = host.pid("a"), time.monotonic()
+    host.box.exec("kill", "-9", killed)
+    assert wait_for(lambda: host.up("a") and host.pid("a") != killed) and time.monotonic() - started < 2
+    done = host.box.exec("hermes", "-p", "b", "gateway", "stop", user="hermes")
+    assert (done.returncode, done.stdout) == (0, "b: stopped\n")
+    assert host.box.exec(MANAGER, "health").stdout == "healthy: 3 slots\n"
+    assert json.loads(host.box.exec(MANAGER, "status", "-p", "b", "--json").stdout)[0]["state"] == "down"
+    done = host.box.exec(MANAGER, "doctor")
+    assert done.returncode == 0 and "warn  supervisor: s6-svscan answers on /run/service, below another PID 1" in done.stdout
+    static = host.box.exec("/command/s6-svstat", "-o", "up", "/run/service/main-hermes", user="hermes")
+    assert static.stdout == "true\n", static
+    host.box.restart()
+    assert wait_for(lambda: host.up("a")) and not host.up("b")
+
+
+def test_the_end_is_graceful(gateways):
+    """SIGTERM: a gateway gets the time it needs, the command ends with a code of its own, nothing is left behind."""
+    host = gateways({"a": "trap 'sleep 1; touch $folder/drained; exit 0' TERM\nwhile :; do sleep 0.05; done\n"}, "running", entrypoint=INIT)
+    assert wait_for(lambda: host.up("a"))
+    assert host.box.stop() == 143 and (host.folder("a") / "drained").exists()
+    box = host.box
+    box.start("sh", "-c", "trap 'exit 7' TERM; while :; do sleep 0.05; done")
+    assert box.stop() == 7
+
+
+def test_the_command_gateway_run_is_s6s(gateways):
+    """Its process is a placeholder, as it is under s6-overlay; --no-supervise keeps it in the foreground."""
+    host = gateways({}, "", entrypoint=INIT)
+    host.box.stop()
+    (host.volume / "starts").unlink(missing_ok=True)
+    host.box.start("gateway", "run")
+    assert wait_for(lambda: host.starts("default") == 1) and host.up("default")
+    assert host.box.stop() == 143
+    done = host.box.run("gateway", "run", "--no-supervise")
+    assert (done.returncode, done.stdout) == (0, b"real hermes: gateway run --no-supervise\n")
+
+
+def test_orphans_are_reaped_and_strangers_are_left_alone(container):
+    """In a PID namespace that is shared, what is not below us is not ours to end."""
+    script = 'sleep 300 & stranger=$!; /init /opt/hermes/docker/main-wrapper.sh "$@"; code=$?; kill -0 $stranger && echo alive; exit $code'
+    box = container(entrypoint=("/bin/sh", "-c", script, "sh"))
+    done = box.run("sh", "-c", "(sh -c 'sleep 0.1 & exec true' &); sleep 0.5; ps ax -o stat,args; (setsid sleep 200 &); exit 3")
+    assert done.returncode == 3 and done.stdout.endswith(b"alive\n") and b"\nZ" not in done.stdout, done.stdout
+
+
+def test_the_command_has_the_terminal(container):
+    """It is in the foreground, so that ^C and job control are its own."""
+    import pty
+
+    box = container(entrypoint=INIT)
+    ours, theirs = pty.openpty()
+    words = "import os, sys; os.setsid(); import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
+    argv = ["/usr/bin/python3", "-c", words, *box.command(["sh", "-c", "trap 'echo interrupted; exit 9' INT; echo ready; sleep 20 & wait"])]
+    process = subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    seen = b""
+    while b"ready" not in seen:
+        seen += os.read(ours, 1000)
+    os.write(ours, b"\x03")
+    assert process.wait(20) == 9, process.stderr.read()
+    assert b"interrupted" in os.read(ours, 1000)
+
+
+def test_a_failing_setup_ends_the_container(container):
+    """Code 1, before the command."""
+    done = container(entrypoint=INIT, environment={"HERMES_UID": "x"}).run("echo", "no")
+    assert (done.returncode, done.stdout) == (1, b"") and b"HERMES_UID='x' is not a number" in done.stderr
+
+
+@pytest.mark.parametrize("entrypoint", [(), INIT], ids=["PID 1", "below another"])
+def test_hermes_itself_needs_no_root(container, entrypoint, tmp_path):
+    """--user 10000: full supervision, without the root-only steps, which one line says."""
+    (tmp_path / "volume").mkdir()
+    os.chown(tmp_path / "volume", 10000, 10000)
+    box = container(user=10000, entrypoint=entrypoint, environment={"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"})
+    box.put_agent("#!/bin/sh\nexec sleep infinity\n")
+    done = box.run("sh", "-c", f"id -u; s6-svwait -t 5000 -u /run/service/gateway-default && {MANAGER} health")
+    assert done.returncode == 0 and done.stdout == b"10000\nhealthy: 1 slots\n", done.stderr.decode()
+    assert done.stderr.count(b"info: started as hermes itself, so owners, groups and services stay as they are") == 1
+
+
+@pytest.mark.parametrize(
+    "mode, gid, code", [(0o2775, 0, 0), (0o2755, 0, 1), (0o2775, 1234, 1)], ids=["OpenShift", "not writable", "other GID"]
+)
+def test_any_uid_with_gid_0_on_a_volume_that_group_0_may_write(container, tmp_path, mode, gid, code):
+    """OpenShift's way; everybody else is told the ways there are."""
+    (tmp_path / "volume").mkdir()
+    os.chown(tmp_path / "volume", 10000, 0)
+    (tmp_path / "volume").chmod(mode)
+    box = container(user=1000650000, gid=gid, environment={"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"})
+    box.put_agent("#!/bin/sh\nexec sleep infinity\n")
+    done = box.run("sh", "-c", f"id -u; s6-svwait -t 5000 -u /run/service/gateway-default && {MANAGER} health")
+    assert done.returncode == code, done.stderr.decode()
+    if code:
+        assert b"on a volume that group 0 may write" in done.stderr or b"cannot be written by hermes (1000650000:0)" in done.stderr
+    else:
+        assert done.stdout == b"1000650000\nhealthy: 1 slots\n"
