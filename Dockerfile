@@ -1,18 +1,24 @@
 # syntax=docker/dockerfile:1
 ARG BASE_IMAGE=debian:trixie-slim
 
-# s6-overlay, each tarball checked against its SHA-256 before it is unpacked. S6_OVERLAY_BASE may name a mirror of its releases.
+# s6-overlay, each tarball checked against its SHA-256 before it is unpacked. S6_OVERLAY_BASE may name a mirror of its releases, or a
+# folder (file:///...); whoever puts other tarballs there gives their sums too.
 FROM ${BASE_IMAGE} AS s6-overlay
 ARG TARGETARCH
 ARG S6_OVERLAY_VERSION=3.2.3.0
 ARG S6_OVERLAY_BASE=https://github.com/just-containers/s6-overlay/releases/download
+ARG S6_OVERLAY_SHA256_NOARCH=b720f9d9340efc8bb07528b9743813c836e4b02f8693d90241f047998b4c53cf
+ARG S6_OVERLAY_SHA256_X86_64=a93f02882c6ed46b21e7adb5c0add86154f01236c93cd82c7d682722e8840563
+ARG S6_OVERLAY_SHA256_AARCH64=0952056ff913482163cc30e35b2e944b507ba1025d78f5becbb89367bf344581
+ARG S6_OVERLAY_SHA256_SYMLINKS=a60dc5235de3ecbcf874b9c1f18d73263ab99b289b9329aa950e8729c4789f0e
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates curl xz-utils \
  && rm -rf /var/lib/apt/lists/*
+# /init is ours: it is s6-overlay's where it is PID 1, and hermes_boot.py where the platform has another PID 1.
 RUN set -eu; \
     case "${TARGETARCH:-$(dpkg --print-architecture)}" in \
-      amd64) arch=x86_64; sum=a93f02882c6ed46b21e7adb5c0add86154f01236c93cd82c7d682722e8840563 ;; \
-      arm64) arch=aarch64; sum=0952056ff913482163cc30e35b2e944b507ba1025d78f5becbb89367bf344581 ;; \
+      amd64) arch=x86_64; sum=$S6_OVERLAY_SHA256_X86_64 ;; \
+      arm64) arch=aarch64; sum=$S6_OVERLAY_SHA256_AARCH64 ;; \
       *) echo "no s6-overlay for ${TARGETARCH}: this image is for amd64 and arm64" >&2; exit 1 ;; \
     esac; \
     mkdir /s6; \
@@ -21,39 +27,53 @@ RUN set -eu; \
       echo "$2  /tmp/part" | sha256sum -c - >/dev/null; \
       tar -C /s6 -Jxpf /tmp/part; \
     }; \
-    fetch noarch b720f9d9340efc8bb07528b9743813c836e4b02f8693d90241f047998b4c53cf; \
+    fetch noarch "$S6_OVERLAY_SHA256_NOARCH"; \
     fetch "$arch" "$sum"; \
-    fetch symlinks-noarch a60dc5235de3ecbcf874b9c1f18d73263ab99b289b9329aa950e8729c4789f0e
+    fetch symlinks-noarch "$S6_OVERLAY_SHA256_SYMLINKS"; \
+    mv /s6/init /s6/init.s6-overlay; \
+    ln -s /opt/hermes/docker/main_wrapper.py /s6/init
 
-# The agent, in a virtual environment that needs only Debian's python3.
+# The agent, in a virtual environment that needs only Debian's python3. Bytecode is checked by the source's hash and not by its time,
+# so that two builds give the same.
 FROM ${BASE_IMAGE} AS agent
 ARG HERMES_AGENT_VERSION=0.19.0
+ARG SOURCE_DATE_EPOCH=0
 RUN apt-get update \
  && apt-get install -y --no-install-recommends python3 python3-venv \
  && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/hermes/.venv \
- && /opt/hermes/.venv/bin/pip install --no-cache-dir "hermes-agent==${HERMES_AGENT_VERSION}" \
- && /opt/hermes/.venv/bin/pip uninstall -y pip
+ && /opt/hermes/.venv/bin/pip install --no-cache-dir --no-compile "hermes-agent==${HERMES_AGENT_VERSION}" \
+ && /opt/hermes/.venv/bin/pip uninstall -y pip \
+ && find /opt/hermes/.venv -name __pycache__ -prune -exec rm -rf {} + \
+ && python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/hermes/.venv/lib
 
-# Our scripts with their bytecode, which is never written at run time, and the names they are called by.
+# Our scripts with their bytecode, which is never written at run time, the names they are called by, and PATH for login shells.
 COPY hermes_boot.py main_wrapper.py /opt/hermes/docker/
 RUN cd /opt/hermes/docker \
  && chmod 0755 hermes_boot.py main_wrapper.py \
  && python3 -m compileall -q --invalidation-mode unchecked-hash . \
- && mkdir -p /names/etc/cont-init.d /names/etc/cont-finish.d ../bin \
+ && mkdir -p /names/etc/cont-init.d /names/etc/cont-finish.d /names/etc/profile.d /names/usr/bin ../bin \
  && ln -s hermes_boot.py stage2-hook.sh \
  && ln -s hermes_boot.py entrypoint.sh \
  && ln -s main_wrapper.py main-wrapper.sh \
  && ln -s ../docker/main_wrapper.py ../bin/hermes \
  && ln -s ../docker/hermes_boot.py ../bin/hermes-boot \
+ && ln -s /opt/hermes/docker/main_wrapper.py /names/usr/bin/tini \
  && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-init.d/01-hermes-setup \
  && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-init.d/02-reconcile-profiles \
- && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-finish.d/10-hermes-shutdown
+ && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-finish.d/10-hermes-shutdown \
+ && printf '%s\n' 'PATH=/opt/hermes/bin:/opt/hermes/.venv/bin:$PATH:/command' 'export PATH' >/names/etc/profile.d/hermes.sh \
+ && find /opt/hermes /names -exec touch -h -d "@${SOURCE_DATE_EPOCH}" {} +
 
 FROM ${BASE_IMAGE}
+ARG HERMES_AGENT_VERSION=0.19.0
+LABEL org.opencontainers.image.title="Hermes Agent" \
+      org.opencontainers.image.description="A self-improving AI agent, its gateways supervised by s6" \
+      org.opencontainers.image.version="${HERMES_AGENT_VERSION}" \
+      org.opencontainers.image.licenses="MIT"
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates python3 \
- && rm -rf /var/lib/apt/lists/* \
+ && rm -rf /var/lib/apt/lists/* /var/cache/ldconfig/aux-cache /var/log/apt /var/log/dpkg.log \
  && groupadd --gid 10000 hermes \
  && useradd --uid 10000 --gid 10000 --home-dir /opt/data --no-create-home --shell /bin/bash hermes \
  && install -d -o hermes -g hermes /opt/data

@@ -389,17 +389,33 @@ def become_container(folder: str) -> None:
                 os.chown(name, spec["user"], spec["gid"])
         os.setresgid(*[spec["gid"]] * 3)
         os.setresuid(*[spec["user"]] * 3)
-    environment = dict(spec["environment"]) if dict(spec["environment"]).get("S6_KEEP_ENV") == "1" else {}
-    environment["PATH"] = SUPERVISION_PATH + ":" + environment.get("PATH", "")
     for number in range(1, 32):  # as an engine does: what the caller ignores, such as a background job's SIGINT, stays outside
         if number not in (signal.SIGKILL, signal.SIGSTOP):
             signal.signal(number, signal.SIG_DFL)
     if spec["entrypoint"]:
         be_another_init(spec)
+    become_svscan(spec["environment"], [WRAPPER, *spec["words"]])
+
+
+def become_svscan(variables: list[list[str]], words: list[str]) -> None:
+    """Fork what runs the boot and the command, and become s6-svscan, with the environment that s6-overlay leaves of the container's."""
+    environment = dict(variables) if dict(variables).get("S6_KEEP_ENV") == "1" else {}
+    environment["PATH"] = SUPERVISION_PATH + ":" + environment.get("PATH", "")
     if os.fork() == 0:
-        words = [os.fsencode(word) for word in spec["words"]]
-        os.execve("/bin/sh", [b"/bin/sh", b"/run/s6/basedir/scripts/rc.init", b"top", WRAPPER.encode(), *words], environment)
+        rc_init = [b"/bin/sh", b"/run/s6/basedir/scripts/rc.init", b"top", *(os.fsencode(word) for word in words)]
+        os.execve("/bin/sh", rc_init, environment)
     os.execve("/command/s6-svscan", ["s6-svscan", "/run/service"], environment)
+
+
+def be_s6_overlay() -> None:
+    """Be /init of an image that has this file in s6-overlay's place, see docker/stand_in.py."""
+    if os.getpid() != 1:
+        raise SystemExit("s6-overlay-suexec: fatal: can only run as pid 1")
+    for name in ("s6", "service", "s6-rc"):
+        shutil.rmtree(f"/run/{name}", ignore_errors=True)
+    variables = [[name, value] for name, value in os.environ.items()]
+    lay_out_run({"environment": variables, "workdir": os.getcwd()})
+    become_svscan(variables, sys.argv[1:])
 
 
 def be_another_init(spec: dict) -> None:
