@@ -8,7 +8,7 @@ PYTEST = $(shell $(PYTHON) -c 'import pytest' 2>/dev/null && echo $(PYTHON) || e
 
 .PHONY: help
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\): .*## /make \1	/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\): .*## /make \1	/p' Makefile | expand -t 20
 
 .PHONY: run
 run: ## run the container: make run ARGS="--version"
@@ -21,13 +21,17 @@ endif
 
 .PHONY: image
 image: ## build the image
-	$(ENGINE) build --build-arg HERMES_AGENT_VERSION=$(AGENT_VERSION) -t $(IMAGE) .
+	$(ENGINE) build $(if $(findstring podman,$(ENGINE)),--format docker) --build-arg HERMES_AGENT_VERSION=$(AGENT_VERSION) -t $(IMAGE) .
 
 .PHONY: test
 test: ## run the tests; TESTS="-k wrapper" picks some
 	@$(PYTHON) -c 'import pytest' 2>/dev/null || [ -x $(CACHE)/pytest/bin/pytest ] || \
 	  { $(PYTHON) -m venv $(CACHE)/pytest && $(CACHE)/pytest/bin/pip -q install pytest; }
 	@$(PYTEST) -m pytest -q -p no:cacheprovider tests $(TESTS)
+
+.PHONY: test-engine
+test-engine: ## run the tests that a real image can show, with docker or podman; README says how to replace what cannot be fetched
+	@HERMES_TEST_ENGINE=1 ENGINE=$(ENGINE) $(MAKE) --no-print-directory test TESTS="-m engine $(TESTS)"
 
 .PHONY: bench
 bench: ## measure the boot against what the machine can do; QUICK=1 takes under a minute

@@ -10,16 +10,26 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent), str(Path(__file__).parent / "docker")]
 
+import engine
 import sandbox
 from sandbox import Sandbox
 
 
+# `make test-engine`: the same tests on containers of a real engine; those that only the sandbox can show are left out by `-m engine`.
+ON_ENGINE = os.environ.get("HERMES_TEST_ENGINE") == "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name our marker."""
+    config.addinivalue_line("markers", "engine: runs on a real engine's containers as well as on the sandbox")
+
+
 @pytest.fixture(scope="session")
 def live() -> None:
-    """Skip with the reason where no sandbox can run; fail instead where live tests are required."""
-    why = sandbox.unsupported()
+    """Skip with the reason where no container can run; fail instead where live tests are required."""
+    why = ("" if engine.engine() else "no container engine answers") if ON_ENGINE else sandbox.unsupported()
     if why and os.environ.get("HERMES_TEST_REQUIRE_LIVE"):
         pytest.fail(f"live tests are required here: {why}")
     if why:
@@ -29,11 +39,12 @@ def live() -> None:
 @pytest.fixture
 def container(live, tmp_path):
     """Make containers, all on one volume unless told otherwise; they are removed at the end."""
-    boxes: list[sandbox.Sandbox] = []
+    boxes: list[Sandbox] = []
+    maker = engine.EngineContainer if ON_ENGINE else Sandbox
 
-    def make(**options) -> sandbox.Sandbox:
+    def make(**options) -> Sandbox:
         options.setdefault("volume", tmp_path / "volume")
-        boxes.append(sandbox.Sandbox(tmp_path / f"box{len(boxes)}", **options))
+        boxes.append(maker(tmp_path / f"box{len(boxes)}", **options))
         return boxes[-1]
 
     yield make
@@ -56,9 +67,9 @@ RUN = "exec sleep infinity\n"
 class Gateways:
     """A running container with profiles whose gateways do as told."""
 
-    def __init__(self, box: Sandbox, profiles: dict[str, str], state: str = "") -> None:
+    def __init__(self, box: Sandbox, profiles: dict[str, str], state: str = "", *, agent: str = GATEWAY) -> None:
         self.box, self.volume = box, box.volume
-        box.put_agent(GATEWAY)
+        box.put_agent(agent)
         for name, does in ({"default": RUN} | profiles).items():
             folder = self.folder(name)
             folder.mkdir(parents=True, exist_ok=True)
