@@ -31,7 +31,7 @@ test: ## run the tests; TESTS="-k wrapper" picks some
 
 .PHONY: test-engine
 test-engine: ## run the tests that a real image can show, with docker or podman; README says how to replace what cannot be fetched
-	@HERMES_TEST_ENGINE=1 ENGINE=$(ENGINE) $(MAKE) --no-print-directory test TESTS="-m engine $(TESTS)"
+	@HERMES_TEST_ENGINE=1 ENGINE=$(ENGINE) $(MAKE) --no-print-directory test
 
 .PHONY: bench
 bench: ## measure the boot against what the machine can do; QUICK=1 takes under a minute

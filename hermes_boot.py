@@ -2165,7 +2165,7 @@ def shut_down(boot: Boot) -> int:
     return 0
 
 
-# Where s6 is not PID 1
+# Where s6-overlay cannot start
 
 
 CONT_INIT, CONT_FINISH = "/etc/cont-init.d", "/etc/cont-finish.d"
@@ -2234,17 +2234,17 @@ class Children:
             self.wait(*left, timeout=patience)
 
 
-def stand_in_for_init(words: list[str], environment: dict[str, str]) -> int:
-    """Be what s6-overlay is, below a PID 1 that is not s6: set up, supervise, run the CMD, end as it ended; return the exit code.
+def stand_in_for_init(words: list[str], environment: dict[str, str], why: str) -> int:
+    """Be what s6-overlay is where that cannot start: set up, supervise, run the CMD, end as it ended; return the exit code.
 
-    s6-overlay refuses to run there, but s6-svscan itself needs no PID 1. The order, the scripts and their meaning are the same.
+    s6-svscan itself needs no PID 1 and no folder of its own. The order, the scripts and their meaning are the same.
     """
     sys.argv = ["/init"]
     os.umask(0o022)
-    return guarded(supervise, words or [f"{IMAGE}/docker/main-wrapper.sh"], environment)
+    return guarded(supervise, words or [f"{IMAGE}/docker/main-wrapper.sh"], environment, why)
 
 
-def supervise(words: list[str], environment: dict[str, str]) -> int:
+def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
     """Run the container from its start to its end; return its exit code."""
     boot = Boot(environment)
     lay_out_run(boot)
@@ -2257,7 +2257,7 @@ def supervise(words: list[str], environment: dict[str, str]) -> int:
     until(lambda: opens_for_writing(f"{boot.scandir}/.s6-svscan/control"), 5)
     publish_static_services(boot)
     if not boot.quiet:
-        say("info", f"s6-svscan runs as PID {svscan}, since PID 1 is not ours here; gateways are supervised all the same")
+        say("info", f"s6-svscan runs as PID {svscan}, without s6-overlay ({why}); gateways are supervised all the same")
     failed = [script for script in scripts_in(CONT_INIT) if run_to_end(children, script, environment)]
     if failed and boot.setting("S6_BEHAVIOUR_IF_STAGE2_FAILS") == "2":
         command, code = 0, 1
@@ -2800,6 +2800,8 @@ def supervisor_checks(boot: Boot) -> list[Check]:
         return [Check("fail", "supervisor", f"no s6-svscan answers on {boot.scandir}", mend)]
     if wrapper.s6_is_pid_1():
         return [Check("pass", "supervisor", "s6 is PID 1")]
+    if wrapper.noted_process(wrapper.SUPERVISOR_PROCESS) == 1:
+        return [Check("pass", "supervisor", "s6-svscan runs below our own PID 1")]
     try:
         with open("/proc/1/comm") as file:
             first = file.read().strip()

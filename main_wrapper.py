@@ -188,6 +188,8 @@ def gateway_request(words: list[str]) -> tuple[str, str | None, bool] | None:
 def hermes_command(words: list[str]) -> int:
     """Be the `hermes` command: answer for the gateways that s6 supervises, hand everything else to the real program untouched."""
     environment = process_environment()
+    if "HERMES_HOME" not in environment:  # a login shell's, by ssh
+        environment = container_environment()
     request = gateway_request(words)
     if request and supervised():
         import hermes_boot
@@ -237,15 +239,28 @@ def tini_program(words: list[str]) -> list[str]:
     return words[1:] if name == "init" else words
 
 
+def obstacle() -> str:
+    """Return what keeps s6-overlay from starting, "" when nothing does.
+
+    It must be PID 1, and /run must be its user's: it would take it with a setuid program, which Kubernetes' no_new_privs forbids.
+    """
+    if os.getpid() != 1:
+        return "another process is PID 1"
+    if os.geteuid() in (0, os.stat("/run").st_uid):
+        return ""
+    with open("/proc/self/status", "rb") as file:
+        return "/run belongs to another user and no new privileges are allowed" if b"\nNoNewPrivs:\t1\n" in file.read() else ""
+
+
 def init(words: list[str]) -> int:
-    """Be /init: s6-overlay's own where we are PID 1, and where the platform has another PID 1, hermes_boot.py in its place."""
+    """Be /init: s6-overlay's own where that can start, else hermes_boot.py in its place."""
     environment = process_environment()
-    if os.getpid() == 1:
+    if not (why := obstacle()):
         restore_signals()
         os.execve(S6_INIT, ["/init", *words], environment)
     import hermes_boot
 
-    return hermes_boot.stand_in_for_init(words, environment)
+    return hermes_boot.stand_in_for_init(words, environment, why)
 
 
 def main(argv: list[str]) -> int:

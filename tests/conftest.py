@@ -16,14 +16,22 @@ import engine
 import sandbox
 from sandbox import Sandbox
 
-
-# `make test-engine`: the same tests on containers of a real engine; those that only the sandbox can show are left out by `-m engine`.
+# `make test-engine`: the tests that make containers, on a real engine's; those that reach into a sandbox's layers are left out.
 ON_ENGINE = os.environ.get("HERMES_TEST_ENGINE") == "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Name our marker."""
-    config.addinivalue_line("markers", "engine: runs on a real engine's containers as well as on the sandbox")
+    config.addinivalue_line("markers", "sandbox: needs what only a sandbox can show, so it does not run on an engine")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the rest out where an engine is tested."""
+    wanted = [item for item in items if "container" in item.fixturenames and not item.get_closest_marker("sandbox")]
+    if ON_ENGINE:
+        wanted += [item for item in items if item.path.parent.name == "docker" and item not in wanted]
+        config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+        items[:] = wanted
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import pytest
 import sandbox
 
 import hermes_boot
@@ -18,6 +19,7 @@ from hermes_boot import Boot, Folder
 RUNNING = {"desired_state": "running"}
 
 
+@pytest.mark.sandbox
 def test_two_containers_boot_one_volume_at_the_same_time(container, tmp_path):
     """Ten times over: both end with 0, every seed is whole, and nothing temporary is left."""
     volume = tmp_path / "volume"
@@ -130,6 +132,7 @@ def test_the_real_agent_writes_its_state_while_boots_run(container, tmp_path):
     assert (state["active_agents"], state["kept"], state["desired_state"]) == (written, 1, "running")
 
 
+@pytest.mark.sandbox
 def test_secrets_are_in_no_log_no_argument_and_never_readable(container, tmp_path):
     """While boots run, another user looks at every file and every process; at the end the logs are searched."""
     secret = "s3cr3t-t0ken"

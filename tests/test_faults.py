@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.sandbox
+
 RUNNING = '{"desired_state": "running"}'
 SLEEPER = "#!/bin/sh\nexec sleep infinity\n"
 STATE = "gateway_state.json"

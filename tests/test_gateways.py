@@ -340,6 +340,7 @@ for _ in range(25):
 """
 
 
+@pytest.mark.sandbox
 def test_two_managers_interleave_without_a_leftover(gateways):
     """50 random commands of two processes on three names: then the scandir holds what it should, and nothing else runs."""
     host = gateways({name: RUN for name in "abc"})

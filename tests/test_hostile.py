@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.sandbox
+
 AGENT = r"""
 import os, shutil, subprocess
 home, watched, rounds = "/srv/home", "/srv/watched", 0

@@ -145,6 +145,7 @@ def on_terminal(host: Gateways, *words: str, environment: dict[str, str] | None 
     return os.read(ours, 100_000).decode()
 
 
+@pytest.mark.sandbox
 def test_colour_is_for_terminals_only_and_no_color_is_honoured(gateways):
     """And a terminal's width is kept."""
     host = gateways({"a": "echo " + "x" * 300 + "\nexit 78\n"}, "running")
@@ -252,6 +253,7 @@ def test_doctor_names_the_way_out_of_every_state(gateways):
     assert "fixed:" not in host.box.exec(MANAGER, "doctor", "--fix").stderr
 
 
+@pytest.mark.sandbox
 def test_doctor_finds_what_is_wrong_on_the_volume_and_fixes_what_is_safe(gateways, tmp_path):
     """Owners, readable secrets, folders that are no profiles, two gateways on one port, versions; a second --fix finds nothing to do."""
     host = gateways({"a": RUN, "b": RUN}, "running")

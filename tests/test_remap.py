@@ -25,6 +25,7 @@ REMAPS = {
 
 
 @pytest.mark.parametrize("environment, expected", REMAPS.values(), ids=REMAPS)
+@pytest.mark.sandbox
 def test_remap(container, tmp_path, environment, expected):
     """The program runs as the IDs asked for, the volume belongs to them, they are logged, and a second boot changes nothing."""
     box = container(environment=environment)
@@ -46,6 +47,7 @@ WRONG = ["abc", "-1", "0", "4294967295", "1e3", " 1000 ", "1000 ", "+5", "٣", "
 
 @pytest.mark.parametrize("value", WRONG, ids=lambda value: ascii(value)[:20])
 @pytest.mark.parametrize("name", ["HERMES_UID", "PGID"])
+@pytest.mark.sandbox
 def test_a_wrong_value_ends_the_boot(container, tmp_path, name, value):
     """One clear line with the variable and the value, code 1, no program run, nothing changed."""
     box = container(environment={name: value})
@@ -64,6 +66,7 @@ def test_a_taken_uid_ends_the_boot(container):
     assert "UID 33 belongs to the user www-data" in line
 
 
+@pytest.mark.sandbox
 def test_account_files_keep_everything_else(container):
     """Comments, unknown lines, invalid UTF-8, order, mode and owner survive."""
     passwd = "# a comment\n" + PASSWD + "+::::::\nodd line\nmüller:x:1:1\n"
@@ -78,6 +81,7 @@ def test_account_files_keep_everything_else(container):
     assert not (box.upper / "etc/passwd+").exists()
 
 
+@pytest.mark.sandbox
 def test_given_groups_reach_the_program(container, tmp_path):
     """`--group-add` and a mounted Docker socket: s6-setuidgid would lose both."""
     sock = tmp_path / "docker.sock"

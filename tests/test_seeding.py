@@ -7,6 +7,8 @@ import re
 import stat
 from pathlib import Path
 
+import pytest
+
 
 def mode(path: Path) -> int:
     """Return a file's permission bits."""
@@ -27,6 +29,7 @@ def test_a_first_boot_seeds_and_later_ones_never_overwrite(container, tmp_path):
     assert [path.name for path in home.iterdir() if path.name.endswith(".tmp")] == []
 
 
+@pytest.mark.sandbox
 def test_the_images_templates_win_over_built_in_ones(container, tmp_path):
     """An image that ships templates seeds those."""
     box = container()
@@ -117,6 +120,7 @@ def test_a_dry_run_lists_and_changes_nothing(container, tmp_path):
     assert not (home / "SOUL.md").exists() and (home / "skills/mine").stat().st_uid == 0
 
 
+@pytest.mark.sandbox
 def test_skills_are_synced_as_hermes(container, tmp_path):
     """With the agent's own tool and the image's bundled skills, when there are any; a failure is a warning."""
     box = container(agent=True)

@@ -34,6 +34,7 @@ def test_a_path_that_is_not_executable_is_126_with_one_line(container):
     assert len(done.stderr.splitlines()) == 1 and b"/etc/passwd" in done.stderr
 
 
+@pytest.mark.sandbox
 def test_a_missing_hermes_is_127(container):
     """An image without its agent says so."""
     done = container(environment={"S6_VERBOSITY": "0"}).run()
@@ -54,6 +55,7 @@ ARGVS = {
 
 @pytest.mark.parametrize("words", ARGVS.values(), ids=ARGVS)
 @pytest.mark.parametrize("program", ["/usr/bin/printf", "printf"])
+@pytest.mark.sandbox
 def test_argv_survives_byte_for_byte(container, program, words):
     """Every word arrives, whatever is in it."""
     done = container().run(program, "%s\\0", *words)
@@ -77,6 +79,7 @@ ROUTES = {
 
 
 @pytest.mark.parametrize("words, arguments", ROUTES.values(), ids=ROUTES)
+@pytest.mark.sandbox
 def test_what_is_no_program_is_for_hermes(container, words, arguments):
     """The routing table's last row."""
     box = container()
@@ -85,6 +88,7 @@ def test_what_is_no_program_is_for_hermes(container, words, arguments):
     assert box.run(*words).stdout.split(b"\0")[:-1] == [word.encode() for word in arguments]
 
 
+@pytest.mark.sandbox
 def test_the_environment_survives_byte_for_byte(container):
     """Newlines, equals signs, invalid UTF-8 and empty values arrive; HOME, PATH and VIRTUAL_ENV are the image's."""
     given = {"LINES2": "a\nb\n", "EQUALS": "a=b==", "BYTES": "\udcff\udcfe ä", "EMPTY": "", "SPACES": "  x  "}
@@ -141,6 +145,7 @@ def read_until(fd: int, text: bytes, timeout: float = 20) -> bytes:
     return seen
 
 
+@pytest.mark.sandbox
 def test_a_terminal_is_the_programs(container):
     """Under a pty: all three are a TTY, the window size is seen, and Ctrl-C reaches the program."""
     script = "[ -t 0 ] && [ -t 1 ] && [ -t 2 ] && stty size; trap 'echo interrupted; exit 7' INT; echo ready; while :; do sleep 0.1; done"
@@ -173,6 +178,7 @@ def test_as_a_user_of_its_own_nothing_is_dropped(container, tmp_path):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.sandbox
 def test_the_hermes_command_drops_root(container, sent):
     """`docker exec c hermes …` as root runs hermes as the user hermes; HERMES_DOCKER_EXEC_AS_ROOT=1 opts out."""
     box = container()

@@ -1,0 +1,127 @@
+"""What only a real image can show: capabilities, a read-only root, login shells, what is written at run time. Needs an engine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+from conftest import ON_ENGINE
+from engine import engine, image
+
+pytestmark = pytest.mark.skipif(not ON_ENGINE, reason="needs a real image: make test-engine")
+SLEEPER = "#!/bin/sh\nexec sleep infinity\n"
+UP = "s6-svwait -t 5000 -u /run/service/gateway-default && hermes-boot health"
+CAPABILITIES = ("CHOWN", "SETUID", "SETGID", "DAC_OVERRIDE", "FOWNER", "KILL")
+
+
+@pytest.fixture
+def hermes(container):
+    """Make containers whose default gateway runs."""
+
+    def make(**options):
+        box = container(environment={"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"} | options.pop("environment", {}), **options)
+        box.put_agent(SLEEPER)
+        return box
+
+    return make
+
+
+def without(*missing: str) -> tuple[str, ...]:
+    """Return the engine's options for the capabilities that README lists, some of them missing."""
+    return ("--cap-drop", "ALL", *(word for name in CAPABILITIES if name not in missing for word in ("--cap-add", name)))
+
+
+def test_six_capabilities_are_enough(hermes, tmp_path):
+    """Ownership is mended, hermes is dropped to, the gateway runs, the end is graceful."""
+    (tmp_path / "volume/workspace").mkdir(parents=True)
+    (tmp_path / "volume/workspace/file").touch(0o600)
+    done = hermes(options=without()).run("sh", "-c", f"id -u; stat -c %u workspace/file; {UP}")
+    assert (done.returncode, done.stdout) == (0, b"10000\n10000\nhealthy: 1 slots\n"), done.stderr.decode()
+    assert b"warning" not in done.stderr
+
+
+# capability: exit code, what is seen without it
+FALLS = {
+    "CHOWN": (1, "cannot be written by hermes (10000:10000)"),
+    "SETUID": (1, "Operation not permitted"),
+    "SETGID": (1, "Operation not permitted"),
+    "DAC_OVERRIDE": (0, "cannot be given|could not be given"),
+    "FOWNER": (0, ""),
+    "KILL": (0, ""),
+}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_what_falls_without_a_capability(hermes, tmp_path, capability):
+    """On a volume that root has written, and that hermes may not read."""
+    (tmp_path / "volume/workspace/private").mkdir(parents=True)
+    (tmp_path / "volume/workspace/private/file").touch(0o600)
+    subprocess.run(["chown", "-R", "1234:1234", tmp_path / "volume/workspace"], check=True)
+    (tmp_path / "volume/workspace/private").chmod(0o700)
+    done = hermes(options=without(capability)).run("sh", "-c", UP)
+    code, said = FALLS[capability]
+    err = done.stderr.decode()
+    assert done.returncode == code and any(part in err for part in said.split("|")), f"{done.returncode}\n{err}"
+    assert "Traceback" not in err
+
+
+READ_ONLY = ("--read-only", "--tmpfs", "/run:exec", "--tmpfs", "/tmp")
+
+
+def test_a_read_only_root_boots(hermes):
+    """With an executable /run; a remap there has nothing to write to, and says so."""
+    box = hermes(options=READ_ONLY, environment={"S6_READ_ONLY_ROOT": "1"})
+    assert box.run("sh", "-c", UP).stdout == b"healthy: 1 slots\n"
+    done = hermes(options=READ_ONLY, environment={"HERMES_UID": "1500"}).run("true")
+    assert done.returncode == 1
+    assert b"fatal: cannot write /etc/group (Read-only file system), which the remap or a group needs; make /etc writable" in done.stderr
+
+
+def test_what_kubernetes_allows_at_its_strictest(hermes, tmp_path):
+    """UID 10000, no capabilities, no new privileges, a read-only root, and a /run that is anybody's: full supervision."""
+    (tmp_path / "volume").mkdir()
+    subprocess.run(["chown", "10000:10000", tmp_path / "volume"], check=True)
+    options = ("--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--read-only", "--tmpfs", "/tmp")
+    box = hermes(user=10000, options=options)
+    done = box.run("sh", "-c", f"id -u; {UP}; exit 42")
+    assert (done.returncode, done.stdout) == (42, b"10000\nhealthy: 1 slots\n"), done.stderr.decode()
+    assert b"without s6-overlay (/run belongs to another user and no new privileges are allowed)" in done.stderr
+
+
+def test_a_login_shell_finds_hermes_and_s6(hermes):
+    """`docker exec -it c bash -l`, and a shell that has nothing of the container's environment, as by ssh."""
+    box = hermes()
+    box.start("sleep", "infinity")
+    for shell in (["bash", "-l"], ["env", "-i", "bash", "-l"]):
+        done = box.exec(*shell, "-c", "command -v hermes hermes-boot s6-svc; hermes gateway stop")
+        assert done.stdout == "/opt/hermes/bin/hermes\n/opt/hermes/bin/hermes-boot\n/command/s6-svc\ndefault: stopped\n", done
+        assert box.exec("hermes", "gateway", "start").returncode == 0
+
+
+def test_nothing_is_written_to_the_image_at_run_time(hermes):
+    """No bytecode, no caches; the files of accounts only when there is a remap."""
+    box = hermes()
+    box.start("sleep", "infinity")
+    assert box.exec("hermes-boot", "doctor").returncode == 0
+    lines = subprocess.run([engine(), "diff", box.name], capture_output=True, text=True, check=True).stdout.splitlines()
+    ours = [line for line in lines if not line.split()[1].startswith(("/run", "/tmp", "/dev", "/proc", "/sys", "/opt/data", "/etc/mtab"))]
+    assert [line for line in ours if ".pyc" in line] == [] and [line for line in ours if not line.startswith("C ")] == []
+
+
+def test_the_image_says_what_it_is():
+    """Labels, health check, entrypoint; nothing of the build is left."""
+    done = subprocess.run([engine(), "inspect", image()], capture_output=True, text=True, check=True)
+    (found,) = json.loads(done.stdout)
+    config = found["Config"]
+    assert config["Labels"]["org.opencontainers.image.version"] == "0.19.0"
+    assert config["Entrypoint"] == ["/init", "/opt/hermes/docker/main-wrapper.sh"]
+    assert config.get("Healthcheck", {}).get("Test") in (None, ["CMD", "/opt/hermes/bin/hermes-boot", "health"])
+
+
+def test_the_build_leaves_nothing_behind(hermes):
+    """No package lists, no pip, no compiler, no tarball."""
+    script = "ls /var/lib/apt/lists /tmp /var/log/apt; ls /opt/hermes/.venv/bin; find / -xdev -name '*.tar.xz' -o -xdev -name 'pip-*'"
+    done = hermes().run("sh", "-c", f"({script}) 2>/dev/null")
+    words = done.stdout.decode().split()
+    assert "hermes" in words and not [word for word in words if word.startswith("pip") or word.endswith((".xz", "_Packages", "gcc"))], words
