@@ -1895,10 +1895,13 @@ class S6ServiceManager:
 
 
 def become_hermes() -> None:
-    """Drop root for good: what the manager writes belongs to hermes, and nothing on the volume can use root."""
+    """Drop root for good: what the manager writes belongs to hermes, and nothing on the volume can use root. Fatal if that fails."""
     owner = wrapper.account()
     if os.geteuid() == 0 and owner:
-        wrapper.drop(*owner)
+        try:
+            wrapper.drop(*owner)
+        except OSError as error:
+            raise Fatal(f"root cannot become {USER} here: {reason(error)}; add the capabilities SETUID and SETGID") from error
 
 
 def answer_gateway_request(action: str, profile: str | None, every: bool, environment: dict[str, str]) -> int:
@@ -1998,9 +2001,22 @@ def to_json(value: object) -> str:
 # The phases
 
 
+# By their number in capabilities(7). Without CHOWN, FOWNER and KILL less works; the README says what.
+NEEDED_CAPABILITIES = {1: "DAC_OVERRIDE", 6: "SETGID", 7: "SETUID"}
+
+
+def missing_capabilities() -> list[str]:
+    """Return the capabilities that root lacks here and without which no gateway can run."""
+    with open("/proc/self/status", "rb") as file:
+        effective = next((int(line.split()[1], 16) for line in file if line.startswith(b"CapEff:")), -1)
+    return [name for number, name in NEEDED_CAPABILITIES.items() if not effective >> number & 1]
+
+
 def setup(boot: Boot) -> int:
     """Remap, own, seed and migrate. Raises Fatal for what the boot cannot work around."""
     euid, image_owner = os.geteuid(), boot.owner
+    if euid == 0 and (missing := missing_capabilities()):
+        raise Fatal(f"root lacks {' and '.join(missing)}; add with --cap-add, or start with `--user {boot.owner[0]}:{boot.owner[1]}`")
     if euid not in (0, boot.owner[0]):
         raise Fatal(
             f"started as UID {euid}, which is not {USER}'s; drop `--user` and set HERMES_UID={euid} HERMES_GID={os.getegid()},"
@@ -2146,6 +2162,8 @@ def shut_down(boot: Boot) -> int:
 
     Run by s6-overlay from cont-finish.d, before its final kill. No intent is recorded, so what ran comes back at the next boot.
     """
+    if os.path.exists(SETUP_FAILED):
+        return 0  # then nothing was started
     become_hermes()
     manager = S6ServiceManager(environment=boot.environment)
     deadline = time.monotonic() + seconds(boot.environment, "HERMES_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT, 0)
