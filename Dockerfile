@@ -1,4 +1,3 @@
-# syntax=docker/dockerfile:1
 ARG BASE_IMAGE=debian:trixie-slim
 
 # s6-overlay, each tarball checked against its SHA-256 before it is unpacked. S6_OVERLAY_BASE may name a mirror of its releases, or a
@@ -43,7 +42,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/hermes/.venv \
  && /opt/hermes/.venv/bin/pip install --no-cache-dir --no-compile "hermes-agent==${HERMES_AGENT_VERSION}" \
- && /opt/hermes/.venv/bin/pip uninstall -y pip \
+ && /opt/hermes/.venv/bin/pip uninstall -y setuptools pip \
  && find /opt/hermes/.venv -name __pycache__ -prune -exec rm -rf {} + \
  && python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/hermes/.venv/lib
 
@@ -52,28 +51,32 @@ COPY hermes_boot.py main_wrapper.py /opt/hermes/docker/
 RUN cd /opt/hermes/docker \
  && chmod 0755 hermes_boot.py main_wrapper.py \
  && python3 -m compileall -q --invalidation-mode unchecked-hash . \
- && mkdir -p /names/etc/cont-init.d /names/etc/cont-finish.d /names/etc/profile.d /names/usr/bin ../bin \
+ && mkdir -p /names/etc/cont-init.d /names/etc/cont-finish.d /names/etc/profile.d /names/usr/bin /names/usr/local/bin ../bin \
  && ln -s hermes_boot.py stage2-hook.sh \
  && ln -s hermes_boot.py entrypoint.sh \
  && ln -s main_wrapper.py main-wrapper.sh \
  && ln -s ../docker/main_wrapper.py ../bin/hermes \
  && ln -s ../docker/hermes_boot.py ../bin/hermes-boot \
+ && ln -s /opt/hermes/docker/hermes_boot.py /names/usr/local/bin/hermes-boot \
  && ln -s /opt/hermes/docker/main_wrapper.py /names/usr/bin/tini \
  && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-init.d/01-hermes-setup \
  && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-init.d/02-reconcile-profiles \
  && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-finish.d/10-hermes-shutdown \
- && printf '%s\n' 'PATH=/opt/hermes/bin:/opt/hermes/.venv/bin:$PATH:/command' 'export PATH' >/names/etc/profile.d/hermes.sh \
+ && printf '%s\n' 'PATH=/opt/hermes/bin:/opt/hermes/.venv/bin:$PATH:/command' 'export PATH VIRTUAL_ENV=/opt/hermes/.venv' \
+      '# Not exported: a `hermes` without it takes all of the container environment, the keys given with -e too.' \
+      ': "${HERMES_HOME:=$(cat /run/s6/container_environment/HERMES_HOME 2>/dev/null || echo /opt/data)}"' >/names/etc/profile.d/hermes.sh \
  && find /opt/hermes /names -exec touch -h -d "@${SOURCE_DATE_EPOCH}" {} +
 
 FROM ${BASE_IMAGE}
 ARG HERMES_AGENT_VERSION=0.19.0
+ARG SOURCE_DATE_EPOCH=0
 LABEL org.opencontainers.image.title="Hermes Agent" \
       org.opencontainers.image.description="A self-improving AI agent, its gateways supervised by s6" \
       org.opencontainers.image.version="${HERMES_AGENT_VERSION}" \
       org.opencontainers.image.licenses="MIT"
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates python3 \
- && rm -rf /var/lib/apt/lists/* /var/cache/ldconfig/aux-cache /var/log/apt /var/log/dpkg.log \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/ldconfig/aux-cache /var/log/apt /var/log/*.log \
  && groupadd --gid 10000 hermes \
  && useradd --uid 10000 --gid 10000 --home-dir /opt/data --no-create-home --shell /bin/bash hermes \
  && install -d -o hermes -g hermes /opt/data
@@ -83,6 +86,7 @@ COPY --from=agent /names/ /
 COPY s6-rc.d/ /etc/s6-overlay/s6-rc.d/
 
 # S6_KILL_GRACETIME is a fixed wait at every end (0 would mean 3000); gateways drain before it, in cont-finish.d, and pay none of it.
+# That script bounds itself by HERMES_SHUTDOWN_TIMEOUT; s6-overlay's own limit, by its documentation 5000, would cut it short (0: none).
 # A failing setup ends the container (2). Services may take as long as they need (0): s6-rc would stop the boot after 5 seconds, and
 # a first boot may have a whole NAS share to give to hermes.
 ENV HERMES_HOME=/opt/data \
@@ -90,6 +94,7 @@ ENV HERMES_HOME=/opt/data \
     VIRTUAL_ENV=/opt/hermes/.venv \
     S6_BEHAVIOUR_IF_STAGE2_FAILS=2 \
     S6_CMD_WAIT_FOR_SERVICES_MAXTIME=0 \
+    S6_KILL_FINISH_MAXTIME=0 \
     S6_KILL_GRACETIME=10 \
     S6_VERBOSITY=1
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 CMD ["/opt/hermes/bin/hermes-boot", "health"]

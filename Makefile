@@ -14,14 +14,14 @@ help: ## list the targets
 run: ## run the container: make run ARGS="--version"
 ifneq ($(ENGINE),)
 	@$(MAKE) --no-print-directory image >&2
-	@$(ENGINE) run --rm -i $$([ -t 0 ] && echo -t) -v hermes-data:/opt/data $(IMAGE) $(ARGS)
+	@$(ENGINE) run --rm $(ENGINE_RUN_OPTIONS) -i $$([ -t 0 ] && echo -t) -v hermes-data:/opt/data $(IMAGE) $(ARGS)
 else
 	@$(PYTHON) tests/sandbox.py run -- $(ARGS)
 endif
 
 .PHONY: image
 image: ## build the image
-	$(ENGINE) build $(if $(findstring podman,$(ENGINE)),--format docker) --build-arg HERMES_AGENT_VERSION=$(AGENT_VERSION) -t $(IMAGE) .
+	$(ENGINE) build $(if $(findstring podman,$(ENGINE)),--format docker) $(ENGINE_BUILD_OPTIONS) --build-arg HERMES_AGENT_VERSION=$(AGENT_VERSION) -t $(IMAGE) .
 
 .PHONY: test
 test: ## run the tests; TESTS="-k wrapper" picks some

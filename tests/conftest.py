@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,16 +37,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def live() -> None:
-    """Skip with the reason where no container can run; fail instead where live tests are required."""
+    """Skip with the reason where no container can run; fail instead where live tests are required, which means the sandbox's."""
     why = ("" if engine.engine() else "no container engine answers") if ON_ENGINE else sandbox.unsupported()
-    if why and os.environ.get("HERMES_TEST_REQUIRE_LIVE"):
+    if why and os.environ.get("HERMES_TEST_REQUIRE_LIVE") and not ON_ENGINE:
         pytest.fail(f"live tests are required here: {why}")
     if why:
         pytest.skip(why)
+    if ON_ENGINE:
+        engine.image()  # built here, out of every test's time
 
 
 @pytest.fixture
-def container(live, tmp_path):
+def in_time(live):
+    """Fail a test that takes an engine longer than its limit, and let it clean up."""
+
+    def fail(*_: object) -> None:
+        pytest.fail(f"took longer than {engine.TIMEOUT} s")
+
+    if not ON_ENGINE:
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(engine.TIMEOUT)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def container(in_time, tmp_path):
     """Make containers, all on one volume unless told otherwise; they are removed at the end."""
     boxes: list[Sandbox] = []
     maker = engine.EngineContainer if ON_ENGINE else Sandbox

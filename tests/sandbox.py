@@ -35,6 +35,7 @@ IMAGE_ENVIRONMENT = {
     "PATH": "/opt/hermes/bin:/opt/hermes/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/command",
     "VIRTUAL_ENV": "/opt/hermes/.venv",
     "S6_BEHAVIOUR_IF_STAGE2_FAILS": "2",
+    "S6_KILL_FINISH_MAXTIME": "0",
     "S6_KILL_GRACETIME": "10",
     "S6_VERBOSITY": "1",
 }
@@ -62,7 +63,9 @@ HALT = """#!/bin/sh
 mkdir /run/s6/halting 2>/dev/null || exit 0
 for service in /etc/s6-overlay/s6-rc.d/user/contents.d/*; do /command/s6-svc -d "/run/service/${service##*/}"; done
 for service in /etc/s6-overlay/s6-rc.d/user/contents.d/*; do /command/s6-svwait -t 9000 -D "/run/service/${service##*/}"; done
-for script in /etc/cont-finish.d/*; do [ ! -x "$script" ] || "$script"; done
+limit=$(cat /run/s6/container_environment/S6_KILL_FINISH_MAXTIME 2>/dev/null || echo 5000)
+limit="$((limit / 1000)).$(printf %03d $((limit % 1000)))"
+for script in /etc/cont-finish.d/*; do [ ! -x "$script" ] || timeout -s KILL "$limit" "$script"; done
 exec /command/s6-svscanctl -b /run/service
 """
 SIGTERM = "#!/bin/sh\necho 143 > /run/exitcode\nexec /run/s6/basedir/halt\n"
@@ -209,6 +212,7 @@ class Sandbox:
             (docker / "main-wrapper.sh", "main_wrapper.py"),
             (self.upper / "opt/hermes/bin/hermes", "../docker/main_wrapper.py"),
             (self.upper / "opt/hermes/bin/hermes-boot", "../docker/hermes_boot.py"),
+            (self.upper / "usr/local/bin/hermes-boot", boot),
             (self.upper / "init", "/opt/hermes/docker/main_wrapper.py"),
             (self.upper / "usr/bin/tini", "/opt/hermes/docker/main_wrapper.py"),
             (etc / "cont-init.d/01-hermes-setup", boot),

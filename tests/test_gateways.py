@@ -244,6 +244,14 @@ def test_the_cmd_is_told_to_end_with_the_gateways(container):
     assert time.monotonic() - started < 3 and "goodbye" in box.log()
 
 
+def test_a_gateway_gets_all_of_the_shutdown_timeout(gateways):
+    """6 s are more than the 5 that s6-overlay gives a cont-finish.d script unless told otherwise."""
+    host = gateways({"a": DRAIN.replace("sleep 2", "sleep 6")}, "running")
+    assert wait_for(lambda: "ready" in host.box.log())
+    assert host.box.stop() == 143
+    assert "drained" in host.box.log()
+
+
 def test_the_end_has_a_limit(gateways):
     """A gateway that does not end is killed after HERMES_SHUTDOWN_TIMEOUT seconds."""
     host = gateways(

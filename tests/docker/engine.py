@@ -1,7 +1,8 @@
 """A container of a real engine behind the methods of sandbox.Sandbox, so that one set of tests runs on both.
 
 ENGINE (docker or podman; the first that answers), HERMES_TEST_IMAGE (else the image is built once, with ENGINE_BUILD_OPTIONS) and
-ENGINE_RUN_OPTIONS describe the machine. Needs root, to look into running containers.
+ENGINE_RUN_OPTIONS describe the machine. ENGINE may be a path, such as podman-in-namespace beside this file. Needs root, to look
+into running containers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 from sandbox import IMAGE_ENVIRONMENT, PROJECT, wait_for
 
-TIMEOUT = 180  # seconds for one run
+TIMEOUT = 180  # seconds for one test, and so for one run
 
 
 @cache
