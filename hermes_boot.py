@@ -366,11 +366,22 @@ def in_child(action, *arguments) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def drop_root(owner: Owner) -> None:
+    """Become hermes for good. Fatal when that cannot be."""
+    try:
+        wrapper.drop(*owner)
+    except OSError as error:
+        raise Fatal(
+            f"root cannot become {USER} ({owner[0]}:{owner[1]}) here: {reason(error)}; add the capabilities SETUID and SETGID,"
+            " or give a rootless engine subordinate IDs (/etc/subuid, /etc/subgid)"
+        ) from error
+
+
 def as_owner(owner: Owner, action, *arguments) -> int:
     """Run an action as hermes and return its exit code: in a child that drops for good when we are root, else right here."""
 
     def dropped() -> int:
-        wrapper.drop(*owner)
+        drop_root(owner)
         return action(*arguments)
 
     if os.geteuid() != 0 or owner[0] == 0:
@@ -1898,10 +1909,7 @@ def become_hermes() -> None:
     """Drop root for good: what the manager writes belongs to hermes, and nothing on the volume can use root. Fatal if that fails."""
     owner = wrapper.account()
     if os.geteuid() == 0 and owner:
-        try:
-            wrapper.drop(*owner)
-        except OSError as error:
-            raise Fatal(f"root cannot become {USER} here: {reason(error)}; add the capabilities SETUID and SETGID") from error
+        drop_root(owner)
 
 
 def answer_gateway_request(action: str, profile: str | None, every: bool, environment: dict[str, str]) -> int:

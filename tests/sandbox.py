@@ -381,7 +381,9 @@ def become_container(folder: str) -> None:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             open(target, "w").close()
         subprocess.run([*mount, "--bind", host, target], check=True)
-    os.chroot(root)
+    os.chdir(root)  # the new root takes the old one's place, for every process here; in a mere chroot nobody may make user namespaces
+    subprocess.run(["pivot_root", ".", "."], check=True)
+    subprocess.run([*"umount -n -l".split(), "."], check=True)
     os.chdir("/")
     os.umask(0o022)
     if not spec["entrypoint"]:
