@@ -51,13 +51,12 @@ COPY hermes_boot.py main_wrapper.py /opt/hermes/docker/
 RUN cd /opt/hermes/docker \
  && chmod 0755 hermes_boot.py main_wrapper.py \
  && python3 -m compileall -q --invalidation-mode unchecked-hash . \
- && mkdir -p /names/etc/cont-init.d /names/etc/cont-finish.d /names/etc/profile.d /names/usr/bin /names/usr/local/bin ../bin \
+ && mkdir -p /names/etc/cont-init.d /names/etc/cont-finish.d /names/etc/profile.d /names/usr/bin ../bin \
  && ln -s hermes_boot.py stage2-hook.sh \
  && ln -s hermes_boot.py entrypoint.sh \
  && ln -s main_wrapper.py main-wrapper.sh \
  && ln -s ../docker/main_wrapper.py ../bin/hermes \
  && ln -s ../docker/hermes_boot.py ../bin/hermes-boot \
- && ln -s /opt/hermes/docker/hermes_boot.py /names/usr/local/bin/hermes-boot \
  && ln -s /opt/hermes/docker/main_wrapper.py /names/usr/bin/tini \
  && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-init.d/01-hermes-setup \
  && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-init.d/02-reconcile-profiles \

@@ -212,7 +212,6 @@ class Sandbox:
             (docker / "main-wrapper.sh", "main_wrapper.py"),
             (self.upper / "opt/hermes/bin/hermes", "../docker/main_wrapper.py"),
             (self.upper / "opt/hermes/bin/hermes-boot", "../docker/hermes_boot.py"),
-            (self.upper / "usr/local/bin/hermes-boot", boot),
             (self.upper / "init", "/opt/hermes/docker/main_wrapper.py"),
             (self.upper / "usr/bin/tini", "/opt/hermes/docker/main_wrapper.py"),
             (etc / "cont-init.d/01-hermes-setup", boot),
