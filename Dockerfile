@@ -51,13 +51,12 @@ COPY hermes_boot.py main_wrapper.py /opt/hermes/docker/
 RUN cd /opt/hermes/docker \
  && chmod 0755 hermes_boot.py main_wrapper.py \
  && python3 -m compileall -q --invalidation-mode unchecked-hash . \
- && mkdir -p /names/etc/cont-init.d /names/etc/cont-finish.d /names/etc/profile.d /names/usr/bin /names/usr/local/bin ../bin \
+ && mkdir -p /names/etc/cont-init.d /names/etc/cont-finish.d /names/etc/profile.d /names/usr/bin ../bin \
  && ln -s hermes_boot.py stage2-hook.sh \
  && ln -s hermes_boot.py entrypoint.sh \
  && ln -s main_wrapper.py main-wrapper.sh \
  && ln -s ../docker/main_wrapper.py ../bin/hermes \
  && ln -s ../docker/hermes_boot.py ../bin/hermes-boot \
- && ln -s /opt/hermes/docker/hermes_boot.py /names/usr/local/bin/hermes-boot \
  && ln -s /opt/hermes/docker/main_wrapper.py /names/usr/bin/tini \
  && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-init.d/01-hermes-setup \
  && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-init.d/02-reconcile-profiles \
@@ -86,7 +85,7 @@ COPY --from=agent /names/ /
 COPY s6-rc.d/ /etc/s6-overlay/s6-rc.d/
 
 # S6_KILL_GRACETIME is a fixed wait at every end (0 would mean 3000); gateways drain before it, in cont-finish.d, and pay none of it.
-# That script bounds itself by HERMES_SHUTDOWN_TIMEOUT; s6-overlay's own limit, by its documentation 5000, would cut it short (0: none).
+# That script bounds itself by HERMES_SHUTDOWN_TIMEOUT; s6-overlay's own limit on it, 5000, would cut it short.
 # A failing setup ends the container (2). Services may take as long as they need (0): s6-rc would stop the boot after 5 seconds, and
 # a first boot may have a whole NAS share to give to hermes.
 ENV HERMES_HOME=/opt/data \
@@ -94,7 +93,7 @@ ENV HERMES_HOME=/opt/data \
     VIRTUAL_ENV=/opt/hermes/.venv \
     S6_BEHAVIOUR_IF_STAGE2_FAILS=2 \
     S6_CMD_WAIT_FOR_SERVICES_MAXTIME=0 \
-    S6_KILL_FINISH_MAXTIME=0 \
+    S6_KILL_FINISH_MAXTIME=86400000 \
     S6_KILL_GRACETIME=10 \
     S6_VERBOSITY=1
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 CMD ["/opt/hermes/bin/hermes-boot", "health"]

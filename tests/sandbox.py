@@ -35,7 +35,7 @@ IMAGE_ENVIRONMENT = {
     "PATH": "/opt/hermes/bin:/opt/hermes/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/command",
     "VIRTUAL_ENV": "/opt/hermes/.venv",
     "S6_BEHAVIOUR_IF_STAGE2_FAILS": "2",
-    "S6_KILL_FINISH_MAXTIME": "0",
+    "S6_KILL_FINISH_MAXTIME": "86400000",
     "S6_KILL_GRACETIME": "10",
     "S6_VERBOSITY": "1",
 }
@@ -212,7 +212,6 @@ class Sandbox:
             (docker / "main-wrapper.sh", "main_wrapper.py"),
             (self.upper / "opt/hermes/bin/hermes", "../docker/main_wrapper.py"),
             (self.upper / "opt/hermes/bin/hermes-boot", "../docker/hermes_boot.py"),
-            (self.upper / "usr/local/bin/hermes-boot", boot),
             (self.upper / "init", "/opt/hermes/docker/main_wrapper.py"),
             (self.upper / "usr/bin/tini", "/opt/hermes/docker/main_wrapper.py"),
             (etc / "cont-init.d/01-hermes-setup", boot),
