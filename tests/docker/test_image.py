@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 
 import pytest
 from conftest import ON_ENGINE
 from engine import engine, image
+from sandbox import wait_for
 
 pytestmark = pytest.mark.skipif(not ON_ENGINE, reason="needs a real image: make test-engine")
 SLEEPER = "#!/bin/sh\nexec sleep infinity\n"
@@ -98,6 +100,15 @@ def test_a_login_shell_finds_hermes_and_s6(hermes):
         assert box.exec("hermes", "gateway", "start").returncode == 0
 
 
+def test_a_shell_without_the_environment_knows_the_home_and_hermes_has_its_keys(hermes):
+    """As by ssh: $HERMES_HOME is the container's, for people; `hermes` takes the rest, what was given with -e included."""
+    box = hermes(environment={"HERMES_HOME": "/srv/my home", "SOME_API_KEY": "k-1"})
+    box.put_agent('#!/bin/sh\n[ "$1" = chat ] || exec sleep infinity\necho "$HERMES_HOME" "$HOME" "$SOME_API_KEY"; id -un\n')
+    box.start("sleep", "infinity")
+    done = box.exec("env", "-i", "bash", "-l", "-c", 'echo "$HERMES_HOME" "$VIRTUAL_ENV"; hermes chat')
+    assert done.stdout.splitlines() == ["/srv/my home /opt/hermes/.venv", "/srv/my home /srv/my home k-1", "hermes"], done
+
+
 def test_nothing_is_written_to_the_image_at_run_time(hermes):
     """No bytecode, no caches; the files of accounts only when there is a remap."""
     box = hermes()
@@ -124,3 +135,48 @@ def test_the_build_leaves_nothing_behind(hermes):
     done = hermes().run("sh", "-c", f"({script}) 2>/dev/null")
     words = done.stdout.decode().split()
     assert "hermes" in words and not [word for word in words if word.startswith("pip") or word.endswith((".xz", "_Packages", "gcc"))], words
+
+
+def restarted(box) -> str:
+    """Restart a container as its users do, with all that it has written; return the line of the default gateway at the new boot."""
+    subprocess.run([engine(), "restart", "-t", "10", box.name], capture_output=True, check=True)
+    assert wait_for(lambda: box.exec("hermes-boot", "health").returncode == 0)
+    return box.exec("tail", "-n", "1", "/opt/data/logs/container-boot.log").stdout
+
+
+def test_a_restart_keeps_what_the_container_wrote(hermes):
+    """`docker restart`: the remap is made once, what is left in /run is in nobody's way, what ran runs and what was stopped does not."""
+    box = hermes(environment={"HERMES_UID": "1500"})
+    box.start("sleep", "infinity")
+    assert "remap hermes from 10000:10000 to 1500:10000" in box.log()
+    assert box.exec("id", "-u", "hermes").stdout == "1500\n"
+    accounts = box.exec("stat", "-c", "%i %Y", "/etc/passwd", "/etc/group").stdout
+    assert "prior_state=running action=started" in restarted(box)
+    assert box.exec("stat", "-c", "%i %Y", "/etc/passwd", "/etc/group").stdout == accounts
+    assert box.exec("hermes", "gateway", "stop").stdout == "default: stopped\n"
+    assert "prior_state=stopped action=registered" in restarted(box)
+    assert box.exec("hermes-boot", "gateway", "status", "-p", "default").returncode == 3
+
+
+def test_a_container_whose_setup_failed_starts_once_the_volume_is_mended(hermes, tmp_path):
+    """That it failed is not remembered against it: `docker start` looks again."""
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "volume/profiles").mkdir()
+    box = hermes(options=without("CHOWN"))
+    argv = box.command(["true"])
+    assert subprocess.run(argv, capture_output=True, stdin=subprocess.DEVNULL).returncode == 1
+    for path in (tmp_path / "volume", tmp_path / "volume/profiles"):
+        os.chown(path, 10000, 10000)
+    done = subprocess.run([engine(), "start", "--attach", box.name], capture_output=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_stop_reaches_a_gateway_as_sigterm(hermes):
+    """And without the capability KILL it does not: that promise alone falls, and the container still ends."""
+    for options, drained in (((), True), (without(), True), (without("KILL"), False)):
+        box = hermes(options=options, environment={"HERMES_SHUTDOWN_TIMEOUT": "2"})
+        box.put_agent("#!/bin/sh\ntrap 'echo drained; exit 0' TERM\necho ready\nwhile :; do sleep 0.05; done\n")
+        box.start("sleep", "infinity")
+        assert wait_for(lambda: "ready" in box.log())
+        box.stop()
+        assert ("drained" in box.log()) is drained, box.log()
