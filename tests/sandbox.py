@@ -39,7 +39,6 @@ IMAGE_ENVIRONMENT = {
     "S6_KILL_GRACETIME": "10",
     "S6_VERBOSITY": "1",
 }
-SUPERVISION_PATH = "/command:/usr/bin:/bin:/usr/sbin:/sbin"  # what s6-overlay leaves of the environment
 PASSWD = "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www-data:/var/www:/usr/sbin/nologin\nhermes:x:10000:10000::/opt/data:/bin/bash\n"
 GROUP = "root:x:0:\nwww-data:x:33:\nusers:x:100:\nhermes:x:10000:\n"
 
@@ -405,7 +404,10 @@ def become_container(folder: str) -> None:
 def become_svscan(variables: list[list[str]], words: list[str]) -> None:
     """Fork what runs the boot and the command, and become s6-svscan, with the environment that s6-overlay leaves of the container's."""
     environment = dict(variables) if dict(variables).get("S6_KEEP_ENV") == "1" else {}
-    environment["PATH"] = SUPERVISION_PATH + ":" + environment.get("PATH", "")
+    environment["PATH"] = dict(variables).get("PATH", "/bin")  # the container's, with what is missing of these
+    for folder in ("/bin", "/usr/bin", "/command"):
+        if folder not in environment["PATH"].split(":"):
+            environment["PATH"] = f"{folder}:{environment['PATH']}"
     if os.fork() == 0:
         rc_init = [b"/bin/sh", b"/run/s6/basedir/scripts/rc.init", b"top", *(os.fsencode(word) for word in words)]
         os.execve("/bin/sh", rc_init, environment)
