@@ -1534,6 +1534,12 @@ def opens_for_writing(path: str) -> bool:
     return True
 
 
+def supervisor_answers(scandir: str) -> bool:
+    """Say whether an s6-svscan watches the scandir; a control FIFO that we may not open, where there are no gateways, says nothing."""
+    control = f"{scandir}/.s6-svscan/control"
+    return opens_for_writing(control) or (os.path.exists(control) and not os.access(control, os.W_OK) and wrapper.supervised())
+
+
 def is_supervised(slot: str) -> bool:
     """Say whether an s6-supervise reads a slot's control FIFO."""
     return opens_for_writing(f"{slot}/supervise/control")
@@ -2063,16 +2069,20 @@ def setup_phase(boot: Boot) -> int:
     return code
 
 
+def no_gateways(boot: Boot, command: list[str]) -> str:
+    """Return why this container has no gateways, "" when it has."""
+    if boot.setting("HERMES_RECONCILE").lower() in ("0", "false", "no", "off"):
+        return "HERMES_RECONCILE is off"
+    return "the container's command is the dashboard, and another one's the gateways" if is_dashboard(command) else ""
+
+
 def reconcile_phase(boot: Boot) -> int:
     """Give every profile a slot, as hermes, after handing it the scandir."""
     if os.path.exists(SETUP_FAILED):
         return 1  # the setup has said why; a gateway with the wrong owner would do harm
-    if boot.setting("HERMES_RECONCILE").lower() in ("0", "false", "no", "off"):
-        boot.does("leave the gateways alone, since HERMES_RECONCILE is off")
-        return 0
     command = container_command()
-    if is_dashboard(command):
-        boot.does("leave the gateways to another container, since this one's command is the dashboard")
+    if why := no_gateways(boot, command):
+        boot.does(f"leave the gateways alone, since {why}")
         return 0
     if not os.path.isdir(boot.home):
         if boot.dry_run:
@@ -2387,7 +2397,12 @@ def hold_gateway(words: list[str], environment: dict[str, str]) -> bool:
     option, rest = wrapper.profile_option(words)
     if rest[:2] != ["gateway", "run"] or "--no-supervise" in rest or truthy(setting(environment, "HERMES_GATEWAY_NO_SUPERVISE")):
         return False
-    return in_child(answer_gateway_request, "start", option, False, environment) == 0
+
+    def start() -> int:
+        os.dup2(2, 1)  # stdout is the program's
+        return answer_gateway_request("start", option, False, environment)
+
+    return in_child(start) == 0
 
 
 # What operators see: status
@@ -2594,7 +2609,7 @@ def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | N
         rows = [row for row in rows_of(boot) if profile in (None, row.name)]
         if not rows:
             return report_failures({"": NotRegistered(f"no such profile: {shown(profile or '')}; `hermes-boot status` lists them")})
-        if not as_json and not opens_for_writing(f"{boot.scandir}/.s6-svscan/control"):
+        if not as_json and not supervisor_answers(boot.scandir):
             warn(f"no supervisor answers on {boot.scandir}; `hermes-boot doctor` says why")
         text = to_json([row.as_dict() for row in rows]) if as_json else table(rows)
         print(f"\033[H\033[J{text}" if watch and sys.stdout.isatty() else text, flush=True)
@@ -2616,7 +2631,7 @@ def health(environment: dict[str, str]) -> int:
     """
     become_hermes()
     boot = Boot(environment)
-    if not opens_for_writing(f"{boot.scandir}/.s6-svscan/control"):
+    if not supervisor_answers(boot.scandir):
         print(f"unhealthy: no supervisor answers on {boot.scandir}")
         return 1
     slots = sorted(name for name in os.listdir(boot.scandir) if name.startswith(SLOT_PREFIX))
@@ -2812,6 +2827,8 @@ def all_checks(boot: Boot) -> list[Check]:
         with Folder(boot.home, follow=True) as home:
             rows = rows_of(boot)
             checks += [*profile_checks(boot, home), *secret_checks(home, rows), *port_checks(rows)]
+            if why := no_gateways(boot, container_command()):
+                return [*checks, Check("pass", "gateways", f"none here, since {why}")]
             for row in rows:
                 checks += [gateway_check(boot, home, row), *logger_checks(boot, home, row.name)]
     except OSError as error:
@@ -2821,7 +2838,7 @@ def all_checks(boot: Boot) -> list[Check]:
 
 def supervisor_checks(boot: Boot) -> list[Check]:
     """Look for the supervisor."""
-    if not opens_for_writing(f"{boot.scandir}/.s6-svscan/control"):
+    if not supervisor_answers(boot.scandir):
         mend = "start the container with the image's ENTRYPOINT, not with a platform's own in its place"
         return [Check("fail", "supervisor", f"no s6-svscan answers on {boot.scandir}", mend)]
     if wrapper.s6_is_pid_1():

@@ -94,7 +94,7 @@ def test_the_command_gateway_run_is_s6s(gateways):
     (host.volume / "starts").unlink(missing_ok=True)
     host.box.start("gateway", "run")
     assert wait_for(lambda: host.starts("default") == 1) and host.up("default")
-    assert host.box.stop() == 143
+    assert host.box.stop() == 143 and "default: started" in host.box.log()
     done = host.box.run("gateway", "run", "--no-supervise")
     assert (done.returncode, done.stdout) == (0, b"real hermes: gateway run --no-supervise\n")
 

@@ -210,6 +210,23 @@ def test_health_follows_the_gateways(gateways):
     assert (done.returncode, done.stdout) == (1, "unhealthy: no supervisor answers on /tmp\n")
 
 
+@pytest.mark.parametrize(
+    "words, environment", [(["dashboard"], {}), (["sleep", "infinity"], {"HERMES_RECONCILE": "0"})], ids=["dashboard", "off"]
+)
+def test_a_container_without_gateways_is_healthy(container, tmp_path, words, environment):
+    """The gateways on its volume are another container's, so nobody misses them; for root and for hermes."""
+    (tmp_path / "volume/profiles/a").mkdir(parents=True)
+    (tmp_path / "volume/profiles/a/SOUL.md").touch()
+    box = container(environment=environment)
+    box.put_agent("#!/bin/sh\nexec sleep infinity\n")
+    box.start(*words)
+    for user in (None, "hermes"):
+        done = box.exec(MANAGER, "health", user=user)
+        assert (done.returncode, done.stdout) == (0, "healthy: 0 slots\n"), done
+        done = box.exec(MANAGER, "doctor", user=user)
+        assert done.returncode == 0 and "pass  gateways: none here, since " in done.stdout, done
+
+
 # doctor
 
 
