@@ -710,10 +710,8 @@ class Sweep:
         while done < len(waiting) < SHARED_FOLDERS:
             path, device = waiting[done]
             done += 1
-            if path.count("/") >= SHARED_DEPTH:
-                self.below(home, path, device, self.tree)
-            else:
-                self.below(home, path, device, lambda folder, path, device=device: waiting.extend(self.opened(folder, path, device)))
+            deep = path.count("/") >= SHARED_DEPTH
+            waiting += self.below(home, path, device, self.tree if deep else self.opened) or []
         if done < len(waiting):
             self.share(home, waiting[done:])
 
@@ -727,30 +725,31 @@ class Sweep:
                     self.claim(".", above.fd)
             folder = home.folder(path)
             self.checked += 1
-            return self.opened(folder, path, os.fstat(folder.fd).st_dev)
+            return self.opened(folder, path)
         except FileNotFoundError:
             return []  # made later, by hermes
         except OSError as error:
             warn(f"{path} on the volume {fault(error)}; its owners were not checked; put a plain folder there")
             return []
 
-    def opened(self, folder: Folder, path: str, device: int) -> list[tuple[str, int]]:
+    def opened(self, folder: Folder, path: str) -> list[tuple[str, int]]:
         """Check an open folder's entries and close it; return its folders as volume() wants them."""
         with folder:
+            device = os.fstat(folder.fd).st_dev
             return [(f"{path}/{name}", device) for name in self.entries(folder.fd, path)]
 
-    def below(self, home: Folder, path: str, device: int, action) -> None:
-        """Open a folder anew and act on it; whatever became of it since we saw it is counted."""
+    def below(self, home: Folder, path: str, device: int, action) -> list[tuple[str, int]] | None:
+        """Open a folder anew and return what the action makes of it; whatever became of it since we saw it is counted."""
         parent, _, name = path.rpartition("/")
         try:
             with home.folder(parent) as above:
                 folder = self.enter(above.fd, name, device)
-            if folder:
-                action(folder, path)
+            return action(folder, path) if folder else None
         except FileNotFoundError:
-            return  # removed while we looked
+            return None  # removed while we looked
         except OSError as error:
             self.fail(path, error)
+            return None
 
     def share(self, home: Folder, folders: list[tuple[str, int]]) -> None:
         """Check folders in as many processes as there are cores; each takes the next group by a byte from a pipe."""
@@ -2073,7 +2072,7 @@ def no_gateways(boot: Boot, command: list[str]) -> str:
     """Return why this container has no gateways, "" when it has."""
     if boot.setting("HERMES_RECONCILE").lower() in ("0", "false", "no", "off"):
         return "HERMES_RECONCILE is off"
-    return "the container's command is the dashboard, and another one's the gateways" if is_dashboard(command) else ""
+    return "this one's command is the dashboard" if is_dashboard(command) else ""
 
 
 def reconcile_phase(boot: Boot) -> int:
@@ -3165,24 +3164,6 @@ def parse(words: list[str]):
     """Return the parsed command line; wrong usage ends the process with code 2."""
     import argparse
 
-    def command(to, name: str, text: str, *examples: str):
-        epilog = "\n".join(["examples:", *(f"  {parser.prog} {example}" for example in examples)]) if examples else None
-        kind = argparse.RawDescriptionHelpFormatter
-        return to.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=epilog, formatter_class=kind, allow_abbrev=False
-        )
-
-    def whole(text: str) -> int:
-        if (number := number_in(text, 1, 10**9)) is None:
-            raise ValueError(text)
-        return number
-
-    def moment(text: str) -> str:
-        try:
-            return since_when(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
     parser = argparse.ArgumentParser(
         prog=os.path.basename(sys.argv[0]),
         description="Boot the container, manage its gateways, say how they are. Without a command: setup, then reconcile.",
@@ -3192,40 +3173,73 @@ def parse(words: list[str]):
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}, hermes-agent {image_version() or 'missing'}")
     parser.add_argument("--dry-run", action="store_true", help="list what would change, change nothing")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    status = command(commands, "status", "show every gateway in a table", "status", "status -p coder --json", "status --watch 5")
-    diagnosis = command(commands, "doctor", "look for everything that goes wrong in such a container", "doctor", "doctor --fix")
-    command(commands, "health", "say whether every gateway that should be up is, for health checks", "health")
-    logs = command(commands, "logs", "print a gateway's log", "logs -p coder -f", "logs -p coder --since 10m", "logs -n 50")
-    gateway = command(
-        commands, "gateway", "start, stop, publish or remove gateways", "gateway start -p coder", "gateway restart --all", "gateway list"
-    )
-    gateway.epilog += f"\n\n{EXIT_CODES}"
-    phases = (
-        ("setup", "remap the hermes user, mend ownership on the volume, seed it, migrate its configuration"),
-        ("reconcile", "give every profile on the volume a gateway slot"),
-    )
-    for name, text in phases:
-        command(commands, name, text, f"{name} --dry-run").add_argument("--dry-run", action="store_true", help="list what would change")
-    command(commands, "shutdown", "end every gateway and the container's command, as at the container's end")
-    gateway.add_argument(
-        "action", choices=[*DONE, "status", "list", "register", "unregister"], help="start, stop and restart wait, and are remembered"
-    )
-    for chosen in (status, logs, gateway):
-        chosen.add_argument("-p", "--profile", metavar="NAME", help="the profile; for logs and gateway the active one unless given")
-    for reporting in (status, diagnosis, gateway):
-        reporting.add_argument("--json", action="store_true", help="for programs")
-    gateway.add_argument("--all", action="store_true", help="every registered gateway; goes on past a failure")
-    status.add_argument(
-        "-w", "--watch", nargs="?", type=whole, const=2, metavar="SECONDS", help="again and again, every 2 seconds unless given"
-    )
-    diagnosis.add_argument("--fix", action="store_true", help="mend what is safe to mend, saying each step")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on as the log grows")
-    logs.add_argument("-n", "--lines", type=whole, metavar="N", help="the last N lines")
-    logs.add_argument("--since", type=moment, metavar="TIME", help="30s, 10m, 2h, 1d ago, or a date")
+    gateway = add_operators_commands(commands)
+    for name, text in PHASES.items():
+        phase = add_command(commands, name, text, f"{name} --dry-run")
+        phase.add_argument("--dry-run", action="store_true", help="list what would change, change nothing")
+    add_command(commands, "shutdown", "end every gateway and the container's command, as at the container's end")
     arguments = parser.parse_args(words)
     if arguments.command == "gateway" and arguments.all and (arguments.profile is not None or arguments.action.endswith("register")):
         gateway.error("-p NAME or --all, not both; register and unregister take one")
     return arguments
+
+
+PHASES = {
+    "setup": "remap the hermes user, mend ownership on the volume, seed it, migrate its configuration",
+    "reconcile": "give every profile on the volume a gateway slot",
+}
+
+
+def add_operators_commands(commands):
+    """Add status, doctor, health, logs and gateway; return the last one's parser."""
+    status = add_command(commands, "status", "show every gateway in a table", "status", "status -p coder --json", "status --watch 5")
+    diagnosis = add_command(commands, "doctor", "look for everything that goes wrong in such a container", "doctor", "doctor --fix")
+    add_command(commands, "health", "say whether every gateway that should be up is, for health checks", "health")
+    logs = add_command(commands, "logs", "print a gateway's log", "logs -p coder -f", "logs -p coder --since 10m", "logs -n 50")
+    examples = "gateway start -p coder", "gateway restart --all", "gateway list"
+    gateway = add_command(commands, "gateway", "start, stop, publish or remove gateways", *examples)
+    gateway.epilog += f"\n\n{EXIT_CODES}"
+    actions = [*DONE, "status", "list", "register", "unregister"]
+    gateway.add_argument("action", choices=actions, help="start, stop and restart wait, and are remembered")
+    gateway.add_argument("--all", action="store_true", help="every registered gateway; goes on past a failure")
+    status.add_argument("-p", "--profile", metavar="NAME", help="this profile alone")
+    for chosen in (logs, gateway):
+        chosen.add_argument("-p", "--profile", metavar="NAME", help="the profile; the active one unless given")
+    for reporting in (status, diagnosis, gateway):
+        reporting.add_argument("--json", action="store_true", help="for programs")
+    status.add_argument("-w", "--watch", nargs="?", type=whole, const=2, metavar="SECONDS", help="again and again, every 2 seconds")
+    diagnosis.add_argument("--fix", action="store_true", help="mend what is safe to mend, saying each step")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as the log grows")
+    logs.add_argument("-n", "--lines", type=whole, metavar="N", help="the last N lines")
+    logs.add_argument("--since", type=moment, metavar="TIME", help="30s, 10m, 2h, 1d ago, or a date")
+    return gateway
+
+
+def add_command(commands, name: str, text: str, *examples: str):
+    """Add a command with its help and examples; return its parser."""
+    import argparse
+
+    epilog = "\n".join(["examples:", *(f"  {os.path.basename(sys.argv[0])} {example}" for example in examples)]) if examples else None
+    kind = argparse.RawDescriptionHelpFormatter
+    description = f"{text[0].upper()}{text[1:]}."
+    return commands.add_parser(name, help=text, description=description, epilog=epilog, formatter_class=kind, allow_abbrev=False)
+
+
+def whole(text: str) -> int:
+    """Return a positive number of an option. Raises ValueError, which argparse reports."""
+    if (number := number_in(text, 1, 10**9)) is None:
+        raise ValueError(text)
+    return number
+
+
+def moment(text: str) -> str:
+    """Return the timestamp of --since. Raises argparse's error."""
+    import argparse
+
+    try:
+        return since_when(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == "__main__":
