@@ -958,6 +958,8 @@ def try_volume(boot: Boot, home: Folder) -> None:
             return
         status = os.fstat(home.fd)
         advice = f"start with HERMES_UID={status.st_uid} HERMES_GID={status.st_gid}" if status.st_uid else "chown it on the host"
+        if os.geteuid() not in (0, status.st_uid) and boot.owner != wrapper.account():
+            advice = "give it to group 0 (chgrp -R 0, chmod -R g+rwX)"
         if error.errno == errno.EROFS:
             advice = "mount it writable"
         raise Fatal(
@@ -2042,7 +2044,8 @@ def setup(boot: Boot) -> int:
         own_static_services(boot)
         own_volume(boot, former=image_owner[0])
     elif not boot.dry_run:
-        say("info", f"started as {USER} itself, so owners, groups and services stay as they are")
+        who = f"{USER} itself" if boot.owner == wrapper.account() else f"UID {euid} with GID 0"
+        say("info", f"started as {who}, so owners, groups and services stay as they are")
         make_home(boot)
     if not os.path.isdir(boot.home):
         return 0  # dry run on a volume that is still to be made

@@ -242,14 +242,17 @@ def tini_program(words: list[str]) -> list[str]:
 def obstacle() -> str:
     """Return what keeps s6-overlay from starting, "" when nothing does.
 
-    It must be PID 1, and /run must be its user's: it would take it with a setuid program, which Kubernetes' no_new_privs forbids.
+    It must be PID 1, and /run must be its user's: else it takes it, by a setuid program that needs the capability CHOWN (number 0),
+    which Kubernetes' no_new_privs and dropped capabilities forbid.
     """
     if os.getpid() != 1:
         return "another process is PID 1"
     if os.geteuid() in (0, os.stat("/run").st_uid):
         return ""
     with open("/proc/self/status", "rb") as file:
-        return "/run belongs to another user and no new privileges are allowed" if b"\nNoNewPrivs:\t1\n" in file.read() else ""
+        status = dict(line.split(b":\t", 1) for line in file if b":\t" in line)
+    may_take_it = status.get(b"NoNewPrivs", b"0").strip() == b"0" and int(status.get(b"CapBnd", b"1"), 16) & 1
+    return "" if may_take_it else "/run belongs to another user and no new privileges are allowed"
 
 
 def init(words: list[str]) -> int:
