@@ -1,4 +1,4 @@
-#!/usr/bin/python3 -IBScimport os,sys;sys.path.insert(0,os.path.dirname(os.path.realpath(sys.argv[1])));import hermes_boot;sys.exit(hermes_boot.main(sys.argv[1:]))
+#!/usr/bin/python3 -IBScimport sys,os.path as p;sys.path[:0]=[p.realpath(sys.argv[1]+"/..")];import hermes_boot as m;m.run()
 """Prepare the container's volume and accounts, and give every profile's gateway a slot that s6 supervises.
 
 Run by s6-overlay from /etc/cont-init.d, as root (or as the UID of `--user`), without arguments and with a scrubbed environment:
@@ -51,6 +51,7 @@ STALE_FILES = ("gateway.pid", "processes.json")  # of a dead container's process
 BOOT_LOG, BOOT_LOG_LIMIT = "container-boot.log", 256 << 10
 PROFILE_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
 SLOT_PREFIX, SLOT_NAME_LIMIT = "gateway-", 251
+SLOT_LIMIT = 490  # s6-svscan takes 500 services with loggers, in no order of ours, and the image has some of its own
 EX_CONFIG = 78
 SIGKILL, SIGTERM, SIGCONT = 9, 15, 18
 PERMANENT_FAILURE = 125  # s6's word from a finish script for "do not restart"
@@ -536,6 +537,18 @@ def join_groups(boot: Boot) -> None:
             boot.does(f"add {USER} to the groups {' '.join(map(str, wanted))}")
     except Fatal as error:
         warn(f"{error}: {USER} is not in the groups {wanted}")
+
+
+def exposed_path(boot: Boot) -> str:
+    """Return what is wrong with the container's PATH, "" when nothing is: s6-overlay finds programs on it that it runs as root, `sh`
+    for one, so a folder that hermes can write must come last."""
+    home = os.path.realpath(boot.home).rstrip("/") + "/"
+    folders = boot.setting("PATH").split(":")
+    ours = [folder for folder in folders if not folder.startswith("/") or f"{os.path.realpath(folder)}/".startswith(home)]
+    if not ours or folders[-len(ours) :] == ours:
+        return ""
+    names = " and ".join(shown(folder) for folder in ours)
+    return f"PATH has {names} before the system's folders, so hermes could put programs there for root to run; put it last"
 
 
 # Ownership
@@ -1474,9 +1487,14 @@ def refresh(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, st
             slot.remove("down")
 
 
+def is_watched(scandir: str) -> bool:
+    """Say whether the scandir is an s6-svscan's."""
+    return os.path.exists(f"{scandir}/.s6-svscan/control")
+
+
 def rescan(scandir: str, option: str = "-a") -> None:
     """Let s6-svscan take up new slots (-an: and let go of removed ones), where one watches this scandir."""
-    if os.path.exists(f"{scandir}/.s6-svscan/control"):
+    if is_watched(scandir):
         code, text = s6("s6-svscanctl", option, scandir)
         if code:
             warn(f"s6-svscanctl {option} {scandir} failed ({text}); run it again as root, or restart the container")
@@ -1487,33 +1505,45 @@ def rescan(scandir: str, option: str = "-a") -> None:
 
 TAI_OFFSET = (1 << 62) + 37  # s6 counts TAI seconds since 1970, 37 ahead of UTC since 2017
 RESTART_WINDOW = 60  # seconds in which deaths count as one crash loop
+AT_ONCE = 64  # s6 programs that run at the same time, each with an open file of ours
 
 
 class S6Command:
-    """A running s6 program; many run at once. What it prints goes to memory, so that none waits for us to read."""
+    """A running s6 program. What it prints, a line at most, waits in a pipe."""
 
-    __slots__ = ("pid", "output")
+    __slots__ = ("pid", "output", "failure")
 
     def __init__(self, program: str, *arguments: str) -> None:
-        """Start it; OSError when there is no such program."""
-        self.output = os.memfd_create(program)
-        actions = [(os.POSIX_SPAWN_DUP2, self.output, 1), (os.POSIX_SPAWN_DUP2, self.output, 2)]
-        self.pid = os.posix_spawn(wrapper.s6_program(program), [program, *arguments], os.environ, file_actions=actions)
+        """Start it."""
+        self.output, printed = os.pipe()
+        actions = [(os.POSIX_SPAWN_DUP2, printed, 1), (os.POSIX_SPAWN_DUP2, printed, 2)]
+        try:
+            self.pid = os.posix_spawn(wrapper.s6_program(program), [program, *arguments], os.environ, file_actions=actions)
+        except OSError as error:
+            self.pid, self.failure = 0, f"{program}: {reason(error)}"
+        os.close(printed)
 
     def result(self) -> tuple[int, str]:
-        """Wait for its end; return its code and what it printed."""
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        """Wait for its end; return its code (127 when there is no such program) and what it printed."""
         with open(self.output, "rb") as file:
-            file.seek(0)
-            return code, file.read().decode(errors="replace").strip()
+            text = file.read().decode(errors="replace").strip()
+        if not self.pid:
+            return 127, self.failure
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), text
 
 
 def s6(program: str, *arguments: str) -> tuple[int, str]:
     """Run an s6 program; return its code and what it printed."""
-    try:
-        return S6Command(program, *arguments).result()
-    except OSError as error:
-        return 127, f"{program}: {reason(error)}"
+    return S6Command(program, *arguments).result()
+
+
+def tell_slots(slots: list[str], option: str) -> list[tuple[int, str]]:
+    """Run s6-svc on many slots, some at a time; return of each its code and what it printed."""
+    results = []
+    for start in range(0, len(slots), AT_ONCE):
+        commands = [S6Command("s6-svc", option, slot) for slot in slots[start : start + AT_ONCE]]
+        results += [command.result() for command in commands]
+    return results
 
 
 def until(condition, timeout: float) -> bool:
@@ -1823,10 +1853,8 @@ class S6ServiceManager:
         if not up:
             for name in names:
                 self.announce_stop(self.valid(name))
-        commands = {name: S6Command("s6-svc", "-u" if up else "-d", slot) for name, slot in slots.items()}
         failures: dict[str, GatewayError] = {}
-        for name, command in commands.items():
-            code, text = command.result()
+        for name, (code, text) in zip(slots, tell_slots([*slots.values()], "-u" if up else "-d")):
             if code:
                 failures[name] = CommandFailed(f"{name}: {text}; restart the container if no supervisor answers")
         waiting = [name for name in names if name not in failures]
@@ -1884,7 +1912,7 @@ class S6ServiceManager:
         if log_fault:
             warn(log_fault)
         rescan(self.scandir)
-        if not until(lambda: is_supervised(f"{self.scandir}/{name}"), 5) and os.path.exists(f"{self.scandir}/.s6-svscan/control"):
+        if not until(lambda: is_supervised(f"{self.scandir}/{name}"), 5) and is_watched(self.scandir):
             raise CommandFailed(f"{profile}: s6-svscan did not take up its slot within 5 s")
 
     def unregister_profile_gateway(self, profile: str, *, timeout: float | None = None) -> None:
@@ -2040,6 +2068,8 @@ def setup(boot: Boot) -> int:
     remap(boot)
     boot.does(f"run as {boot.owner[0]}:{boot.owner[1]}")
     if euid == 0:
+        if why := exposed_path(boot):
+            warn(why)
         join_groups(boot)
         own_static_services(boot)
         own_volume(boot, former=image_owner[0])
@@ -2123,12 +2153,15 @@ def reconcile(boot: Boot, command: list[str]) -> int:
             for profile in survey(boot, home, running):
                 boot.does(f"publish: {profile.line().split(' ', 1)[1].rstrip()}")
             return 0
-        lines = []
+        lines, free = [], SLOT_LIMIT if is_watched(boot.scandir) else sys.maxsize
         with Folder(boot.scandir, follow=True) as scandir:
             timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
             for profile, folder in profiles_of(boot, home, running):
-                if folder:
+                if folder and free:
+                    free -= 1
                     register(home, folder, scandir, profile, timeout)
+                elif folder:
+                    profile.action, profile.why = "skipped", f"s6-svscan takes no more than {SLOT_LIMIT} gateways; use another container"
                 lines.append(profile.line())
         rescan(boot.scandir)
         log_boot(boot, home, lines)
@@ -2952,7 +2985,10 @@ def version_checks(boot: Boot) -> list[Check]:
 
 
 def path_checks() -> list[Check]:
-    """Look for the s6 programs, ours and people's."""
+    """Look for the s6 programs, ours and people's, and for folders on PATH that endanger root."""
+    if why := exposed_path(Boot(wrapper.container_environment())):
+        found, _, mend = why.rpartition("; ")
+        return [Check("warn", "PATH", found, f"{mend}, with -e PATH=")]
     program = wrapper.s6_program("s6-svc")
     folder = os.path.dirname(program)
     if not os.access(program, os.X_OK):
@@ -3243,6 +3279,11 @@ def moment(text: str) -> str:
         return since_when(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def run() -> None:
+    """Be the script that the first line was given."""
+    raise SystemExit(main(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -79,12 +79,12 @@ def variable(name: str, value: str) -> None:
 
 
 def pairs(case, floor, runs: int, before=lambda: None) -> dict:
-    """Measure a case and its floor in turn; return medians, ratio and samples, in ms. before is not timed."""
+    """Measure a case and its floor in turn; return medians, ratio and samples, in ms. before comes before each and is not timed."""
     samples: dict[str, list[float]] = {"case": [], "floor": []}
     for _ in range(runs):
-        before()
-        samples["case"].append(case())
-        samples["floor"].append(floor())
+        for name, action in (("case", case), ("floor", floor)):
+            before()
+            samples[name].append(action())
     medians = {name: statistics.median(values) for name, values in samples.items()}
     return {"ms": medians["case"], "floor_ms": medians["floor"], "figure": medians["case"] / medians["floor"], "samples": samples}
 
@@ -127,6 +127,7 @@ class Volume:
         variable("HERMES_HOME", self.home)
         variable("S6_PROFILE_GATEWAY_SCANDIR", self.scandir)
         self.boot()
+        self.model = read_slot(f"{self.scandir}/gateway-default")
 
     def __enter__(self) -> Volume:
         return self
@@ -149,17 +150,7 @@ class Volume:
 
     def slots(self, count: int) -> float:
         """Make as many slots as a plain loop would, with the files of one that the boot has made; return ms."""
-        model = f"{self.scandir}/gateway-default"
-        folders, files, fifos = [], [], []
-        for path, _, names in os.walk(model):
-            folders.append((path[len(model) :], os.stat(path).st_mode & 0o7777))
-            for name in names:
-                file = Path(path, name)
-                place, mode = str(file)[len(model) :], file.stat().st_mode & 0o777
-                if file.is_fifo():
-                    fifos.append((place, mode))
-                else:
-                    files.append((place, mode, file.read_bytes()))
+        folders, files, fifos = self.model
         target = f"{self.top}/loop"
         os.mkdir(target)
         started = time.perf_counter()
@@ -180,6 +171,21 @@ class Volume:
         took = (time.perf_counter() - started) * 1000
         shutil.rmtree(target)
         return took
+
+
+def read_slot(model: str) -> tuple[list, list, list]:
+    """Return the folders, files and FIFOs of a slot, by their paths in it, with modes and contents."""
+    folders, files, fifos = [], [], []
+    for path, _, names in os.walk(model):
+        folders.append((path[len(model) :], os.stat(path).st_mode & 0o7777))
+        for name in names:
+            file = Path(path, name)
+            place, mode = str(file)[len(model) :], file.stat().st_mode & 0o777
+            if file.is_fifo():
+                fifos.append((place, mode))
+            else:
+                files.append((place, mode, file.read_bytes()))
+    return folders, files, fifos
 
 
 def measure(quick: bool) -> dict[str, dict]:

@@ -228,6 +228,35 @@ def test_the_old_entrypoint_says_that_it_is_old(container):
     assert "run as 10000:10000" in done.stderr and done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    "path, said",
+    [
+        ("/opt/data/bin:/usr/bin:/bin:/command", "PATH has /opt/data/bin before the system's folders"),
+        ("/usr/bin:/bin::/command", "PATH has '' before the system's folders"),
+        ("/usr/bin:/bin:/command:/opt/data/bin", ""),
+    ],
+)
+def test_a_path_that_endangers_root_is_said(container, path, said):
+    """What hermes can write must come last; the boot goes on."""
+    done = container(environment={"PATH": path}).run("hermes-boot", "doctor")
+    assert said in done.stderr.decode() and (b"PATH has" in done.stderr) == (b"warn  PATH: " in done.stdout) == bool(said), done
+
+
+@pytest.mark.sandbox
+def test_more_profiles_than_s6_supervises(container, tmp_path):
+    """s6-svscan would take any 500 of them; the first in name order have a gateway, default before all, and the others a line."""
+    for number in range(520):
+        folder = tmp_path / f"volume/profiles/p{number:03}"
+        folder.mkdir(parents=True)
+        (folder / "SOUL.md").touch()
+    box = container(environment={"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"})
+    hermes_that_sleeps(box)
+    box.start("sleep", "infinity")
+    assert wait_for(lambda: wanted_up(box)["gateway-default"] if box.log().count("action=registered") else False)
+    assert box.log().count("action=registered") == 489 and "too many services" not in box.log()
+    assert 'profile=p489 prior_state=none action=skipped reason="s6-svscan takes no more than 490 gateways' in box.log()
+
+
 def make(*arguments: str) -> subprocess.CompletedProcess:
     """Run a make target as people do where there is no engine."""
     return subprocess.run(

@@ -89,7 +89,7 @@ def test_a_user_namespace_that_maps_hermes(container, tmp_path):
 
 # Compose and Kubernetes
 
-COMPOSE, KUBERNETES = PROJECT / "compose.yaml", PROJECT / "docs/kubernetes.yaml"
+COMPOSE, KUBERNETES, WORKFLOW = (PROJECT / name for name in ("compose.yaml", "docs/kubernetes.yaml", ".github/workflows/image.yaml"))
 CAPABILITIES = {"CHOWN", "SETUID", "SETGID", "DAC_OVERRIDE", "FOWNER", "KILL"}
 
 
@@ -124,15 +124,33 @@ def test_the_kubernetes_file_fits_the_image():
     assert hermes["image"] == f"hermes-agent:{AGENT_VERSION}" and "command" not in hermes
 
 
+FROM_PYPI = [
+    ("kubernetes-validate", "--strict", KUBERNETES),
+    ("check-jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE),
+    ("check-jsonschema", "--builtin-schema", "vendor.github-workflows", WORKFLOW),
+    ("hadolint", "--config", PROJECT / ".hadolint.yaml", PROJECT / "Dockerfile"),
+]
+
+
+@pytest.mark.parametrize("validator", FROM_PYPI, ids=["Kubernetes", "Compose", "GitHub Actions", "Dockerfile"])
+def test_the_published_schemas_and_rules_accept_them(validator):
+    """Where the validator is installed, as it is in CI."""
+    if not shutil.which(validator[0]):
+        (pytest.fail if os.environ.get("HERMES_TEST_REQUIRE_LIVE") else pytest.skip)(f"{validator[0]} is not installed; it is on PyPI")
+    accepts(validator)
+
+
 @pytest.mark.parametrize(
-    "validator",
-    [["kubeconform", "-strict", "-summary", KUBERNETES], ["docker", "compose", "-f", COMPOSE, "config", "-q"]],
-    ids=["kubeconform", "docker compose"],
+    "validator", [("docker", "compose", "-f", COMPOSE, "config", "-q"), ("docker", "build", "--check", PROJECT)], ids=["compose", "build"]
 )
-def test_the_published_schemas_accept_them(validator):
-    """Where a validator is installed, and can fetch its schemas."""
-    probe = [validator[0], "compose", "version"] if validator[0] == "docker" else [validator[0], "-v"]
-    if not shutil.which(validator[0]) or subprocess.run(probe, capture_output=True).returncode:
-        pytest.skip(f"{' '.join(map(str, validator[:2]))} is not installed")
+def test_docker_accepts_them(validator):
+    """Docker's own word, where it answers."""
+    if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True).returncode:
+        pytest.skip("no Docker engine answers")
+    accepts(validator)
+
+
+def accepts(validator: tuple) -> None:
+    """Run a validator, which finds nothing."""
     done = subprocess.run(validator, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

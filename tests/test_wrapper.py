@@ -9,6 +9,7 @@ import signal
 import time
 
 import pytest
+from sandbox import PROJECT
 
 CODES = [(f"exit {code}", code) for code in (0, 1, 2, 42, 126, 127, 143)]
 SIGNALS = [(f"kill -{name} $$", 128 + number) for name, number in (("TERM", 15), ("KILL", 9), ("SEGV", 11), ("PIPE", 13))]
@@ -187,3 +188,10 @@ def test_the_hermes_command_drops_root(container, sent):
     done = box.exec("hermes", "chat", "a b")
     assert (done.stdout, done.returncode) == ("10000\n/opt/data chat a b\n", -sent)
     assert box.exec("hermes", environment={"HERMES_DOCKER_EXEC_AS_ROOT": "1"}).stdout.startswith("0\n")
+
+
+@pytest.mark.parametrize("script", ["main_wrapper.py", "hermes_boot.py"])
+def test_an_old_kernel_reads_the_whole_first_line(script):
+    """Linux before 5.1 looks at 127 bytes of a script, gVisor too."""
+    with open(PROJECT / script, "rb") as file:
+        assert len(file.readline()) <= 127
