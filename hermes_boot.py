@@ -1733,12 +1733,13 @@ class S6ServiceManager:
         return f"no such gateway: {profile}; {advice}"
 
     def list_profile_gateways(self) -> list[str]:
-        """Return the profiles that have a slot, in name order."""
+        """Return the profiles that have a slot, in name order. hermes can put folders of any name into the scandir; these are none."""
         try:
             names = os.listdir(self.scandir)
         except OSError:
             return []
-        return sorted(name.removeprefix(SLOT_PREFIX) for name in names if name.startswith(SLOT_PREFIX))
+        profiles = [name.removeprefix(SLOT_PREFIX) for name in names if name.startswith(SLOT_PREFIX)]
+        return sorted(profile for profile in profiles if not name_fault(profile))
 
     # State
 
@@ -2243,9 +2244,10 @@ CONT_INIT, CONT_FINISH = "/etc/cont-init.d", "/etc/cont-finish.d"
 
 
 class Children:
-    """Our child processes, the container's orphans among them: reaped as they end, with the codes of those we wait for."""
+    """Our child processes, the container's orphans among them: reaped as they end, with the codes of those we wait for; and whether
+    somebody has asked for the end, by SIGTERM."""
 
-    __slots__ = ("codes", "signals")
+    __slots__ = ("codes", "signals", "asked_to_end")
 
     def __init__(self) -> None:
         """Make this process the one that orphans come to, and take signals one by one from here on."""
@@ -2254,6 +2256,7 @@ class Children:
         names = "SIGTERM SIGINT SIGHUP SIGQUIT SIGUSR1 SIGUSR2 SIGWINCH SIGCHLD SIGTTOU SIGTTIN".split()
         self.signals = {getattr(signal, name) for name in names}
         self.codes: dict[int, int] = {}
+        self.asked_to_end = False
         signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
         try:
             import ctypes
@@ -2275,7 +2278,8 @@ class Children:
             pass  # none is left
 
     def wait(self, *pids: int, command: int = 0, timeout: float = 86400) -> int:
-        """Wait until one of these has ended, or for SIGTERM, or timeout seconds; return the pid, or 0. Other signals go to command."""
+        """Wait until one of these has ended, or timeout seconds; return the pid, or 0. While a command runs, SIGTERM ends the wait too,
+        and other signals are passed on to it."""
         import signal
 
         deadline = time.monotonic() + timeout
@@ -2287,10 +2291,12 @@ class Children:
             received = signal.sigtimedwait(self.signals, max(0, min(60, deadline - time.monotonic())))
             if received is None and time.monotonic() > deadline:
                 return 0
-            if command and received and received.si_signo == signal.SIGTERM:
+            number = received.si_signo if received else signal.SIGCHLD
+            self.asked_to_end = self.asked_to_end or number == signal.SIGTERM
+            if command and self.asked_to_end:
                 return 0
-            if command and received and received.si_signo not in (signal.SIGCHLD, signal.SIGTTOU, signal.SIGTTIN):
-                os.kill(command, received.si_signo)
+            if command and number not in (signal.SIGCHLD, signal.SIGTTOU, signal.SIGTTIN):
+                os.kill(command, number)
 
     def end_all(self, grace: float) -> None:
         """End every process that is left below us, and nobody else's: SIGTERM, grace seconds, SIGKILL until there is none."""
@@ -2329,8 +2335,10 @@ def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
     publish_static_services(boot)
     if not boot.quiet:
         say("info", f"s6-svscan runs as PID {svscan}, without s6-overlay ({why}); gateways are supervised all the same")
-    failed = [script for script in scripts_in(CONT_INIT) if run_to_end(children, script, environment)]
-    if failed and boot.setting("S6_BEHAVIOUR_IF_STAGE2_FAILS") == "2":
+    failed = [script for script in scripts_in(CONT_INIT) if not children.asked_to_end and run_to_end(children, script, environment)]
+    if children.asked_to_end:
+        command, code = 0, -SIGTERM
+    elif failed and boot.setting("S6_BEHAVIOUR_IF_STAGE2_FAILS") == "2":
         command, code = 0, 1
     else:
         command, code = start_command(children, words, environment)
@@ -2669,20 +2677,20 @@ def health(environment: dict[str, str]) -> int:
     if not supervisor_answers(boot.scandir):
         print(f"unhealthy: no supervisor answers on {boot.scandir}")
         return 1
-    slots = sorted(name for name in os.listdir(boot.scandir) if name.startswith(SLOT_PREFIX))
-    ill = [f"{name.removeprefix(SLOT_PREFIX)}: {why}" for name in slots if (why := illness(boot, name))]
-    print(f"unhealthy: {'; '.join(ill)}" if ill else f"healthy: {len(slots)} slots")
+    profiles = S6ServiceManager(boot.scandir, boot.home, environment=environment).list_profile_gateways()
+    ill = [f"{profile}: {why}" for profile in profiles if (why := illness(boot, profile))]
+    print(f"unhealthy: {'; '.join(ill)}" if ill else f"healthy: {len(profiles)} slots")
     return int(bool(ill))
 
 
-def illness(boot: Boot, name: str) -> str:
+def illness(boot: Boot, profile: str) -> str:
     """Return why a gateway that should be up is not, "" when it is, or need not be, or has just been told to start."""
-    slot = f"{boot.scandir}/{name}"
+    slot = f"{boot.scandir}/{SLOT_PREFIX}{profile}"
     status = slot_status(slot)
     if status is None:
         return "no supervisor"
     if not status.wanted:
-        parked = not status.up and status.ended == EX_CONFIG << 8 and not was_stopped(boot, name.removeprefix(SLOT_PREFIX))
+        parked = not status.up and status.ended == EX_CONFIG << 8 and not was_stopped(boot, profile)
         return f"parked after {ending(status.ended)}" if parked else ""
     if is_looping([moment for moment, _ in deaths(slot)]):
         return "crash loop"

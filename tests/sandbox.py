@@ -279,8 +279,12 @@ class Sandbox:
 
     def booted(self) -> bool:
         """Say whether the CMD runs."""
-        init = self.init()
-        return bool(init) and os.path.exists(f"/proc/{init}/root/run/{'hermes-command' if self.entrypoint else 's6/workdir.done'}")
+        root = f"/proc/{self.init()}/root"
+        try:
+            inside = os.stat(root).st_dev != os.stat("/").st_dev  # before it is in its own root, /run there is the machine's
+        except OSError:
+            return False
+        return inside and os.path.exists(f"{root}/run/{'hermes-command' if self.entrypoint else 's6/workdir.done'}")
 
     def log(self) -> str:
         """Return what `docker logs` would show."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import time
 
 import pytest
 from conftest import MANAGER, RUN
-from sandbox import WRAPPER, wait_for
+from sandbox import WRAPPER, wait_for, write_script
 
 import main_wrapper
 
@@ -85,6 +86,21 @@ def test_the_end_is_graceful(gateways):
     box = host.box
     box.start("sh", "-c", "trap 'exit 7' TERM; while :; do sleep 0.05; done")
     assert box.stop() == 7
+
+
+@pytest.mark.sandbox
+def test_the_end_may_come_during_the_boot(container):
+    """SIGTERM while a boot script runs: that one ends, what would follow never starts, code 143."""
+    box = container(entrypoint=INIT)
+    for name, script in (("03-slow", "touch /run/slow; sleep 1; touch /run/slow-done"), ("04-later", "echo later >&2")):
+        write_script(box.upper / "etc/cont-init.d" / name, f"#!/bin/sh\n{script}\n")
+    write_script(box.upper / "etc/cont-finish.d/00-tell", "#!/bin/sh\n[ ! -e /run/slow-done ] || echo finished >&2\n")
+    process = subprocess.Popen(box.command(["echo", "command"]), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    (box.folder / "pid").write_text(str(process.pid))
+    assert wait_for(lambda: box.path("/run/slow").exists())
+    os.kill(box.init(), signal.SIGTERM)
+    out, said = process.communicate(timeout=20)
+    assert (process.returncode, out) == (143, b"") and b"finished" in said and b"later" not in said, said
 
 
 def test_the_command_gateway_run_is_s6s(gateways):
