@@ -46,7 +46,7 @@ VERSION_STAMP = ".hermes-agent-version"
 VERSION = "1.0.0"
 
 STATE_FILE = "gateway_state.json"
-STATE_LIMIT = 4 << 20  # bytes; real ones have a few hundred
+STATE_LIMIT = 512 << 10  # bytes; real ones have a few hundred
 STALE_FILES = ("gateway.pid", "processes.json")  # of a dead container's processes
 BOOT_LOG, BOOT_LOG_LIMIT = "container-boot.log", 256 << 10
 PROFILE_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
@@ -110,6 +110,9 @@ def guarded(action, *arguments) -> int:
         say("fatal", str(error))
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read has seen enough
+        return 128 + wrapper.SIGPIPE
     except Exception:
         sys.excepthook(*sys.exc_info())
     return 1
@@ -191,14 +194,20 @@ class Folder:
         mode holds from the first instant (it is open's, not a later chmod's), so a secret is never readable by others.
         """
         with Lock(self, name):
-            temporary = self.write_beside(name, data, mode)
             if replace:
-                os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-            elif not self.reserve(temporary, name):
+                self.replace(name, data, mode)
+                return True
+            temporary = self.write_beside(name, data, mode)
+            if not self.reserve(temporary, name):
                 os.unlink(temporary, dir_fd=self.fd)
                 return False
             os.fsync(self.fd)
         return True
+
+    def replace(self, name: str, data: bytes, mode: int) -> None:
+        """Put a file in place whole, whatever has its name, for a caller that holds the lock."""
+        os.rename(self.write_beside(name, data, mode), name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        os.fsync(self.fd)
 
     def update(self, name: str, edit, limit: int) -> None:
         """Replace a file by what edit makes of its content (None when missing), whole. Our own writers are kept out by the lock;
@@ -212,13 +221,15 @@ class Folder:
                     return
                 temporary = self.write_beside(name, new, stat.S_IMODE(before.st_mode) if before else 0o644)
                 after = self.stat(name)
-                if before is after is None or (before and after and changes(before) == changes(after)):
-                    break
-                os.unlink(temporary, dir_fd=self.fd)
-            else:
-                raise OSError(errno.EBUSY, "is being written all the time")
-            os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-            os.fsync(self.fd)
+                try:
+                    if before is after is None or (before and after and changes(before) == changes(after)):
+                        os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+                        os.fsync(self.fd)
+                        return
+                    os.unlink(temporary, dir_fd=self.fd)
+                except FileNotFoundError:
+                    continue  # we had to do without the lock, and who has it took our file for a dead writer's
+            raise OSError(errno.EBUSY, "is being written all the time")
 
     def write_beside(self, name: str, data: bytes, mode: int) -> str:
         """Write a file under a temporary name, safely on disk; return that name. Leaves nothing when it fails."""
@@ -247,6 +258,14 @@ class Folder:
             os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         return True
 
+    def trusted_link(self, name: str) -> str:
+        """Return where a link of root's leads that nobody else can replace, "" for anything else."""
+        own, entry = os.fstat(self.fd), self.stat(name)
+        others_write = own.st_uid != 0 or (own.st_mode & 0o022 and not own.st_mode & stat.S_ISVTX)
+        if others_write or entry is None or entry.st_uid != 0 or not stat.S_ISLNK(entry.st_mode):
+            return ""
+        return os.readlink(name, dir_fd=self.fd)
+
     def remove_temporaries(self, *names: str) -> None:
         """Remove what killed writers of these names left; only with the lock held is every one of them stale."""
         starts = tuple(f".{name}." for name in names)
@@ -258,16 +277,68 @@ class Folder:
                     continue  # a folder of that name is not ours, and in nobody's way
 
     def remove(self, name: str) -> None:
-        """Remove an entry with all below it, if it is there."""
+        """Remove an entry with all below it, if it is there. However deep that is: what lies two levels down is moved one up first."""
         try:
             os.unlink(name, dir_fd=self.fd)
+            return
         except FileNotFoundError:
             return
         except (IsADirectoryError, PermissionError):
-            with Folder(name, self.fd) as below:
-                for entry in os.listdir(below.fd):
-                    below.remove(entry)
-            os.rmdir(name, dir_fd=self.fd)
+            pass
+        with Folder(name, self.fd) as top:
+            moved = 0
+            while entries := os.listdir(top.fd):
+                for entry in entries:
+                    if top.unlinked(entry):
+                        continue
+                    with Folder(entry, top.fd) as below:
+                        for deeper in os.listdir(below.fd):
+                            if not below.unlinked(deeper):
+                                moved += 1
+                                os.rename(deeper, f".moved-{moved}-{time.time_ns()}", src_dir_fd=below.fd, dst_dir_fd=top.fd)
+                    os.rmdir(entry, dir_fd=top.fd)
+        os.rmdir(name, dir_fd=self.fd)
+
+    def unlinked(self, name: str) -> bool:
+        """Remove what is not a folder; say whether it was none."""
+        try:
+            os.unlink(name, dir_fd=self.fd)
+        except (IsADirectoryError, PermissionError):
+            return False
+        return True
+
+
+def trusted_folder(path: str, *, make: bool = False) -> Folder:
+    """Open a folder by an absolute path, making what is missing of it if asked to, as nobody but root decides.
+
+    Root goes through a link only where root made it, in a folder that nobody else may write. Below any other folder there may be
+    links at every step, whoever has the volume there puts them; OSError (ELOOP) then. Without root there is nothing to lose: links
+    are followed.
+    """
+    if os.geteuid() != 0:
+        if make:
+            os.makedirs(path, 0o755, exist_ok=True)
+        return Folder(path, follow=True)
+    folder, names, hops = Folder("/"), path.split("/")[::-1], 0
+    given = len(names)  # of the names left, these are the path's own, which may be made; the others are of links
+    while names:
+        name = names.pop()
+        try:
+            if name in ("", "."):
+                continue
+            missing = make and len(names) < given and folder.stat(name) is None
+            child = folder.made(name) if missing else Folder(name, folder.fd)
+        except OSError as error:
+            target, hops = folder.trusted_link(name) if error.errno in (errno.ELOOP, errno.ENOTDIR) else "", hops + 1
+            if not target or hops > 40:
+                os.close(folder.fd)
+                raise
+            given = min(given, len(names))
+            names += target.split("/")[::-1]
+            child = Folder("/") if target.startswith("/") else Folder(".", folder.fd)
+        os.close(folder.fd)
+        folder = child
+    return folder
 
 
 def changes(status: os.stat_result) -> tuple[int, int, int]:
@@ -321,7 +392,7 @@ class Boot:
         """Raise Fatal when HERMES_HOME is nothing to boot on."""
         self.environment = environment
         self.home = wrapper.root_home(environment)
-        self.scandir = setting(environment, "S6_PROFILE_GATEWAY_SCANDIR") or SCANDIR
+        self.scandir = scandir_of(environment)
         self.owner: Owner = wrapper.account() or owner_of(self.home)
         if os.geteuid() not in (0, self.owner[0]) and os.getegid() == 0:
             self.owner = os.geteuid(), 0  # OpenShift's way: any UID, with root's group
@@ -347,6 +418,11 @@ class Boot:
         return self.setting("S6_VERBOSITY") == "0"
 
 
+def scandir_of(environment: dict[str, str]) -> str:
+    """Return the path of the scandir."""
+    return setting(environment, "S6_PROFILE_GATEWAY_SCANDIR").rstrip("/") or SCANDIR
+
+
 def owner_of(path: str) -> Owner:
     """Return a path's owner, or our own where it is missing: who to act as in an image without a hermes user."""
     try:
@@ -357,14 +433,15 @@ def owner_of(path: str) -> Owner:
 
 
 def in_child(action, *arguments) -> int:
-    """Run an action in a child process; return its exit code."""
+    """Run an action in a child process; return its exit code, 128 + n where signal n ended it."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         code = guarded(action, *arguments)
         sys.stdout.flush()
         os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code if code >= 0 else 128 - code
 
 
 def drop_root(owner: Owner) -> None:
@@ -387,7 +464,9 @@ def as_owner(owner: Owner, action, *arguments) -> int:
 
     if os.geteuid() != 0 or owner[0] == 0:
         return guarded(action, *arguments)
-    return in_child(dropped)
+    if (code := in_child(dropped)) > 128:
+        say("error", f"a process of the boot was ended by signal {code - 128}; most likely it had too little memory")
+    return code
 
 
 def run_helper(argv: list[str], environment: dict[str, str]) -> int:
@@ -500,7 +579,8 @@ def remap(boot: Boot) -> None:
 def given_groups() -> list[int]:
     """Return the GIDs that the container was started with (`--group-add`) and that of a mounted Docker socket, root's excepted."""
     groups: list[int] = []
-    with open("/proc/1/status", "rb") as file:
+    init = wrapper.noted_process(wrapper.SUPERVISOR_PROCESS) or 1  # PID 1 may be another container's
+    with open(f"/proc/{init}/status", "rb") as file:
         for line in file:
             if line.startswith(b"Groups:"):
                 groups = [int(number) for number in line.split()[1:]]
@@ -564,14 +644,15 @@ class Sweep:
     could write anyway).
     """
 
-    __slots__ = ("uid", "gid", "dry_run", "former", "mounts", "alone", "changed", "checked", "linked", "first", "failure", "failed")
+    __slots__ = ("uid", "gid", "dry_run", "former", "mounted", "alone", "changed", "checked", "linked", "first", "failure", "failed")
     COUNTS, WORDS = ("changed", "checked", "linked", "failed"), ("first", "failure")
 
-    def __init__(self, boot: Boot, *, former: int = 0, mounts: frozenset[tuple[int, int]] = frozenset()) -> None:
+    def __init__(self, boot: Boot, *, former: int = -1, mounted: bool = False) -> None:
+        """former is the UID that hermes had before, -1 for none; mounted says whether other file systems lie below."""
         self.uid, self.gid = boot.owner
         self.dry_run = boot.dry_run
         self.former = {former, self.uid}
-        self.mounts = mounts
+        self.mounted = mounted
         self.alone = not os.path.exists(wrapper.COMMAND_PROCESS)  # nothing of hermes's runs before the CMD
         self.reset()
 
@@ -588,37 +669,45 @@ class Sweep:
             return  # removed while we looked
         try:
             status = os.fstat(fd)
-            if not self.may_change(status):
+            if not self.may_change(status) or (self.mounted and self.place(fd) != self.place(at)):
                 return
             path = f"/proc/self/fd/{fd}"
             if (status.st_uid, status.st_gid) != (self.uid, self.gid):
                 if not self.dry_run:
                     os.chown(path, self.uid, self.gid)
-                self.note(name, status)
+                self.note(name, at, status)
             if writable and stat.S_ISREG(status.st_mode) and status.st_mode & 0o600 != 0o600 and not self.dry_run:
                 os.chmod(path, stat.S_IMODE(os.fstat(fd).st_mode) | 0o600)
         except OSError as error:
-            self.fail(name, error)
+            self.fail(name, at, error)
         finally:
             os.close(fd)
 
-    def note(self, name: str, status: os.stat_result) -> None:
-        """Count a wrong owner; the first one is shown."""
+    def note(self, name: str, at: int, status: os.stat_result) -> None:
+        """Count a wrong owner; the first one is shown, by its path."""
         self.changed += 1
         if not self.first:
-            self.first = f"{shown(name)} belongs to {status.st_uid}:{status.st_gid}"
+            self.first = f"{path_in(at, name)} belongs to {status.st_uid}:{status.st_gid}"
 
     def may_change(self, status: os.stat_result) -> bool:
         """Say whether root may act on an entry, by its descriptor's status."""
         kind = stat.S_IFMT(status.st_mode)
-        if kind == stat.S_IFREG and status.st_nlink > 1 and status.st_uid not in self.former:
+        if kind != stat.S_IFDIR and status.st_nlink > 1 and status.st_uid not in self.former:
             self.linked += 1
             return False
         return kind not in (stat.S_IFBLK, stat.S_IFCHR)
 
-    def fail(self, name: str, error: OSError) -> None:
+    def place(self, fd: int) -> tuple[int, bytes]:
+        """Return what file system an open entry is on, and by which mount: a bind mount from the same disk has the same device."""
+        mount = b""
+        if self.mounted:
+            with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+                mount = next((line for line in file if line.startswith(b"mnt_id:")), b"")  # since Linux 3.15
+        return os.fstat(fd).st_dev, mount
+
+    def fail(self, name: str, at: int, error: OSError) -> None:
         """Count a refusal; the first one stands for all, since a volume that refuses one chown refuses every one."""
-        self.failure = self.failure or f"{shown(name)}: {reason(error)}"
+        self.failure = self.failure or f"{path_in(at, name)}: {reason(error)}"
         self.failed += 1
 
     def entries(self, fd: int, path: str) -> list[str]:
@@ -627,9 +716,9 @@ class Sweep:
         The folder itself comes last. Until then, before anything of hermes's runs, nobody but root can rename in a folder that is
         not hermes's and that only its owner may write: there a chown by name does what four calls by descriptor would.
         """
-        uid, gid, mounts, folders, checked = self.uid, self.gid, self.mounts, [], 0
+        uid, gid, folders, checked = self.uid, self.gid, [], 0
         own = os.fstat(fd)
-        still = self.alone and own.st_uid != uid and not own.st_mode & 0o022
+        still = self.alone and not self.mounted and own.st_uid != uid and not own.st_mode & 0o022
         with os.scandir(fd) as listing:
             for entry in listing:
                 checked += 1
@@ -641,8 +730,6 @@ class Sweep:
                 except OSError:
                     continue  # removed while we looked
                 if status.st_uid == uid and status.st_gid == gid:
-                    continue
-                if mounts and (status.st_dev, status.st_ino) in mounts:
                     continue
                 if not still:
                     self.claim(entry.name, fd)
@@ -663,22 +750,21 @@ class Sweep:
             else:
                 os.chown(fd, self.uid, self.gid)
         except OSError as error:
-            self.fail(name, error)
+            self.fail(name, fd, error)
         else:
-            self.note(name, status)
+            self.note(name if inside else ".", fd, status)
 
     def tree(self, folder: Folder, path: str) -> None:
         """Check an open folder and all below it; it is closed. One descriptor at any depth: the way back up is `..`, checked to be
         where we came from."""
         fd = folder.fd
         try:
-            status = os.fstat(fd)
-            device = status.st_dev
-            above = [(status.st_ino, self.entries(fd, path))]
+            place = self.place(fd)
+            above = [(os.fstat(fd).st_ino, self.entries(fd, path))]
             while True:
                 _, folders = above[-1]
                 if folders:
-                    fd = self.descend(fd, folders.pop(), device, above)
+                    fd = self.descend(fd, folders.pop(), place, above)
                     continue
                 above.pop()
                 if not above:
@@ -689,15 +775,15 @@ class Sweep:
         finally:
             os.close(fd)
 
-    def descend(self, fd: int, name: str, device: int, above: list[tuple[int, list[str]]]) -> int:
+    def descend(self, fd: int, name: str, place: tuple[int, bytes], above: list[tuple[int, list[str]]]) -> int:
         """Check a folder's entries and make it the current one, unless it is gone, unreadable or another file system."""
-        child = self.enter(fd, name, device)
+        child = self.enter(fd, name, place)
         if child is None:
             return fd
         above.append((os.fstat(child.fd).st_ino, self.entries(child.fd, name)))
         return replace_fd(fd, child.fd)
 
-    def enter(self, fd: int, name: str, device: int) -> Folder | None:
+    def enter(self, fd: int, name: str, place: tuple[int, bytes]) -> Folder | None:
         """Open a folder to check it, None when it is gone, unreadable or another file system."""
         try:
             child = Folder(name, fd)
@@ -706,29 +792,28 @@ class Sweep:
         except OSError as error:
             if error.errno != errno.ELOOP:  # a link in its place is not ours to follow
                 self.claim(name, fd)
-                self.fail(name, error)
+                self.fail(name, fd, error)
             return None
-        status = os.fstat(child.fd)
-        if status.st_dev == device and (status.st_dev, status.st_ino) not in self.mounts:
+        if self.place(child.fd) == place:
             return child
         os.close(child.fd)
         return None
 
     def volume(self, home: Folder) -> None:
         """Check all managed folders. The upper levels here; once there are folders enough to share, all cores take from them."""
-        waiting: list[tuple[str, int]] = []  # a folder's path, and the file system it must be on
+        waiting: list[tuple[str, tuple[int, bytes]]] = []  # a folder's path, and where it must be
         for path in MANAGED_FOLDERS:
             waiting += self.top(home, path)
         done = 0
         while done < len(waiting) < SHARED_FOLDERS:
-            path, device = waiting[done]
+            path, place = waiting[done]
             done += 1
             deep = path.count("/") >= SHARED_DEPTH
-            waiting += self.below(home, path, device, self.tree if deep else self.opened) or []
+            waiting += self.below(home, path, place, self.tree if deep else self.opened) or []
         if done < len(waiting):
             self.share(home, waiting[done:])
 
-    def top(self, home: Folder, path: str) -> list[tuple[str, int]]:
+    def top(self, home: Folder, path: str) -> list[tuple[str, tuple[int, bytes]]]:
         """Check one managed folder's entries; return its folders. A link or a file in its place is said and left alone."""
         parent = os.path.dirname(path)
         try:
@@ -745,26 +830,26 @@ class Sweep:
             warn(f"{path} on the volume {fault(error)}; its owners were not checked; put a plain folder there")
             return []
 
-    def opened(self, folder: Folder, path: str) -> list[tuple[str, int]]:
+    def opened(self, folder: Folder, path: str) -> list[tuple[str, tuple[int, bytes]]]:
         """Check an open folder's entries and close it; return its folders as volume() wants them."""
         with folder:
-            device = os.fstat(folder.fd).st_dev
-            return [(f"{path}/{name}", device) for name in self.entries(folder.fd, path)]
+            place = self.place(folder.fd)
+            return [(f"{path}/{name}", place) for name in self.entries(folder.fd, path)]
 
-    def below(self, home: Folder, path: str, device: int, action) -> list[tuple[str, int]] | None:
+    def below(self, home: Folder, path: str, place: tuple[int, bytes], action) -> list[tuple[str, tuple[int, bytes]]] | None:
         """Open a folder anew and return what the action makes of it; whatever became of it since we saw it is counted."""
         parent, _, name = path.rpartition("/")
         try:
             with home.folder(parent) as above:
-                folder = self.enter(above.fd, name, device)
+                folder = self.enter(above.fd, name, place)
             return action(folder, path) if folder else None
         except FileNotFoundError:
             return None  # removed while we looked
         except OSError as error:
-            self.fail(path, error)
+            self.fail(path, home.fd, error)
             return None
 
-    def share(self, home: Folder, folders: list[tuple[str, int]]) -> None:
+    def share(self, home: Folder, folders: list[tuple[str, tuple[int, bytes]]]) -> None:
         """Check folders in as many processes as there are cores; each takes the next group by a byte from a pipe."""
         groups = min(256, len(folders))
         tokens, filled = os.pipe()
@@ -773,8 +858,8 @@ class Sweep:
 
         def work() -> None:
             while token := os.read(tokens, 1):
-                for path, device in folders[token[0] :: groups]:
-                    self.below(home, path, device, self.tree)
+                for path, place in folders[token[0] :: groups]:
+                    self.below(home, path, place, self.tree)
 
         children = [self.fork(work) for _ in range(min(MOST_SWEEPERS, len(os.sched_getaffinity(0))) - 1)]
         work()
@@ -822,43 +907,48 @@ class Sweep:
             )
 
 
+def path_in(folder: int, name: str) -> str:
+    """Return the path of an entry of an open folder, for people."""
+    return shown(os.path.normpath(os.path.join(os.readlink(f"/proc/self/fd/{folder}"), name)))
+
+
 def replace_fd(old: int, new: int) -> int:
     """Close one descriptor and return another."""
     os.close(old)
     return new
 
 
-def mounts_below(home: str) -> frozenset[tuple[int, int]]:
-    """Return (device, inode) of every mount point below a folder: of a bind mount from the same disk the device alone says nothing."""
-    below = os.path.realpath(home).rstrip("/") + "/"
-    result = set()
+def has_mounts_below(home: str) -> bool:
+    """Say whether something is mounted below a folder."""
+    below = os.fsencode(os.path.realpath(home).rstrip("/") + "/")
     with open("/proc/self/mountinfo", "rb") as file:
         for line in file:
             path = line.split(b" ")[4]
             for octal, character in ((b"\\040", b" "), (b"\\011", b"\t"), (b"\\012", b"\n"), (b"\\134", b"\\")):
                 path = path.replace(octal, character)
-            if path.startswith(os.fsencode(below)):
-                try:
-                    status = os.lstat(path)
-                except OSError:
-                    continue  # hidden below another mount
-                result.add((status.st_dev, status.st_ino))
-    return frozenset(result)
+            if path.startswith(below):
+                return True
+    return False
 
 
-def own_volume(boot: Boot, former: int) -> None:
+def own_volume(boot: Boot) -> None:
     """Hand HERMES_HOME itself, the managed folders and the managed top-level files to hermes. All else there is the user's."""
-    if not os.path.isdir(boot.home):
-        if not boot.does(f"make {shown(boot.home)}"):
-            return
-        make_home(boot)
-    sweep_volume(boot, former).report(boot)
+    if not os.path.isdir(boot.home) and not boot.does(f"make {shown(boot.home)}"):
+        return
+    make_home(boot)
+    try:
+        sweep = sweep_volume(boot)
+    except OSError as error:
+        raise Fatal(f"HERMES_HOME={boot.home!r} {fault(error)}; every folder on the way to it must be a plain one") from error
+    sweep.report(boot)
 
 
-def sweep_volume(boot: Boot, former: int) -> Sweep:
-    """Check all that hermes manages on the volume, and change wrong owners unless it is a dry run."""
-    sweep = Sweep(boot, former=former, mounts=mounts_below(boot.home))
-    with Folder(boot.home, follow=True) as home:
+def sweep_volume(boot: Boot) -> Sweep:
+    """Check all that hermes manages on the volume, and change wrong owners unless it is a dry run. Who the volume belongs to until
+    then is who hermes was before, root excepted."""
+    with trusted_folder(boot.home) as home:
+        former = os.fstat(home.fd).st_uid or -1
+        sweep = Sweep(boot, former=former, mounted=has_mounts_below(boot.home))
         sweep.claim(".", home.fd)
         with os.scandir(home.fd) as listing:
             files = [entry.name for entry in listing if is_managed_file(entry.name) and entry.is_file(follow_symlinks=False)]
@@ -870,9 +960,11 @@ def sweep_volume(boot: Boot, former: int) -> Sweep:
 
 
 def make_home(boot: Boot) -> None:
-    """Make HERMES_HOME with its parents. Fatal when that cannot be."""
+    """Make HERMES_HOME with its parents, unless it is there. Fatal when that cannot be."""
+    if os.path.isdir(boot.home):
+        return
     try:
-        os.makedirs(boot.home, 0o755, exist_ok=True)
+        os.close(trusted_folder(boot.home, make=True).fd)
     except OSError as error:
         raise Fatal(f"HERMES_HOME={boot.home!r} cannot be made a folder: {reason(error)}; mount a volume there") from error
 
@@ -937,6 +1029,8 @@ def open_home(boot: Boot) -> Folder:
     """As hermes: open HERMES_HOME. Fatal when hermes may not."""
     try:
         return Folder(boot.home, follow=True)
+    except FileNotFoundError:
+        raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; mount a volume there, or set it right") from None
     except OSError as error:
         uid, gid = owner_of(boot.home)
         raise Fatal(
@@ -975,6 +1069,8 @@ def try_volume(boot: Boot, home: Folder) -> None:
             advice = "give it to group 0 (chgrp -R 0, chmod -R g+rwX)"
         if error.errno == errno.EROFS:
             advice = "mount it writable"
+        elif status.st_uid == boot.owner[0]:
+            advice = "chmod u+rwx it"
         raise Fatal(
             f"{shown(boot.home)} cannot be written by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)}; it belongs to"
             f" {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}; {advice}"
@@ -1045,7 +1141,7 @@ def volume_version(boot: Boot) -> str:
 
 def version_key(version: str) -> list[int]:
     """Return a version's numbers for comparing."""
-    return [int(part) if part.isdigit() else 0 for part in version.split(".")]
+    return [int(part) if part.isascii() and part.isdigit() else 0 for part in version.split(".")]
 
 
 def migrate_config(boot: Boot, *, fresh: bool) -> None:
@@ -1060,10 +1156,10 @@ def migrate_config(boot: Boot, *, fresh: bool) -> None:
     if version_key(version) <= version_key(last):
         return
     if not fresh:
-        if not boot.does(f"migrate the configuration from {shown(last) or 'an unknown version'} to {version}"):
+        if not boot.does(f"migrate the configuration from {shown(last) if last else 'an unknown version'} to {version}"):
             return
         if as_owner(boot.owner, back_up_config, boot):
-            warn("config.yaml and .env could not be backed up, so the configuration was not migrated; free some space")
+            warn("the configuration was not migrated, since it could not be backed up")
             return
         environment = wrapper.program_environment(boot.environment)
         if code := run_helper([wrapper.HERMES, "config", "migrate"], environment):
@@ -1075,14 +1171,14 @@ def migrate_config(boot: Boot, *, fresh: bool) -> None:
 
 def back_up_config(boot: Boot) -> int:
     """As hermes: keep a dated copy of config.yaml and .env in backups/."""
-    date = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime())
+    date, name = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime()), "backups"
     try:
         with Folder(boot.home, follow=True) as home, home.make("backups") as backups:
             for name in ("config.yaml", ".env"):
                 if home.stat(name):
                     backups.write(f"{name}.{date}", home.read(name, 16 << 20), 0o600, replace=True)
     except OSError as error:
-        warn(f"backup: {reason(error)}")
+        warn(f"{name} {fault(error)}; mend that")
         return 1
     return 0
 
@@ -1236,15 +1332,15 @@ def container_command() -> list[str]:
     Cont-init scripts do not see them; they follow the wrapper on the command line of rc.init, of PID 1 where that runs it, or of what
     stands in for s6-overlay.
     """
-    stand_in = str(wrapper.noted_process(wrapper.SUPERVISOR_PROCESS))
-    for process in sorted((name for name in os.listdir("/proc") if name.isdigit()), key=int):
+    stand_in = wrapper.noted_process(wrapper.SUPERVISOR_PROCESS)  # among others' processes, in a shared PID namespace
+    for process in [stand_in] if stand_in else sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
         try:
             with open(f"/proc/{process}/cmdline", "rb") as file:
                 words = [os.fsdecode(word) for word in file.read().split(b"\0")[:-1]]
         except OSError:
             continue  # ended meanwhile, or not ours to read
         names = [os.path.basename(word) for word in words]
-        launcher = 0 if process in ("1", stand_in) else names.index("rc.init") if "rc.init" in names else len(names)
+        launcher = 0 if process in (1, stand_in) else names.index("rc.init") if "rc.init" in names else len(names)
         for index, name in enumerate(names[launcher:], launcher):
             if name in ("main-wrapper.sh", "main_wrapper.py"):
                 return words[index + 2 :] if words[index + 1 : index + 2] == [USER] else words[index + 1 :]
@@ -1351,6 +1447,16 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "'\"'\"'") + "'"
 
 
+FIND_HOME = (  # in shell, what root_home does
+    'home="${HERMES_HOME:-' + HOME + '}"',
+    'case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac',
+)
+
+
+# s6-log makes its stdout non-blocking, for all who share it: so not the CMD's stderr itself, but the same file opened once more.
+OWN_STDERR = "if [ -w /proc/self/fd/2 ] && [ ! -S /proc/self/fd/2 ]; then exec 1>>/proc/self/fd/2; else exec 1>&2; fi"
+
+
 def run_script(profile: str, extra_env: dict[str, str] | None = None) -> str:
     """Return a slot's run: the gateway of a profile, as hermes. Root does nothing here but drop; hermes can restart it at will.
 
@@ -1361,9 +1467,9 @@ def run_script(profile: str, extra_env: dict[str, str] | None = None) -> str:
     lines = [
         "#!/command/with-contenv sh",
         "exec 2>&1",
-        'export HOME="${HERMES_HOME:-' + HOME + '}"',
-        'export HERMES_HOME="$HOME" HERMES_S6_SUPERVISED_CHILD=1',
-        'cd "$HOME" || cd /',
+        *FIND_HOME,
+        'export HOME="$home" HERMES_HOME="$home" HERMES_S6_SUPERVISED_CHILD=1',
+        'cd "$home" || cd /',
     ]
     if profile != "default":
         lines.append("unset $(awk 'BEGIN { for (name in ENVIRON) if (name ~ /^API_SERVER_[A-Z0-9_]+$/) print name }')")
@@ -1402,10 +1508,10 @@ exit 0
 
 def log_run_script(profile: str, *, to_folder: bool = True) -> str:
     """Return a slot's log/run: each line to the container's stderr, and with a timestamp to the profile's log folder."""
-    folder = f' n10 s1000000 T "${{HERMES_HOME:-{HOME}}}/logs/gateways/{profile}"' if to_folder else ""
-    return (
-        f'#!/command/with-contenv sh\nexec 1>&2\n[ "$(id -u)" = 0 ] || exec s6-log 1{folder}\nexec s6-setuidgid {USER} s6-log 1{folder}\n'
-    )
+    logger = "s6-log 1" + (f' n10 s1000000 T "$home/logs/gateways/{profile}"' if to_folder else "")
+    lines = ["#!/command/with-contenv sh", OWN_STDERR, *FIND_HOME]
+    lines += [f'[ "$(id -u)" = 0 ] || exec {logger}', f"exec s6-setuidgid {USER} {logger}"]
+    return "\n".join(lines) + "\n"
 
 
 def slot_files(profile: str, stop_timeout: int, extra_env: dict[str, str] | None, *, to_folder: bool) -> dict[str, tuple[str, int]]:
@@ -1437,10 +1543,8 @@ def make_skeleton(folder: Folder, path: str) -> None:
     os.chmod(f"{path}supervise/control", 0o660, dir_fd=folder.fd)
 
 
-def publish(scandir: Folder, profile: str, files: dict[str, tuple[str, int]], *, start: bool) -> None:
-    """Put a profile's slot into the scandir. One that is there already, and perhaps running, keeps its folder and its process."""
-    name = SLOT_PREFIX + profile
-    found = scandir.stat(name)
+def publish(scandir: Folder, name: str, found: os.stat_result | None, files: dict[str, tuple[str, int]], *, start: bool) -> None:
+    """Put a slot into the scandir. One that was found there, and perhaps runs, keeps its folder and its process."""
     if found and stat.S_ISDIR(found.st_mode):
         refresh(scandir, name, files, start=start)
         return
@@ -1485,6 +1589,8 @@ def refresh(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, st
                     folder.write(file, content.encode(), mode, replace=True)
         if start and slot.stat("down"):
             slot.remove("down")
+        if slot.stat("back-off") is None:
+            os.mkfifo("back-off", 0o600, dir_fd=slot.fd)
 
 
 def is_watched(scandir: str) -> bool:
@@ -1505,6 +1611,7 @@ def rescan(scandir: str, option: str = "-a") -> None:
 
 TAI_OFFSET = (1 << 62) + 37  # s6 counts TAI seconds since 1970, 37 ahead of UTC since 2017
 RESTART_WINDOW = 60  # seconds in which deaths count as one crash loop
+START_GRACE = 10  # seconds that a wanted gateway may be down, and after which one that is up has come up to stay
 AT_ONCE = 64  # s6 programs that run at the same time, each with an open file of ours
 
 
@@ -1567,8 +1674,13 @@ def opens_for_writing(path: str) -> bool:
 
 def supervisor_answers(scandir: str) -> bool:
     """Say whether an s6-svscan watches the scandir; a control FIFO that we may not open, where there are no gateways, says nothing."""
-    control = f"{scandir}/.s6-svscan/control"
-    return opens_for_writing(control) or (os.path.exists(control) and not os.access(control, os.W_OK) and wrapper.supervised())
+    try:
+        os.close(os.open(f"{scandir}/.s6-svscan/control", os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW))
+    except PermissionError:
+        return wrapper.supervised()
+    except OSError:
+        return False
+    return True
 
 
 def is_supervised(slot: str) -> bool:
@@ -1629,6 +1741,8 @@ def read_small(path: str) -> bytes:
     """Return the first 4 KiB of a file of s6's, never blocking."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file")  # on which s6's own programs would wait
         return os.read(fd, 4096)
     finally:
         os.close(fd)
@@ -1656,10 +1770,11 @@ def back_off(times: list[float]) -> int:
     return delay
 
 
-def is_looping(times: list[float]) -> bool:
-    """Say whether a gateway with these deaths is in a crash loop at this moment."""
-    delay = back_off(times)
-    return delay > 0 and time.time() - times[-1] <= delay + RESTART_WINDOW
+def is_looping(status: SlotStatus, times: list[float]) -> bool:
+    """Say whether a gateway with these deaths is in a crash loop at this moment; one that has come up to stay, after many a restart, is
+    not."""
+    delay, now = back_off(times), time.time()
+    return delay > 0 and now - times[-1] <= delay + RESTART_WINDOW and not (status.up and now - status.since > START_GRACE)
 
 
 # The service manager
@@ -1691,6 +1806,15 @@ class CommandFailed(GatewayError):
     """An s6 program failed, or what it was to bring about did not come about in time. The message has its stderr."""
 
 
+def was_stopped(manager: S6ServiceManager, profile: str) -> bool:
+    """Say whether the operator wants a gateway down."""
+    try:
+        with manager.profile_folder(profile) as folder:
+            return read_state(folder)[0].get("desired_state") == "stopped"
+    except OSError:
+        return False
+
+
 class S6ServiceManager:
     """Starts, stops, publishes and removes the gateways' slots, as hermes.
 
@@ -1704,7 +1828,7 @@ class S6ServiceManager:
         environment = wrapper.container_environment() if environment is None else environment
         self.environment = environment
         self.home = home or wrapper.root_home(environment)
-        self.scandir = str(scandir or setting(environment, "S6_PROFILE_GATEWAY_SCANDIR") or SCANDIR)
+        self.scandir = str(scandir or scandir_of(environment))
         self.stop_timeout = seconds(environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
 
     # Names
@@ -1725,10 +1849,19 @@ class S6ServiceManager:
         return profile
 
     def unknown(self, profile: str) -> str:
-        """Return the message for a profile without a slot, with the registered name that is nearest to it."""
+        """Return the message for a profile without a slot, with what to do: register it, or mean the name that is nearest to it."""
         import difflib
 
-        near = difflib.get_close_matches(profile, self.list_profile_gateways(), 1)
+        names = self.list_profile_gateways()
+        if not names:
+            return f"no such gateway: {profile}; this container has none, and `hermes-boot doctor` says why"
+        try:
+            with self.profile_folder(profile) as folder:
+                if not soul_fault(folder):
+                    return f"no such gateway: {profile}; its profile has no slot yet: `hermes-boot gateway register -p {profile}`"
+        except OSError:
+            pass  # no such profile either
+        near = difflib.get_close_matches(profile, names, 1)
         advice = f"did you mean {near[0]}?" if near else f"make the profile with `hermes profile create {profile}`"
         return f"no such gateway: {profile}; {advice}"
 
@@ -1753,14 +1886,16 @@ class S6ServiceManager:
         """Say whether a gateway's process is up, by s6. Raises NotRegistered, CommandFailed."""
         return self.status(name).up
 
-    def record(self, profile: str, desired: str) -> None:
-        """Write the operator's intent to a profile's state file, keeping every other key. Raises CommandFailed."""
+    def record(self, name: str, desired: str) -> None:
+        """Write the operator's intent to a profile's state file, keeping every other key. Raises InvalidName, CommandFailed."""
+        profile = self.valid(name)
 
         def edit(data: bytes | None) -> bytes:
             try:
                 state = load_state(data) if data else {}
             except ValueError:
-                warn(f"{STATE_FILE} of {profile} was not a JSON object and starts anew")
+                folder.replace(f"{STATE_FILE}.bad", data or b"", 0o600)
+                warn(f"{STATE_FILE} of {profile} was no JSON object that can be read and starts anew; the old one is {STATE_FILE}.bad")
                 state = {}
             if state.get("desired_state") == desired and data:
                 return data
@@ -1770,12 +1905,14 @@ class S6ServiceManager:
                 raise OSError(errno.EINVAL, "is nested too deeply") from None
 
         try:
-            with self.profile_folder(profile) as folder:
-                folder.update(STATE_FILE, edit, STATE_LIMIT)
+            folder = self.profile_folder(profile)
         except FileNotFoundError:
-            pass  # a slot whose profile is gone has no intent to keep
+            return  # a slot whose profile is gone has no intent to keep
+        try:
+            with folder:
+                folder.update(STATE_FILE, edit, STATE_LIMIT)
         except OSError as error:
-            raise CommandFailed(f"{profile}: {STATE_FILE} {fault(error)}, so this will be forgotten at the next boot") from error
+            raise CommandFailed(f"{profile}: done, but {STATE_FILE} {fault(error)}, so the next boot will not know of it") from error
 
     def profile_folder(self, profile: str) -> Folder:
         """Open a profile's folder."""
@@ -1831,21 +1968,28 @@ class S6ServiceManager:
 
     def carry_out(self, names: list[str], desired: str, steps: tuple[tuple[bool, float], ...]) -> dict[str, GatewayError]:
         """Record the intent and take the steps, each (up, timeout); return what failed, by name. The intent is written once more at
-        the end: the agent writes the same file without our lock, and may have put back what it read before."""
-        failures = self.prepare(names, desired)
+        the end: the agent writes the same file without our lock, and may have put back what it read before. An intent that cannot be
+        written is a failure, but the steps are taken all the same."""
+        failures: dict[str, GatewayError] = {}
+        known = [name for name in names if self.tried(failures, name, self.slot)]
+        self.record_all(known, desired)
         for up, patience in steps:
-            failures |= self.bring([name for name in names if name not in failures], up=up, timeout=patience)
-        return failures | self.prepare([name for name in names if name not in failures], desired)
+            failures |= self.bring([name for name in known if name not in failures], up=up, timeout=patience)
+        return failures | self.record_all([name for name in known if name not in failures], desired)
 
-    def prepare(self, names: list[str], desired: str) -> dict[str, GatewayError]:
-        """Check that gateways exist and record the intent for them; return what failed, by name."""
+    def tried(self, failures: dict[str, GatewayError], name: str, action, *arguments) -> bool:
+        """Say whether an action on a gateway succeeds; keep what it raises."""
+        try:
+            action(name, *arguments)
+        except GatewayError as error:
+            failures[name] = error
+        return name not in failures
+
+    def record_all(self, names: list[str], desired: str) -> dict[str, GatewayError]:
+        """Record the intent for gateways; return what failed, by name."""
         failures: dict[str, GatewayError] = {}
         for name in names:
-            try:
-                self.slot(name)
-                self.record(self.valid(name), desired)
-            except GatewayError as error:
-                failures[name] = error
+            self.tried(failures, name, self.record, desired)
         return failures
 
     def bring(self, names: list[str], *, up: bool, timeout: float) -> dict[str, GatewayError]:
@@ -1855,39 +1999,36 @@ class S6ServiceManager:
             for name in names:
                 self.announce_stop(self.valid(name))
         failures: dict[str, GatewayError] = {}
+        told, deadline = time.time(), time.monotonic() + timeout
         for name, (code, text) in zip(slots, tell_slots([*slots.values()], "-u" if up else "-d")):
             if code:
                 failures[name] = CommandFailed(f"{name}: {text}; restart the container if no supervisor answers")
         waiting = [name for name in names if name not in failures]
-        deadline = time.monotonic() + timeout
         while waiting:
             for name in waiting:
                 end_back_off(slots[name])
             s6("s6-svwait", "-u" if up else "-D", "-t", "200", *(slots[name] for name in waiting))
-            waiting = [name for name in waiting if not self.settled(name, up, failures)]
+            waiting = [name for name in waiting if not self.settled(name, up, told, failures)]
             if time.monotonic() > deadline:
                 verb = "come up" if up else "end"
                 failures |= {name: CommandFailed(f"{name}: did not {verb} within {timeout:g} s") for name in waiting}
                 break
         return failures
 
-    def settled(self, name: str, up: bool, failures: dict[str, GatewayError]) -> bool:
-        """Say whether a slot is where it was told to be, or will not get there, which is a failure."""
+    def settled(self, name: str, up: bool, told: float, failures: dict[str, GatewayError]) -> bool:
+        """Say whether a slot is where it was told to be, in seconds since 1970, or will not get there, which is a failure."""
         try:
             status = self.status(name)
         except GatewayError as error:
             failures[name] = error
             return True
-        if up and not status.up and not status.wanted:
-            failures[name] = CommandFailed(f"{name}: ended at once with {ending(status.ended)} and is parked; see its log")
+        if up and not status.up and not status.wanted and status.since >= told:
+            advice = f"`hermes-boot logs -p {name} -n 20` says why"
+            failures[name] = CommandFailed(f"{name}: ended at once with {ending(status.ended)} and is parked; {advice}")
             return True
         return status.up if up else status.pid == 0
 
     # Registration
-
-    def supports_runtime_registration(self) -> bool:
-        """Say that slots can be published while the container runs."""
-        return True
 
     def register_profile_gateway(self, profile: str, *, extra_env: dict[str, str] | None = None, start_now: bool = True) -> None:
         """Publish a profile's slot, whole or not at all, and wait until s6 supervises it.
@@ -1989,6 +2130,8 @@ def register_one(manager: S6ServiceManager, profile: str) -> int:
     manager.valid(profile)
     try:
         with manager.profile_folder(profile) as folder:
+            if profile != "default" and (why := soul_fault(folder)):
+                raise NotRegistered(f"no such profile: {profile}: {why}")
             start = prior_state(folder)[0] == "running"
     except OSError:
         raise NotRegistered(f"no such profile: {profile}; make it with `hermes profile create {profile}`") from None
@@ -2072,16 +2215,16 @@ def setup(boot: Boot) -> int:
         if why := exposed_path(boot):
             warn(why)
         join_groups(boot)
-        own_static_services(boot)
-        own_volume(boot, former=image_owner[0])
+        own_volume(boot)
     elif not boot.dry_run:
         who = f"{USER} itself" if boot.owner == wrapper.account() else f"UID {euid} with GID 0"
-        say("info", f"started as {who}, so owners, groups and services stay as they are")
+        boot.does(f"started as {who}, so owners, groups and services stay as they are")
         make_home(boot)
     if not os.path.isdir(boot.home):
         return 0  # dry run on a volume that is still to be made
     fresh = not os.path.lexists(f"{boot.home}/config.yaml")
-    if code := as_owner(boot.owner, seed, boot):
+    reader = image_owner if boot.dry_run else boot.owner  # a dry run has not given the volume to the new one
+    if code := as_owner(reader, seed, boot):
         return code
     sync_skills(boot)
     migrate_config(boot, fresh=fresh)
@@ -2091,7 +2234,7 @@ def setup(boot: Boot) -> int:
 def setup_phase(boot: Boot) -> int:
     """Run the setup, and leave word for the reconciler when it fails: s6-overlay runs every cont-init script regardless."""
     code = guarded(setup, boot)
-    if not boot.dry_run:
+    if not boot.dry_run and not wrapper.noted_process(wrapper.COMMAND_PROCESS):  # at a boot, not by `docker exec`
         try:
             if code:
                 os.close(os.open(SETUP_FAILED, os.O_WRONLY | os.O_CREAT, 0o644))
@@ -2122,15 +2265,14 @@ def reconcile_phase(boot: Boot) -> int:
             return 0  # setup would make it first
         raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; run the setup first, or set it right")
     if not boot.dry_run:
-        own_scandir(boot)
+        own_services(boot)
     return as_owner(boot.owner, reconcile, boot, command)
 
 
-def own_scandir(boot: Boot) -> None:
-    """Hand the scandir and s6-svscan's control FIFO to hermes, which publishes slots at run time."""
+def own_services(boot: Boot) -> None:
+    """Hand the scandir and s6-svscan's control FIFO to hermes, which publishes slots at run time, and the static services' control."""
     try:
-        os.makedirs(boot.scandir, 0o755, exist_ok=True)
-        folder = Folder(boot.scandir, follow=True)
+        folder = trusted_folder(boot.scandir, make=True)
     except OSError as error:
         raise Fatal(f"the scandir {shown(boot.scandir)} {fault(error)}, so no gateway can run; make it a writable folder") from error
     with folder as scandir:
@@ -2144,6 +2286,9 @@ def own_scandir(boot: Boot) -> None:
                 sweep.claim("control", control.fd)
         except FileNotFoundError:
             pass  # no s6-svscan watches it
+        except OSError as error:
+            warn(f"the scandir's .s6-svscan {fault(error)}, so no gateway can be added; restart the container")
+    own_static_services(boot)
 
 
 def reconcile(boot: Boot, command: list[str]) -> int:
@@ -2154,38 +2299,65 @@ def reconcile(boot: Boot, command: list[str]) -> int:
             for profile in survey(boot, home, running):
                 boot.does(f"publish: {profile.line().split(' ', 1)[1].rstrip()}")
             return 0
-        lines, free = [], SLOT_LIMIT if is_watched(boot.scandir) else sys.maxsize
+        lines, chosen = [], most_wanted(boot, home, running)
         with Folder(boot.scandir, follow=True) as scandir:
             timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
             for profile, folder in profiles_of(boot, home, running):
-                if folder and free:
-                    free -= 1
+                if folder and (chosen is None or profile.name in chosen):
                     register(home, folder, scandir, profile, timeout)
                 elif folder:
                     profile.action, profile.why = "skipped", f"s6-svscan takes no more than {SLOT_LIMIT} gateways; use another container"
                 lines.append(profile.line())
-        rescan(boot.scandir)
         log_boot(boot, home, lines)
+        rescan(boot.scandir)
     return 0
+
+
+def most_wanted(boot: Boot, home: Folder, running: str | None) -> set[str] | None:
+    """Return the profiles that have a gateway where there are more than s6-svscan takes: default, those that start, then the others
+    in name order. None when there is room for all."""
+    try:
+        with home.folder("profiles") as profiles:
+            few = len(os.listdir(profiles.fd)) < SLOT_LIMIT
+    except OSError:
+        return None
+    if few or not is_watched(boot.scandir):
+        return None
+    found = [profile for profile in survey(boot, home, running) if profile.action != "skipped"]
+    found.sort(key=lambda profile: (profile.name != "default", profile.action != "started"))
+    return {profile.name for profile in found[:SLOT_LIMIT]}
 
 
 def register(home: Folder, folder: Folder, scandir: Folder, profile: Profile, timeout: int) -> None:
     """Publish one profile's slot; what is in the way of that, or of its log, becomes the profile's own reason."""
     try:
-        profile.why = clean_profile(folder) or profile.why
+        name = SLOT_PREFIX + profile.name
+        found = scandir.stat(name)
+        status = slot_status(f"/proc/self/fd/{scandir.fd}/{name}") if found else None
+        if not (status and status.up):  # else these files are a living process's
+            profile.why = clean_profile(folder) or profile.why
         log_fault = make_log_folder(home, profile.name)
         profile.why = profile.why or log_fault
-        publish(scandir, profile.name, slot_files(profile.name, timeout, None, to_folder=not log_fault), start=profile.action == "started")
+        files = slot_files(profile.name, timeout, None, to_folder=not log_fault)
+        publish(scandir, name, found, files, start=profile.action == "started")
     except OSError as error:
         profile.action = "skipped"
         profile.why = f"its slot could not be made ({reason(error)}); make the scandir writable for hermes, with space left"
 
 
 def make_log_folder(home: Folder, profile: str) -> str:
-    """Make the folder that s6-log writes a profile's log to; return why it cannot be, "" when it can."""
+    """Make the folder that s6-log writes a profile's log to; return why it cannot be used, "" when it can. A logger that never comes
+    up would stop its gateway, once the pipe between them is full."""
     path = f"logs/gateways/{profile}"
     try:
-        os.close(home.make(path).fd)
+        with home.make(path) as folder:
+            if not os.access(".", os.W_OK | os.X_OK, dir_fd=folder.fd):
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+            for name in ("current", "lock", "state"):
+                status = folder.stat(name)
+                if status and not stat.S_ISREG(status.st_mode):
+                    path += f"/{name}"
+                    raise OSError(errno.EINVAL, "is not a regular file")
     except OSError as error:
         return f"{path} {fault(error)}, so its log goes to the container's alone; put plain folders there"
     return ""
@@ -2193,9 +2365,12 @@ def make_log_folder(home: Folder, profile: str) -> str:
 
 def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
     """Write the boot's lines to stderr and to logs/container-boot.log, which is rotated once it is over BOOT_LOG_LIMIT bytes."""
-    if not boot.quiet:
-        sys.stderr.write("".join(lines))
-        sys.stderr.flush()
+    try:
+        if not boot.quiet:
+            sys.stderr.write("".join(lines))
+            sys.stderr.flush()
+    except OSError:
+        pass  # nobody reads it, and the volume has it too
     try:
         with home.make("logs") as logs:
             found = logs.stat(BOOT_LOG)
@@ -2214,37 +2389,54 @@ def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
 def shut_down(boot: Boot) -> int:
     """End every gateway and the CMD, all at once, and return when the last is gone or HERMES_SHUTDOWN_TIMEOUT seconds are over.
 
-    Run by s6-overlay from cont-finish.d, before its final kill. No intent is recorded, so what ran comes back at the next boot.
+    Run by s6-overlay from cont-finish.d, before its final kill. No intent is recorded, so what ran comes back at the next boot. The
+    work is a child's, as hermes: hermes could stop that for good, so root looks after the time.
     """
-    if os.path.exists(SETUP_FAILED):
-        return 0  # then nothing was started
+    patience = seconds(boot.environment, "HERMES_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT, 0)
+    deadline = time.monotonic() + patience
+    if command := wrapper.noted_process(wrapper.COMMAND_PROCESS):
+        send(command, SIGTERM)  # while we are root: it may not be hermes yet
+    child = os.fork()
+    if child == 0:
+        os._exit(guarded(end_gateways, boot, deadline))
+    if not until(lambda: os.waitpid(child, os.WNOHANG)[0], patience + 1):
+        send(child, SIGKILL)
+    return 0
+
+
+def end_gateways(boot: Boot, deadline: float) -> int:
+    """As hermes: bring all slots down and wait for their gateways and the CMD, until the deadline on the monotonic clock."""
     become_hermes()
     manager = S6ServiceManager(environment=boot.environment)
-    deadline = time.monotonic() + seconds(boot.environment, "HERMES_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT, 0)
     slots = [f"{manager.scandir}/{SLOT_PREFIX}{name}" for name in manager.list_profile_gateways()]
     slots = [slot for slot in slots if is_supervised(slot)]
-    commands = [S6Command("s6-svc", "-d", slot) for slot in slots]
-    if command := wrapper.noted_process(wrapper.COMMAND_PROCESS):
-        os.kill(command, SIGTERM)
-    for stopping in commands:
-        stopping.result()
+    tell_slots(slots, "-d")
     while slots and time.monotonic() < deadline:
         for slot in slots:
             end_back_off(slot)
-        if s6("s6-svwait", "-D", "-t", "100", *slots)[0] == 0:
-            break
+        s6("s6-svwait", "-D", "-t", "100", *slots)
+        slots = [slot for slot in slots if (status := slot_status(slot)) and status.pid]
     until(lambda: not wrapper.noted_process(wrapper.COMMAND_PROCESS), deadline - time.monotonic())
     return 0
+
+
+def send(process: int, number: int) -> None:
+    """Send a signal to a process, unless it has ended, or is not ours to signal, as for root without the capability KILL."""
+    try:
+        os.kill(process, number)
+    except OSError:
+        pass
 
 
 # Where s6-overlay cannot start
 
 
 CONT_INIT, CONT_FINISH = "/etc/cont-init.d", "/etc/cont-finish.d"
+STATIC_FILES = ("type", 0o644), ("run", 0o755), ("finish", 0o755), ("timeout-kill", 0o644), ("timeout-finish", 0o644)
 
 
 class Children:
-    """Our child processes, the container's orphans among them: reaped as they end, with the codes of those we wait for; and whether
+    """Our child processes, the container's orphans among them, reaped as they end; the codes of those that we started; and whether
     somebody has asked for the end, by SIGTERM."""
 
     __slots__ = ("codes", "signals", "asked_to_end")
@@ -2255,7 +2447,7 @@ class Children:
 
         names = "SIGTERM SIGINT SIGHUP SIGQUIT SIGUSR1 SIGUSR2 SIGWINCH SIGCHLD SIGTTOU SIGTTIN".split()
         self.signals = {getattr(signal, name) for name in names}
-        self.codes: dict[int, int] = {}
+        self.codes: dict[int, int | None] = {}  # None: it runs
         self.asked_to_end = False
         signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
         try:
@@ -2267,13 +2459,16 @@ class Children:
 
     def start(self, argv: list[str], environment: dict[str, str]) -> int:
         """Start a program in a process group of its own, with signals as it expects them; return its pid. Raises OSError."""
-        return os.posix_spawnp(argv[0], argv, environment, setpgroup=0, setsigmask=(), setsigdef=(wrapper.SIGPIPE, wrapper.SIGXFSZ))
+        pid = os.posix_spawnp(argv[0], argv, environment, setpgroup=0, setsigmask=(), setsigdef=(wrapper.SIGPIPE, wrapper.SIGXFSZ))
+        self.codes[pid] = None
+        return pid
 
     def reap(self) -> None:
-        """Take the codes of all that have ended."""
+        """Bury all that have ended."""
         try:
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                self.codes[ended[0]] = os.waitstatus_to_exitcode(ended[1])
+                if ended[0] in self.codes:
+                    self.codes[ended[0]] = os.waitstatus_to_exitcode(ended[1])
         except ChildProcessError:
             pass  # none is left
 
@@ -2286,7 +2481,7 @@ class Children:
         while True:
             self.reap()
             for pid in pids:
-                if pid in self.codes:
+                if self.codes.get(pid) is not None:
                     return pid
             received = signal.sigtimedwait(self.signals, max(0, min(60, deadline - time.monotonic())))
             if received is None and time.monotonic() > deadline:
@@ -2296,19 +2491,42 @@ class Children:
             if command and self.asked_to_end:
                 return 0
             if command and number not in (signal.SIGCHLD, signal.SIGTTOU, signal.SIGTTIN):
-                os.kill(command, number)
+                send(command, number)
+
+    def left(self) -> list[int]:
+        """Return our children of this moment. Not every kernel has /proc/PID/task/TID/children."""
+        result = []
+        for name in os.listdir("/proc"):
+            try:
+                if name.isdigit() and parent_of(int(name)) == os.getpid():
+                    result.append(int(name))
+            except OSError:
+                continue  # ended meanwhile
+        return result
 
     def end_all(self, grace: float) -> None:
         """End every process that is left below us, and nobody else's: SIGTERM, grace seconds, SIGKILL until there is none."""
         for number, patience in ((SIGTERM, grace), *[(SIGKILL, 0.1)] * 50):
             self.reap()
-            with open(f"/proc/self/task/{os.getpid()}/children") as file:
-                left = [int(pid) for pid in file.read().split()]
-            if not left:
+            if not (left := self.left()):
                 return
             for pid in left:
-                os.kill(pid, number)
-            self.wait(*left, timeout=patience)
+                send(pid, number)
+                self.codes[pid] = None
+            self.wait_for_all(left, patience)
+
+    def wait_for_all(self, pids: list[int], timeout: float) -> None:
+        """Wait until all of these have ended, or timeout seconds."""
+        deadline = time.monotonic() + timeout
+        while pids and time.monotonic() < deadline:
+            self.wait(*pids, timeout=deadline - time.monotonic())
+            pids = [pid for pid in pids if self.codes[pid] is None]
+
+
+def parent_of(process: int) -> int:
+    """Return a process's parent; OSError when it has ended. See proc(5)."""
+    with open(f"/proc/{process}/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[1])
 
 
 def stand_in_for_init(words: list[str], environment: dict[str, str], why: str) -> int:
@@ -2332,7 +2550,7 @@ def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
     except OSError as error:
         raise Fatal(f"s6-svscan cannot be run: {reason(error)}; use the image as it was built") from error
     until(lambda: opens_for_writing(f"{boot.scandir}/.s6-svscan/control"), 5)
-    publish_static_services(boot)
+    services = publish_static_services(boot)
     if not boot.quiet:
         say("info", f"s6-svscan runs as PID {svscan}, without s6-overlay ({why}); gateways are supervised all the same")
     failed = [script for script in scripts_in(CONT_INIT) if not children.asked_to_end and run_to_end(children, script, environment)]
@@ -2341,15 +2559,17 @@ def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
     elif failed and boot.setting("S6_BEHAVIOUR_IF_STAGE2_FAILS") == "2":
         command, code = 0, 1
     else:
+        tell_slots(services, "-u")
         command, code = start_command(children, words, environment)
     if command and children.wait(command, svscan, command=command) == svscan:
         say("error", "s6-svscan has died; the container ends, so that the engine can start it anew")
     for script in scripts_in(CONT_FINISH):  # these tell the gateways and the command to end, and wait for them
         run_to_end(children, script, environment)
     s6("s6-svscanctl", "-t", boot.scandir)
-    children.wait(svscan, timeout=3)
+    children.wait(svscan, timeout=0.5)
     if command:
-        code = children.codes.get(command, -SIGTERM)
+        ended = children.codes[command]
+        code = -SIGTERM if ended is None else ended
     grace = number_in(boot.setting("S6_KILL_GRACETIME"), 1, MAX_SECONDS * 1000) or 3000
     children.end_all(grace / 1000)
     return code if code >= 0 else 128 - code
@@ -2359,12 +2579,11 @@ def lay_out_run(boot: Boot) -> None:
     """Make /run as s6-overlay's start leaves it: an empty scandir, and the environment, one file a variable, for hermes to read.
     Fatal when it cannot be written."""
     try:
-        for path in (wrapper.CONTAINER_ENVIRONMENT, boot.scandir):
-            parent, _, name = path.rpartition("/")
-            os.makedirs(parent, 0o755, exist_ok=True)
-            with Folder(parent, follow=True) as folder:
-                folder.remove(name)
-                os.mkdir(name, 0o755, dir_fd=folder.fd)
+        parent, _, name = wrapper.CONTAINER_ENVIRONMENT.rpartition("/")
+        os.makedirs(parent, 0o755, exist_ok=True)
+        with Folder(parent) as folder:
+            folder.remove(name)
+            os.mkdir(name, 0o755, dir_fd=folder.fd)
         for name, value in boot.environment.items():
             if boot.setting("S6_KEEP_ENV") != "1" and "/" not in name:
                 fd = os.open(f"{wrapper.CONTAINER_ENVIRONMENT}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
@@ -2372,6 +2591,8 @@ def lay_out_run(boot: Boot) -> None:
                     os.fchown(fd, 0, boot.owner[1])
                 with open(fd, "wb") as file:
                     file.write(os.fsencode(value))
+        with trusted_folder(boot.scandir, make=True) as scandir:
+            empty_scandir(boot, scandir)
     except OSError as error:
         raise Fatal(
             f"/run cannot be written ({reason(error)}); give it a tmpfs (--tmpfs /run:exec), with `--user` one of that UID"
@@ -2379,24 +2600,39 @@ def lay_out_run(boot: Boot) -> None:
     wrapper.note_process(wrapper.SUPERVISOR_PROCESS)
 
 
-def publish_static_services(boot: Boot) -> None:
-    """Put the image's static services into the scandir, without s6-rc and so in no order; s6 restarts what needs another one first."""
+def empty_scandir(boot: Boot, scandir: Folder) -> None:
+    """Remove what an earlier start of the container left in the scandir; of one that is not the image's own, only what is s6's or ours.
+    hermes may look into s6-svscan's folder, as it may under s6-overlay."""
+    for name in os.listdir(scandir.fd):
+        if boot.scandir == SCANDIR or name.startswith((SLOT_PREFIX, f".{SLOT_PREFIX}", ".s6-svscan")):
+            scandir.remove(name)
+    os.mkdir(".s6-svscan", 0o755, dir_fd=scandir.fd)
+
+
+def publish_static_services(boot: Boot) -> list[str]:
+    """Put the image's static services into the scandir, down until the boot is over; return their paths. They are started without
+    s6-rc and so in no order; s6 restarts what needs another one first."""
     try:
         names = os.listdir(f"{STATIC_SERVICES}/user/contents.d")
     except OSError:
-        return
-    with Folder(boot.scandir, follow=True) as scandir:
+        return []
+    published = []
+    with trusted_folder(boot.scandir) as scandir:
         for name in names:
             files = {}
-            for file, mode in (("type", 0o644), ("run", 0o755), ("finish", 0o755), ("timeout-kill", 0o644)):
+            for file, mode in STATIC_FILES:
                 try:
                     with open(f"{STATIC_SERVICES}/{name}/{file}") as source:
                         files[file] = (source.read(), mode)
                 except OSError:
                     continue  # a bundle, or a service without that file
             if "run" in files:
-                build(scandir, name, files, start=True)
+                scandir.remove(name)
+                build(scandir, name, files, start=False)
+                published.append(f"{boot.scandir}/{name}")
     rescan(boot.scandir)
+    until(lambda: all(is_supervised(path) for path in published), 5)
+    return published
 
 
 def scripts_in(folder: str) -> list[str]:
@@ -2435,17 +2671,30 @@ def start_command(children: Children, words: list[str], environment: dict[str, s
 
 
 def hold_gateway(words: list[str], environment: dict[str, str]) -> bool:
-    """Start the gateway that the CMD `gateway run` asks for as s6's, and say whether that was so. hermes-agent does this itself where
-    s6 is PID 1, and does not see it here."""
+    """See to the gateway that the CMD `gateway run` asks for, and say whether the container is just to wait from here on.
+
+    One that was stopped stays so, while hermes-agent would start it. Any other is hermes-agent's to start, by s6 where that is PID 1;
+    below another one it does not see s6, so we do it.
+    """
     option, rest = wrapper.profile_option(words)
-    if rest[:2] != ["gateway", "run"] or "--no-supervise" in rest or truthy(setting(environment, "HERMES_GATEWAY_NO_SUPERVISE")):
+    if "--no-supervise" in rest or truthy(setting(environment, "HERMES_GATEWAY_NO_SUPERVISE")):
         return False
 
-    def start() -> int:
+    def hold() -> int:
+        sys.argv = [USER]
+        os.umask(0o022)
         os.dup2(2, 1)  # stdout is the program's
-        return answer_gateway_request("start", option, False, environment)
+        become_hermes()
+        manager = S6ServiceManager(environment=environment)
+        profile = named_profile(manager, option)
+        if profile not in manager.list_profile_gateways():
+            return 1
+        if was_stopped(manager, profile):
+            say("info", f"{profile} was stopped and stays so; start it with `hermes -p {profile} gateway start`")
+            return 0
+        return 1 if wrapper.s6_is_pid_1() else control("start", profile, False, environment)
 
-    return in_child(start) == 0
+    return in_child(hold) == 0
 
 
 # What operators see: status
@@ -2469,7 +2718,7 @@ def rows_of(boot: Boot) -> list[Row]:
     """Return a row for every profile of the volume and for every slot, default first."""
     manager = S6ServiceManager(boot.scandir, boot.home, environment=boot.environment)
     multiplex = truthy(boot.setting("GATEWAY_MULTIPLEX_PROFILES"))
-    with Folder(boot.home, follow=True) as home:
+    with open_home(boot) as home:
         names = {"default", *manager.list_profile_gateways(), *(p.name for p in survey(boot, home, None) if p.action != "skipped")}
         return [row_of(boot, home, name, multiplex) for name in sorted(names, key=lambda name: (name != "default", name))]
 
@@ -2503,7 +2752,7 @@ def state_of(status: SlotStatus | None, state: dict[str, object], times: list[fl
     """Return a gateway's state in one word or two."""
     if status is None:
         return "no supervisor" if registered else "no slot"
-    if status.wanted and is_looping(times):
+    if status.wanted and is_looping(status, times):
         return "crash loop"
     if status.up:
         ours = state.get("pid") == status.pid
@@ -2530,7 +2779,10 @@ def autostart(name: str, state: dict[str, object], fault_text: str, multiplex: b
 
 def ending(wait_status: int) -> str:
     """Return how a process ended, by its wait status: `code 1` or the signal's name."""
-    code = os.waitstatus_to_exitcode(wait_status)
+    try:
+        code = os.waitstatus_to_exitcode(wait_status)
+    except ValueError:
+        return f"status {wait_status}"
     if code >= 0:
         return f"code {code}"
     import signal
@@ -2664,50 +2916,46 @@ def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | N
 # What operators see: health
 
 
-START_GRACE = 10  # seconds that a wanted gateway may be down
-
-
-def health(environment: dict[str, str]) -> int:
+def health(environment: dict[str, str], *, live: bool = False) -> int:
     """Return 0 when the supervisor answers and every gateway that should be up is, or is about to be; else 1, after one line why.
 
-    For HEALTHCHECK and probes, so it takes no more than it must: no JSON unless a gateway is down, no command line parser.
+    For HEALTHCHECK and probes, so it takes no more than it must: no JSON unless a gateway is down, no command line parser. With live,
+    the supervisor alone counts: whoever restarts the container upon it would take good gateways down for a bad one.
     """
     become_hermes()
     boot = Boot(environment)
     if not supervisor_answers(boot.scandir):
         print(f"unhealthy: no supervisor answers on {boot.scandir}")
         return 1
-    profiles = S6ServiceManager(boot.scandir, boot.home, environment=environment).list_profile_gateways()
-    ill = [f"{profile}: {why}" for profile in profiles if (why := illness(boot, profile))]
-    print(f"unhealthy: {'; '.join(ill)}" if ill else f"healthy: {len(profiles)} slots")
+    if live:
+        print("live: the supervisor answers")
+        return 0
+    manager = S6ServiceManager(boot.scandir, boot.home, environment=environment)
+    statuses = {profile: slot_status(f"{boot.scandir}/{SLOT_PREFIX}{profile}") for profile in manager.list_profile_gateways()}
+    ill = [f"{profile}: {why}" for profile, status in statuses.items() if (why := illness(manager, profile, status))]
+    wanted = sum(1 for status in statuses.values() if status and status.wanted)
+    print(f"unhealthy: {'; '.join(ill)}" if ill else f"healthy: {wanted} up, {len(statuses) - wanted} not wanted")
     return int(bool(ill))
 
 
-def illness(boot: Boot, profile: str) -> str:
+def illness(manager: S6ServiceManager, profile: str, status: SlotStatus | None) -> str:
     """Return why a gateway that should be up is not, "" when it is, or need not be, or has just been told to start."""
-    slot = f"{boot.scandir}/{SLOT_PREFIX}{profile}"
-    status = slot_status(slot)
     if status is None:
         return "no supervisor"
     if not status.wanted:
-        parked = not status.up and status.ended == EX_CONFIG << 8 and not was_stopped(boot, profile)
+        parked = not status.up and status.ended == EX_CONFIG << 8 and not was_stopped(manager, profile)
         return f"parked after {ending(status.ended)}" if parked else ""
-    if is_looping([moment for moment, _ in deaths(slot)]):
+    if is_looping(status, [moment for moment, _ in deaths(f"{manager.scandir}/{SLOT_PREFIX}{profile}")]):
         return "crash loop"
     down = time.time() - status.since
     return f"down for {duration(down)}" if not status.up and down > START_GRACE else ""
 
 
-def was_stopped(boot: Boot, profile: str) -> bool:
-    """Say whether the operator wants a gateway down."""
-    try:
-        with Folder(boot.home, follow=True) as home, profile_folder(home, profile) as folder:
-            return read_state(folder)[0].get("desired_state") == "stopped"
-    except OSError:
-        return False
-
-
 # What operators see: logs
+
+
+LINE_LIMIT = 64 << 10  # bytes; s6-log's own lines have 8 KiB
+MOST_ARCHIVES = 100  # files; s6-log keeps ten
 
 
 def open_log(logs: Folder, name: str):
@@ -2729,7 +2977,7 @@ def unread_logs(logs: Folder, last: int) -> list:
     comes with the next call. So nothing is read twice or missed.
     """
     current = open_log(logs, "current")
-    archives = [open_log(logs, name) for name in sorted(os.listdir(logs.fd)) if name.startswith("@")]
+    archives = [open_log(logs, name) for name in sorted(os.listdir(logs.fd))[-MOST_ARCHIVES:] if name.startswith("@")]
     files = [file for file in (*archives, current) if file]
     inodes = [os.fstat(file.fileno()).st_ino for file in files]
     start = inodes.index(last) if last in inodes else 0
@@ -2761,15 +3009,15 @@ def whole_lines(file):
     """Yield what a log file has more; a line that s6-log has only begun is left for the next time."""
     while True:
         position = file.tell()
-        line = file.readline()
-        if not line.endswith(b"\n"):
+        line = file.readline(LINE_LIMIT)
+        if not line.endswith(b"\n") and len(line) < LINE_LIMIT:
             file.seek(position)
             return
         yield line
 
 
 def last_lines(home: Folder, profile: str, count: int) -> list[str]:
-    """Return the last lines of a gateway's current log without their timestamps, fit for one line of a terminal each."""
+    """Return the last lines of a gateway's current log that say something, without timestamps, fit for one line of a terminal each."""
     try:
         with home.folder(f"logs/gateways/{profile}") as logs:
             file = open_log(logs, "current")
@@ -2779,16 +3027,22 @@ def last_lines(home: Folder, profile: str, count: int) -> list[str]:
         return []
     with file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-        lines = file.read().decode(errors="replace").splitlines()[-count:]
-    return ["".join(letter if letter.isprintable() else " " for letter in line.partition("  ")[2] or line)[:200] for line in lines]
+        lines = file.read().decode(errors="replace").splitlines()
+    texts = ["".join(letter if letter.isprintable() else " " for letter in line.partition("  ")[2]).strip()[:200] for line in lines]
+    return [text for text in texts if text][-count:]
 
 
 def since_when(text: str) -> str:
     """Return the timestamp, as s6-log writes it, that 30s, 10m, 2h, 1d or a date stands for. Raises ValueError."""
     size = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
-    if size and text[:-1].isdigit():
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - int(text[:-1]) * size))
-    if text[:4].isdigit() and text[4:5] == "-":
+    if size and text[:-1].isascii() and text[:-1].isdigit():
+        then = time.localtime(max(0, time.time() - int(text[:-1]) * size))
+        return time.strftime("%Y-%m-%d %H:%M:%S", then)
+    for layout in ("%Y-%m-%d", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S"):
+        try:
+            time.strptime(text.replace("T", " "), layout)
+        except ValueError:
+            continue
         return text.replace("T", " ")
     raise ValueError(f"{text!r} is neither a time span (30s, 10m, 2h, 1d) nor a date (2026-05-21, 2026-05-21T06:18)")
 
@@ -2804,15 +3058,18 @@ def show_logs(boot: Boot, profile: str | None, count: int | None, since: str | N
         manager.valid(name)
         with Folder(boot.home, follow=True) as home, home.folder(f"logs/gateways/{name}") as logs:
             lines = (line for line in log_lines(logs, follow=follow) if line is None or line[: len(after)] >= after)
-            write_lines(deque(iter(lines.__next__, None), count))  # up to the first pause
+            past = iter(lines.__next__, None)  # up to the first pause
+            write_lines(past if count is None else deque(past, count))
             for line in lines:
                 write_lines([line]) if line else time.sleep(0.2)
     except FileNotFoundError:
-        return report_failures({"": NotRegistered(f"{name}: no log yet; `hermes-boot status` lists the gateways")})
+        return report_failures({"": NotRegistered(f"{name}: no log here; `hermes-boot status` lists the gateways")})
     except GatewayError as error:
         return report_failures({"": error})
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read has seen enough
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        return report_failures({"": CommandFailed(f"logs/gateways/{name} {fault(error)}; `hermes-boot doctor` looks further")})
     return 0
 
 
@@ -2854,7 +3111,10 @@ def doctor(boot: Boot, *, as_json: bool, fix: bool) -> int:
     checks = all_checks(boot)
     fixes = [check for check in checks if fix and check.fix]
     for check in fixes:
-        say("fixed", f"{check.what}: {check.fix()}")
+        try:
+            say("fixed", f"{check.what}: {check.fix()}")
+        except OSError as error:
+            say("error", f"{check.what}: could not be fixed: {reason(error)}")
     checks = [*supervisor_checks(boot), *owners, *(all_checks(boot) if fixes else checks)]
     if as_json:
         print(to_json([check.as_dict() for check in checks]))
@@ -2872,6 +3132,9 @@ def all_checks(boot: Boot) -> list[Check]:
             checks += [*profile_checks(boot, home), *secret_checks(home, rows), *port_checks(rows)]
             if why := no_gateways(boot, container_command()):
                 return [*checks, Check("pass", "gateways", f"none here, since {why}")]
+            if not supervisor_answers(boot.scandir):
+                return checks  # which says it all
+            checks += dashboard_checks(boot)
             for row in rows:
                 checks += [gateway_check(boot, home, row), *logger_checks(boot, home, row.name)]
     except OSError as error:
@@ -2899,9 +3162,9 @@ def supervisor_checks(boot: Boot) -> list[Check]:
 
 def fix_owners(boot: Boot) -> None:
     """As root: hand over what the boot hands over."""
-    sweep = sweep_volume(boot, former=boot.owner[0])
-    own_scandir(boot)
-    own_static_services(boot)
+    sweep = sweep_volume(boot)
+    if not no_gateways(boot, container_command()):
+        own_services(boot)
     if sweep.changed:
         say("fixed", f"owners: gave {sweep.changed} entries to {boot.owner[0]}:{boot.owner[1]}, the first: {sweep.first}")
 
@@ -2918,7 +3181,7 @@ def owner_checks(boot: Boot) -> list[Check]:
         checks.append(Check("warn", "owner", f"{shown(boot.home)} belongs to {uid}:{gid}, hermes is {ours}", mend))
     boot.dry_run = True
     try:
-        sweep = sweep_volume(boot, former=boot.owner[0])
+        sweep = sweep_volume(boot)
     except OSError as error:
         return [*checks, Check("warn", "owners", f"could not be checked: {reason(error)}", "run it as root")]
     finally:
@@ -2944,13 +3207,16 @@ def volume_checks(boot: Boot) -> list[Check]:
         largest = f"du -xh {quoted(boot.home)} | sort -h | tail"
         checks.append(Check("warn", "volume", f"only {space >> 20} MiB are free", f"free some; the largest: {largest}"))
     if free.f_files and free.f_favail < 1000:
-        checks.append(Check("warn", "volume", f"only {free.f_favail} more files fit (inodes)", "remove some"))
+        most = f"du -x --inodes {quoted(boot.home)} | sort -n | tail"
+        checks.append(
+            Check("warn", "volume", f"only {free.f_favail} more files fit (inodes)", f"remove some; most are where this says: {most}")
+        )
     started = time.monotonic()
     try:
         with Folder(boot.home, follow=True) as home:
             os.unlink(home.write_beside("hermes-write-test", b"hermes\n", 0o600), dir_fd=home.fd)
     except OSError as error:
-        mend = {errno.EROFS: "mount it writable", errno.ENOSPC: "free some space"}.get(error.errno, "see what is said of owners")
+        mend = {errno.EROFS: "mount it writable", errno.ENOSPC: "free some space"}.get(error.errno, "`hermes-boot doctor --fix` as root")
         return [*checks, Check("fail", "volume", f"{shown(boot.home)} ({kind}) cannot be written: {reason(error)}", mend)]
     took = time.monotonic() - started
     if took > SLOW_WRITE:
@@ -2981,14 +3247,8 @@ def version_checks(boot: Boot) -> list[Check]:
         found = f"hermes-agent {volume} has run on this volume, the image has {image}"
         return [Check("warn", "versions", found, f"use an image of {volume} or later")]
     if image and volume != image and not truthy(boot.setting("HERMES_SKIP_CONFIG_MIGRATION")):
-        return [
-            Check(
-                "warn",
-                "versions",
-                f"the configuration is of {volume or 'an unknown version'}, the image has {image}",
-                "hermes config migrate",
-            )
-        ]
+        found = f"the configuration is of {volume or 'an unknown version'}, the image has {image}"
+        return [Check("warn", "versions", found, "restart the container, which migrates it; its log says what hinders that")]
     return [Check("pass", "versions", f"hermes-agent {image or 'missing'} in the image, {volume or 'none'} on the volume")]
 
 
@@ -3009,7 +3269,19 @@ def path_checks() -> list[Check]:
 def profile_checks(boot: Boot, home: Folder) -> list[Check]:
     """Look for folders of profiles/ that are no profiles."""
     skipped = [profile for profile in survey(boot, home, None) if profile.action == "skipped"]
-    return [Check("warn", f"profiles/{shown(profile.name)}", *profile.why.partition("; ")[::2]) for profile in skipped]
+    return [Check("warn", f"profiles/{shown(profile.name)}", *skipped_mend(boot, profile)) for profile in skipped]
+
+
+def skipped_mend(boot: Boot, profile: Profile) -> tuple[str, str]:
+    """Return why a folder is no profile, and the command that mends it."""
+    why, _, mend = profile.why.partition("; ")
+    path = shown(f"{boot.home}/profiles/{profile.name}")
+    path = path if path.startswith("'") else quoted(path)
+    if mend == "rename the folder":
+        return why, f"mv {path} {quoted(f'{boot.home}/profiles/NEW-NAME')}"
+    if "no SOUL.md" in why:
+        return why, f"touch {path}/SOUL.md to make it one, else rm -r {path}"
+    return why, mend
 
 
 def secret_checks(home: Folder, rows: list[Row]) -> list[Check]:
@@ -3055,30 +3327,28 @@ def port_checks(rows: list[Row]) -> list[Check]:
     ]
 
 
-CAUSES = (
+CAUSES = (  # words of a log in small letters, what they mean, and what to do
     (("address already in use",), "its port is taken", "set another API_SERVER_PORT in its .env"),
     (("no space left",), "the volume is full", "free some space"),
-    (("permission denied", "read-only file system"), "it may not use its files", "hermes-boot doctor --fix"),
-    (
-        ("api key", "api_key", "unauthorized", "credential", "no model", "provider", "token"),
-        "no model or authentication",
-        "hermes -p {} setup",
-    ),
+    (("permission denied", "read-only file system"), "it may not use its files", "`hermes-boot doctor --fix` as root"),
+    (("api key", "api_key", "unauthorized", "credential", "no model", "provider"), "no model or authentication", "`hermes -p {} setup`"),
 )
 
 
 def gateway_check(boot: Boot, home: Folder, row: Row) -> Check:
     """Return what a gateway's state means, and the way out of it."""
-    name, start = row.name, f"hermes -p {row.name} gateway start"
+    name, start = row.name, f"`hermes -p {row.name} gateway start`"
+    if row.why == "no such profile":
+        return Check("warn", name, "has a slot, but its profile is gone", f"`hermes-boot gateway unregister -p {name}`")
     if row.state in ("no slot", "no supervisor"):
         found = "it has no slot" if row.state == "no slot" else "s6-supervise is not running for it"
         return Check("fail", name, found, "hermes-boot doctor --fix", lambda: repair_slot(boot, name))
     if row.state in ("crash loop", "parked"):
-        verb = f"died {row.restarts} times in the last minute" if row.state == "crash loop" else "is parked: s6 will not restart it"
         lines = last_lines(home, name, 20)
         cause, mend = likely_cause(row, lines)
+        state = f"crash loop, {row.restarts} restarts in the last minute, last" if row.state == "crash loop" else "parked for good"
         said = "".join(f"\n      | {line}" for line in lines[-3:])
-        return Check("fail", name, f"{verb}, last with {row.last_exit}; {cause}", f"{mend}; then {start}{said}")
+        return Check("fail", name, f"{state} after {row.last_exit}; {cause}", f"{mend}, then {start}{said}")
     if row.state == "down" and row.autostart:
         return Check("warn", name, "is down, though it should run", start)
     if row.state == "down":
@@ -3089,14 +3359,26 @@ def gateway_check(boot: Boot, home: Folder, row: Row) -> Check:
 def likely_cause(row: Row, lines: list[str]) -> tuple[str, str]:
     """Return the likely cause of a gateway's deaths, by its log's last lines, and what to do against it."""
     if row.last_exit == "SIGKILL":
-        return "killed, most likely for want of memory", "raise the container's memory limit"
+        return "most likely for want of memory", "raise the container's memory limit"
     text = "\n".join(lines).lower()
     for words, cause, mend in CAUSES:
         if any(word in text for word in words):
-            return cause, mend.format(row.name)
+            return f"most likely {cause}", mend.format(row.name)
     if row.last_exit == f"code {EX_CONFIG}":
-        return "its configuration is wrong", f"hermes -p {row.name} setup"
-    return "its log says why", f"hermes-boot logs -p {row.name} -n 50"
+        return "its configuration is wrong", f"`hermes -p {row.name} setup`"
+    return "its log says why", f"`hermes-boot logs -p {row.name} -n 50`"
+
+
+def dashboard_checks(boot: Boot) -> list[Check]:
+    """Look whether the dashboard runs, where it should."""
+    if not truthy(setting(wrapper.container_environment(), "HERMES_DASHBOARD")):
+        return []
+    slot = f"{boot.scandir}/dashboard"
+    status = slot_status(slot)
+    if status and status.up and not is_looping(status, [moment for moment, _ in deaths(slot)]):
+        return [Check("pass", "dashboard", f"up for {duration(time.time() - status.since)}")]
+    mend = "`docker logs` says why (outside of the container it needs a login); then `s6-svc -u /run/service/dashboard`"
+    return [Check("fail", "dashboard", "does not run", mend)]
 
 
 def repair_slot(boot: Boot, name: str) -> str:
@@ -3105,13 +3387,12 @@ def repair_slot(boot: Boot, name: str) -> str:
     rescan(boot.scandir)
     if until(lambda: is_supervised(f"{boot.scandir}/{slot}"), 1):
         return "s6-svscan has taken up its slot"
-    with open_home(boot) as home, Folder(boot.scandir, follow=True) as scandir:
+    with open_home(boot) as home, Folder(boot.scandir, follow=True) as scandir, profile_folder(home, name) as folder:
         if scandir.stat(slot):
             os.rename(slot, f".{slot}"[:230] + f".{time.time_ns():x}", src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
-        with profile_folder(home, name) as folder:
-            profile = judge(folder, name, None, multiplex=name != "default" and truthy(boot.setting("GATEWAY_MULTIPLEX_PROFILES")))
-            timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
-            register(home, folder, scandir, profile, timeout)
+        profile = judge(folder, name, None, multiplex=name != "default" and truthy(boot.setting("GATEWAY_MULTIPLEX_PROFILES")))
+        timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
+        register(home, folder, scandir, profile, timeout)
     rescan(boot.scandir)
     until(lambda: is_supervised(f"{boot.scandir}/{slot}"), 5)
     return f"published its slot ({profile.action})"
@@ -3120,7 +3401,8 @@ def repair_slot(boot: Boot, name: str) -> str:
 def logger_checks(boot: Boot, home: Folder, name: str) -> list[Check]:
     """Look for a logger that does not get its folder, most often because another container has it locked."""
     slot = f"{boot.scandir}/{SLOT_PREFIX}{name}/log"
-    if not is_looping([moment for moment, _ in deaths(slot)]):
+    status = slot_status(slot)
+    if status is None or not is_looping(status, [moment for moment, _ in deaths(slot)]):
         return []
     folder = f"logs/gateways/{name}"
     if log_is_locked(home, folder):

@@ -8,10 +8,9 @@ exit code are the program's own, since this script execs and never waits.
 
 The first line imports this file in place of running it, so that Python finds its bytecode: 2 ms less at every `hermes`, and
 15 ms less at every call of hermes_boot.py. It is as short as it is because Linux before 5.1, as many a NAS has, and gVisor read no
-more than 127 bytes of it. hermes_boot.py takes the image's paths, environment, accounts and drop from here.
+more than 127 bytes of it. `from __future__ import annotations` is left out, since here that import takes 0.4 ms of every `hermes`.
+hermes_boot.py takes the image's paths, environment, accounts and drop from this file.
 """
-
-from __future__ import annotations
 
 import os
 import sys
@@ -207,10 +206,11 @@ def start_time(pid: int) -> str:
 
 
 def note_process(path: str) -> None:
-    """Leave word of who we are; exec keeps the pid. Only the container's end needs it, so no failure matters."""
+    """Leave word of who we are, whole; exec keeps the pid. Only the container's end needs it, so no failure matters."""
     try:
-        with open(path, "w") as file:
+        with open(f"{path}.new", "w") as file:
             file.write(f"{os.getpid()} {start_time(os.getpid())}")
+        os.rename(f"{path}.new", path)
     except OSError:
         pass
 
@@ -252,7 +252,7 @@ def obstacle() -> str:
         return ""
     with open("/proc/self/status", "rb") as file:
         status = dict(line.split(b":\t", 1) for line in file if b":\t" in line)
-    may_take_it = status.get(b"NoNewPrivs", b"0").strip() == b"0" and int(status.get(b"CapBnd", b"1"), 16) & 1
+    may_take_it = status.get(b"NoNewPrivs", b"unknown before Linux 4.10").strip() == b"0" and int(status.get(b"CapBnd", b"1"), 16) & 1
     return "" if may_take_it else "/run belongs to another user and no new privileges are allowed"
 
 
@@ -277,9 +277,10 @@ def main(argv: list[str]) -> int:
     if name == "tini":
         return init(tini_program(argv[1:]))
     environment = program_environment(container_environment())
-    note_process(COMMAND_PROCESS)
+    if not noted_process(COMMAND_PROCESS):  # not somebody's call of this script in a running container
+        note_process(COMMAND_PROCESS)
     program = program_of(argv[1:], environment)
-    if program[0] == HERMES and noted_process(SUPERVISOR_PROCESS):
+    if program[0] == HERMES and profile_option(program[1:])[1][:2] == ["gateway", "run"] and supervised():
         import hermes_boot
 
         if hermes_boot.hold_gateway(program[1:], environment):

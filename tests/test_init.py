@@ -68,7 +68,7 @@ def test_gateways_are_supervised_all_the_same(gateways):
     assert wait_for(lambda: host.up("a") and host.pid("a") != killed) and time.monotonic() - started < 2
     done = host.box.exec("hermes", "-p", "b", "gateway", "stop", user="hermes")
     assert (done.returncode, done.stdout) == (0, "b: stopped\n")
-    assert host.box.exec(MANAGER, "health").stdout == "healthy: 3 slots\n"
+    assert host.box.exec(MANAGER, "health").stdout == "healthy: 2 up, 1 not wanted\n"
     assert json.loads(host.box.exec(MANAGER, "status", "-p", "b", "--json").stdout)[0]["state"] == "down"
     done = host.box.exec(MANAGER, "doctor")
     assert done.returncode == 0 and "warn  supervisor: s6-svscan answers on /run/service, below another PID 1" in done.stdout
@@ -155,7 +155,7 @@ def test_hermes_itself_needs_no_root(container, entrypoint, tmp_path):
     box = container(user=10000, entrypoint=entrypoint, environment={"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"})
     box.put_agent("#!/bin/sh\nexec sleep infinity\n")
     done = box.run("sh", "-c", f"id -u; s6-svwait -t 5000 -u /run/service/gateway-default && {MANAGER} health")
-    assert done.returncode == 0 and done.stdout == b"10000\nhealthy: 1 slots\n", done.stderr.decode()
+    assert done.returncode == 0 and done.stdout == b"10000\nhealthy: 1 up, 0 not wanted\n", done.stderr.decode()
     assert done.stderr.count(b"info: started as hermes itself, so owners, groups and services stay as they are") == 1
 
 
@@ -176,5 +176,5 @@ def test_any_uid_with_gid_0_on_a_volume_that_group_0_may_write(container, tmp_pa
             b"cannot be written by hermes (1000650000:0)" in done.stderr and b"give it to group 0" in done.stderr
         )
     else:
-        assert done.stdout == b"1000650000\nhealthy: 1 slots\n"
+        assert done.stdout == b"1000650000\nhealthy: 1 up, 0 not wanted\n"
         assert b"info: started as UID 1000650000 with GID 0, so owners" in done.stderr

@@ -122,7 +122,8 @@ def test_hard_links_of_hermes_follow_a_remap(container, volume):
     """pnpm and uv fill a home with hard links: those that were hermes's are hermes's again."""
     first = volume / "home/deep/er/file"
     os.link(first, volume / "home/deep/second")
-    os.chown(first, *HERMES)
+    for path in (volume, first):
+        os.chown(path, *HERMES)
     container(environment={"HERMES_UID": "1500"}).run("true")
     assert owner(first) == owner(volume / "home/deep/second") == (1500, 10000)
 

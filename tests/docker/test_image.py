@@ -39,7 +39,7 @@ def test_six_capabilities_are_enough(hermes, tmp_path):
     (tmp_path / "volume/workspace").mkdir(parents=True)
     (tmp_path / "volume/workspace/file").touch(0o600)
     done = hermes(options=(*without(), "--security-opt", "no-new-privileges")).run("sh", "-c", f"id -u; stat -c %u workspace/file; {UP}")
-    assert (done.returncode, done.stdout) == (0, b"10000\n10000\nhealthy: 1 slots\n"), done.stderr.decode()
+    assert (done.returncode, done.stdout) == (0, b"10000\n10000\nhealthy: 1 up, 0 not wanted\n"), done.stderr.decode()
     assert b"warning" not in done.stderr
 
 
@@ -71,7 +71,7 @@ READ_ONLY = ("--read-only", "--tmpfs", "/run:exec", "--tmpfs", "/tmp")
 def test_a_read_only_root_boots(hermes):
     """With an executable /run; a remap there has nothing to write to, and says so."""
     box = hermes(options=READ_ONLY, environment={"S6_READ_ONLY_ROOT": "1"})
-    assert box.run("sh", "-c", UP).stdout == b"healthy: 1 slots\n"
+    assert box.run("sh", "-c", UP).stdout == b"healthy: 1 up, 0 not wanted\n"
     done = hermes(options=READ_ONLY, environment={"HERMES_UID": "1500"}).run("true")
     assert done.returncode == 1
     assert b"fatal: cannot write /etc/passwd (Read-only file system), which the remap or a group needs; make /etc writable" in done.stderr
@@ -84,7 +84,7 @@ def test_what_kubernetes_allows_at_its_strictest(hermes, tmp_path):
     options = ("--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--read-only", "--tmpfs", "/tmp")
     box = hermes(user=10000, options=options)
     done = box.run("sh", "-c", f"id -u; {UP}; exit 42")
-    assert (done.returncode, done.stdout) == (42, b"10000\nhealthy: 1 slots\n"), done.stderr.decode()
+    assert (done.returncode, done.stdout) == (42, b"10000\nhealthy: 1 up, 0 not wanted\n"), done.stderr.decode()
     assert b"without s6-overlay (/run belongs to another user and no new privileges are allowed)" in done.stderr
 
 
