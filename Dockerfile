@@ -33,7 +33,7 @@ RUN set -eu; \
     ln -s /opt/hermes/docker/main_wrapper.py /s6/init
 
 # The agent, in a virtual environment that needs only Debian's python3. Bytecode is checked by the source's hash and not by its time,
-# so that two builds give the same.
+# so that two builds give the same. pip stays: the agent fetches what a messaging platform needs with it, to the volume.
 FROM ${BASE_IMAGE} AS agent
 ARG HERMES_AGENT_VERSION=0.19.0
 ARG SOURCE_DATE_EPOCH=0
@@ -42,7 +42,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/hermes/.venv \
  && /opt/hermes/.venv/bin/pip install --no-cache-dir --no-compile "hermes-agent==${HERMES_AGENT_VERSION}" \
- && /opt/hermes/.venv/bin/pip uninstall -y setuptools pip \
+ && /opt/hermes/.venv/bin/pip uninstall -y setuptools \
  && find /opt/hermes/.venv -name __pycache__ -prune -exec rm -rf {} + \
  && python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/hermes/.venv/lib
 
@@ -88,7 +88,10 @@ COPY s6-rc.d/ /etc/s6-overlay/s6-rc.d/
 # That script bounds itself by HERMES_SHUTDOWN_TIMEOUT; s6-overlay's own limit on it, 5000, would cut it short.
 # A failing setup ends the container (2). Services may take as long as they need (0): s6-rc would stop the boot after 5 seconds, and
 # a first boot may have a whole NAS share to give to hermes.
+# The agent's own environment is sealed; packages that it fetches go to the volume, behind its own on its path.
 ENV HERMES_HOME=/opt/data \
+    HERMES_DISABLE_LAZY_INSTALLS=1 \
+    HERMES_LAZY_INSTALL_TARGET=/opt/data/lazy-packages \
     PATH=/opt/hermes/bin:/opt/hermes/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/command \
     VIRTUAL_ENV=/opt/hermes/.venv \
     S6_BEHAVIOUR_IF_STAGE2_FAILS=2 \

@@ -14,7 +14,7 @@ help: ## list the targets
 run: ## run the container: make run ARGS="--version"
 ifneq ($(ENGINE),)
 	@$(MAKE) --no-print-directory image >&2
-	@$(ENGINE) run --rm $(ENGINE_RUN_OPTIONS) -i $$([ -t 0 ] && echo -t) -v hermes-data:/opt/data $(IMAGE) $(ARGS)
+	@$(ENGINE) run --rm $(ENGINE_RUN_OPTIONS) -i $$([ -t 0 ] && echo -t) -v hermes-make-run:/opt/data $(IMAGE) $(ARGS)
 else
 	@$(PYTHON) tests/sandbox.py run -- $(ARGS)
 endif

@@ -40,6 +40,7 @@ MANAGED_FILES = frozenset(
     "config.yaml .env SOUL.md auth.json auth.lock hermes_state.db gateway.pid gateway.lock gateway_state.json processes.json"
     " active_profile".split()
 )
+MANAGED_TOPS = frozenset(path.partition("/")[0] for path in MANAGED_FOLDERS)
 MANAGED_PREFIXES = ("state.db", "response_store.db")  # SQLite puts -wal and -shm beside each
 VERSION_STAMP = ".hermes-agent-version"
 
@@ -60,6 +61,10 @@ SHUTDOWN_TIMEOUT = 8  # seconds for all at the container's end, unless HERMES_SH
 MAX_SECONDS = 86400
 BACK_OFF_LIMIT = 60  # seconds
 HELPER_TIMEOUT = 120  # seconds for a program of the agent's that the boot runs
+SWITCHES = (
+    "GATEWAY_MULTIPLEX_PROFILES HERMES_DASHBOARD HERMES_DOCKER_EXEC_AS_ROOT HERMES_GATEWAY_NO_SUPERVISE HERMES_RECONCILE"
+    " HERMES_SKIP_CONFIG_MIGRATION"
+).split()
 
 SHARED_FOLDERS, SHARED_DEPTH, MOST_SWEEPERS = 64, 6, 4  # folders to share among processes, looked for down to this depth
 
@@ -489,6 +494,14 @@ def number_in(value: str, least: int, most: int) -> int | None:
     return int(value) if plain and least <= int(value) <= most else None
 
 
+def check_switches(boot: Boot) -> None:
+    """Warn of switches that are neither on nor off."""
+    for name in SWITCHES:
+        value = boot.setting(name)
+        if value and value.strip().lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+            warn(f"{name}={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off), so it is as if it were not set")
+
+
 def seconds(environment: dict[str, str], name: str, default: int, least: int) -> int:
     """Return the seconds that a variable gives, or with a warning the default when it gives none."""
     value = setting(environment, name)
@@ -508,7 +521,8 @@ def wanted_id(boot: Boot, *names: str) -> int | None:
         if not value:
             continue
         if (number := number_in(value, 1, MAX_ID)) is None:
-            raise Fatal(f"{name}={value!r} is not a number from 1 to {MAX_ID}; unset it or give your host's (id -u, id -g)")
+            root = " (0 is root, as which the agent never runs)" if value == "0" else ""
+            raise Fatal(f"{name}={value!r} is not a number from 1 to {MAX_ID}{root}; unset it or give your host's (id -u, id -g)")
         return number
     return None
 
@@ -644,7 +658,21 @@ class Sweep:
     could write anyway).
     """
 
-    __slots__ = ("uid", "gid", "dry_run", "former", "mounted", "alone", "changed", "checked", "linked", "first", "failure", "failed")
+    __slots__ = (
+        "uid",
+        "gid",
+        "dry_run",
+        "former",
+        "mounted",
+        "alone",
+        "changed",
+        "checked",
+        "linked",
+        "first",
+        "failure",
+        "failed",
+        "strangers",
+    )
     COUNTS, WORDS = ("changed", "checked", "linked", "failed"), ("first", "failure")
 
     def __init__(self, boot: Boot, *, former: int = -1, mounted: bool = False) -> None:
@@ -658,6 +686,7 @@ class Sweep:
 
     def reset(self) -> None:
         """Forget what was counted."""
+        self.strangers: list[str] = []
         self.changed = self.checked = self.linked = self.failed = 0
         self.first = self.failure = ""
 
@@ -900,11 +929,19 @@ class Sweep:
                 f"{self.failed} entries on {shown(boot.home)} could not be given to {self.uid}:{self.gid}, the first: {self.failure};"
                 " going on, since a rootless engine, NFS, a NAS or a read-only mount may refuse that and still work"
             )
+        if self.strangers:
+            warn(f"{USER} was another user before; {strangers_text(boot.home, self.strangers, boot.owner)}")
         if self.linked:
             warn(
                 f"{self.linked} files on {shown(boot.home)} have hard links and another owner, so they were left alone;"
                 " copy them (cp FILE NEW; mv NEW FILE) if hermes needs them"
             )
+
+
+def strangers_text(home: str, names: list[str], owner: Owner) -> str:
+    """Return what there is to say of entries at the top of the volume that are not hermes's, nor ours to give to it."""
+    first = f"{len(names)} entries at the top of {shown(home)} stay whose they are, the first: {shown(min(names))}"
+    return f"{first}; those that are the agent's: chown -hR {owner[0]}:{owner[1]} {shown(home)}/NAME"
 
 
 def path_in(folder: int, name: str) -> str:
@@ -951,11 +988,14 @@ def sweep_volume(boot: Boot) -> Sweep:
         sweep = Sweep(boot, former=former, mounted=has_mounts_below(boot.home))
         sweep.claim(".", home.fd)
         with os.scandir(home.fd) as listing:
-            files = [entry.name for entry in listing if is_managed_file(entry.name) and entry.is_file(follow_symlinks=False)]
+            entries = list(listing)
+        files = [entry.name for entry in entries if is_managed_file(entry.name) and entry.is_file(follow_symlinks=False)]
+        others = [entry for entry in entries if not is_managed(entry.name)]
         sweep.checked += 1 + len(files)
         for name in files:
             sweep.claim(name, home.fd, writable=True)
         sweep.volume(home)
+        sweep.strangers = [entry.name for entry in others if owner_in(entry) == former] if former not in (-1, sweep.uid) else []
     return sweep
 
 
@@ -967,6 +1007,19 @@ def make_home(boot: Boot) -> None:
         os.close(trusted_folder(boot.home, make=True).fd)
     except OSError as error:
         raise Fatal(f"HERMES_HOME={boot.home!r} cannot be made a folder: {reason(error)}; mount a volume there") from error
+
+
+def owner_in(entry: os.DirEntry) -> int:
+    """Return the UID that an entry of a folder belongs to, root's when it was removed meanwhile."""
+    try:
+        return entry.stat(follow_symlinks=False).st_uid
+    except OSError:
+        return 0
+
+
+def is_managed(name: str) -> bool:
+    """Say whether an entry at the top of the volume is one that hermes keeps."""
+    return name in MANAGED_TOPS or is_managed_file(name)
 
 
 def is_managed_file(name: str) -> bool:
@@ -1845,7 +1898,7 @@ class S6ServiceManager:
         """Return the profile that a service's name is about. Raises InvalidName."""
         profile = name.removeprefix(SLOT_PREFIX)
         if why := name_fault(profile):
-            raise InvalidName(f"{shown(profile)}: {why}")
+            raise InvalidName(f"{shown(profile)}: {why.partition(';')[0]}")
         return profile
 
     def unknown(self, profile: str) -> str:
@@ -2159,7 +2212,7 @@ def gateway_command(boot: Boot, action: str, profile: str | None, every: bool, a
     try:
         if action == "list":
             names = manager.list_profile_gateways()
-            print(to_json(names) if as_json else "\n".join(names))
+            print(to_json(names) if as_json else "".join(f"{name}\n" for name in names), end="\n" if as_json else "")
             return 0
         name = named_profile(manager, profile)
         if action == "status":
@@ -2209,6 +2262,7 @@ def setup(boot: Boot) -> int:
             f"started as UID {euid}, which is not {USER}'s; drop `--user` and set HERMES_UID={euid} HERMES_GID={os.getegid()},"
             f" or use `--user {boot.owner[0]}`, or any UID with GID 0 on a volume that group 0 may write"
         )
+    check_switches(boot)
     remap(boot)
     boot.does(f"run as {boot.owner[0]}:{boot.owner[1]}")
     if euid == 0:
@@ -2297,7 +2351,8 @@ def reconcile(boot: Boot, command: list[str]) -> int:
         running = run_profile(boot, command, home)
         if boot.dry_run:
             for profile in survey(boot, home, running):
-                boot.does(f"publish: {profile.line().split(' ', 1)[1].rstrip()}")
+                verb = "skip" if profile.action == "skipped" else "publish"
+                boot.does(f"{verb}: {profile.line().split(' ', 1)[1].rstrip()}")
             return 0
         lines, chosen = [], most_wanted(boot, home, running)
         with Folder(boot.scandir, follow=True) as scandir:
@@ -2916,7 +2971,7 @@ def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | N
 # What operators see: health
 
 
-def health(environment: dict[str, str], *, live: bool = False) -> int:
+def health(environment: dict[str, str], live: bool) -> int:
     """Return 0 when the supervisor answers and every gateway that should be up is, or is about to be; else 1, after one line why.
 
     For HEALTHCHECK and probes, so it takes no more than it must: no JSON unless a gateway is down, no command line parser. With live,
@@ -3186,6 +3241,9 @@ def owner_checks(boot: Boot) -> list[Check]:
         return [*checks, Check("warn", "owners", f"could not be checked: {reason(error)}", "run it as root")]
     finally:
         boot.dry_run = False
+    if names := strangers(boot):
+        found, _, mend = strangers_text(boot.home, names, boot.owner).partition("; ")
+        checks.append(Check("warn", "owner", found, mend))
     mend = "restart the container, or run `hermes-boot doctor --fix` as root"
     if sweep.changed:
         checks.append(
@@ -3194,6 +3252,15 @@ def owner_checks(boot: Boot) -> list[Check]:
     if sweep.failed:
         checks.append(Check("fail", "owners", f"{sweep.failed} folders cannot be read, the first: {sweep.failure}", mend))
     return checks or [Check("pass", "owners", f"{sweep.checked} entries are {ours}'s")]
+
+
+def strangers(boot: Boot) -> list[str]:
+    """Return the entries at the top of the volume that nobody manages and that are neither hermes's nor root's."""
+    try:
+        with os.scandir(boot.home) as listing:
+            return [entry.name for entry in listing if not is_managed(entry.name) and owner_in(entry) not in (0, boot.owner[0])]
+    except OSError:
+        return []  # the volume's own check says it
 
 
 def volume_checks(boot: Boot) -> list[Check]:
@@ -3446,16 +3513,18 @@ def main(argv: list[str]) -> int:
     """Run the phase that our name or the first argument asks for; return the exit code: 0 done, 1 failed, 2 wrong usage."""
     sys.argv = argv
     os.umask(0o022)
-    role = ROLES.get(os.path.basename(argv[0]), "")
+    name, words = os.path.basename(argv[0]), argv[1:]
+    role = ROLES.get(name, "")
     if role == "entrypoint":
         warn("docker/entrypoint.sh is deprecated; use the image's ENTRYPOINT, /init")
         role = "setup"
-    if role or argv[1:] in ([], ["setup"], ["reconcile"], ["shutdown"]):  # the boot's own calls pay for no parser
-        return guarded(run_phases, role or "".join(argv[1:]), False)
-    if argv[1:] == ["health"]:
-        return guarded(health, exec_environment())
-    arguments = parse(argv[1:])
-    return guarded(run_command, arguments)
+    if name == "hermes-boot":
+        words = words or ["--help"]  # whoever types that wants to look, not to boot
+    if role or words in ([], ["setup"], ["reconcile"], ["shutdown"]):  # the boot's own calls pay for no parser
+        return guarded(run_phases, role or "".join(words), False)
+    if words in (["health"], ["health", "--live"]):
+        return guarded(health, exec_environment(), "--live" in words)
+    return guarded(run_command, parse(words))
 
 
 def exec_environment() -> dict[str, str]:
@@ -3478,7 +3547,7 @@ def run_command(arguments) -> int:
     if command in ("", "setup", "reconcile", "shutdown"):
         return run_phases(command, getattr(arguments, "dry_run", False))
     if command == "health":
-        return health(exec_environment())
+        return health(exec_environment(), arguments.live)
     boot = Boot(exec_environment())
     if command == "gateway":
         return gateway_command(boot, arguments.action, arguments.profile, arguments.all, arguments.json)
@@ -3493,10 +3562,12 @@ def parse(words: list[str]):
     """Return the parsed command line; wrong usage ends the process with code 2."""
     import argparse
 
+    program = os.path.basename(sys.argv[0])
     parser = argparse.ArgumentParser(
-        prog=os.path.basename(sys.argv[0]),
-        description="Boot the container, manage its gateways, say how they are. Without a command: setup, then reconcile.",
-        epilog=EXIT_CODES,
+        prog=program,
+        description="Boot the container, manage its gateways, say how they are. Without a command, hermes_boot.py runs setup and reconcile.",
+        epilog=f"examples:\n  {program} status\n  {program} doctor\n  {program} gateway restart -p coder\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}, hermes-agent {image_version() or 'missing'}")
@@ -3508,9 +3579,19 @@ def parse(words: list[str]):
         phase.add_argument("--dry-run", action="store_true", help="list what would change, change nothing")
     add_command(commands, "shutdown", "end every gateway and the container's command, as at the container's end")
     arguments = parser.parse_args(words)
-    if arguments.command == "gateway" and arguments.all and (arguments.profile is not None or arguments.action.endswith("register")):
-        gateway.error("-p NAME or --all, not both; register and unregister take one")
+    if arguments.command == "gateway":
+        check_gateway_words(gateway, arguments)
     return arguments
+
+
+def check_gateway_words(gateway, arguments) -> None:
+    """End with code 2 when options of `gateway` do not go together."""
+    if arguments.all and (arguments.profile is not None or arguments.action.endswith("register")):
+        gateway.error("-p NAME or --all, not both; register and unregister take one")
+    if arguments.action == "list" and arguments.profile is not None:
+        gateway.error("list takes no -p; `gateway status -p NAME` asks for one")
+    if arguments.json and arguments.action not in ("status", "list"):
+        gateway.error("--json is for status and list")
 
 
 PHASES = {
@@ -3523,17 +3604,18 @@ def add_operators_commands(commands):
     """Add status, doctor, health, logs and gateway; return the last one's parser."""
     status = add_command(commands, "status", "show every gateway in a table", "status", "status -p coder --json", "status --watch 5")
     diagnosis = add_command(commands, "doctor", "look for everything that goes wrong in such a container", "doctor", "doctor --fix")
-    add_command(commands, "health", "say whether every gateway that should be up is, for health checks", "health")
+    probe = add_command(commands, "health", "say whether every gateway that should be up is, for health checks", "health", "health --live")
+    probe.add_argument("--live", action="store_true", help="only whether the supervisor answers: for what restarts the container")
     logs = add_command(commands, "logs", "print a gateway's log", "logs -p coder -f", "logs -p coder --since 10m", "logs -n 50")
     examples = "gateway start -p coder", "gateway restart --all", "gateway list"
     gateway = add_command(commands, "gateway", "start, stop, publish or remove gateways", *examples)
     gateway.epilog += f"\n\n{EXIT_CODES}"
     actions = [*DONE, "status", "list", "register", "unregister"]
-    gateway.add_argument("action", choices=actions, help="start, stop and restart wait, and are remembered")
-    gateway.add_argument("--all", action="store_true", help="every registered gateway; goes on past a failure")
+    gateway.add_argument("action", choices=actions, help="start, stop and restart wait, and are remembered; restart starts what is down")
+    gateway.add_argument("--all", action="store_true", help="every registered gateway, whatever its state; goes on past a failure")
     status.add_argument("-p", "--profile", metavar="NAME", help="this profile alone")
     for chosen in (logs, gateway):
-        chosen.add_argument("-p", "--profile", metavar="NAME", help="the profile; the active one unless given")
+        chosen.add_argument("-p", "--profile", metavar="NAME", help="the profile; unless given, the active one (status: all)")
     for reporting in (status, diagnosis, gateway):
         reporting.add_argument("--json", action="store_true", help="for programs")
     status.add_argument("-w", "--watch", nargs="?", type=whole, const=2, metavar="SECONDS", help="again and again, every 2 seconds")
@@ -3555,9 +3637,11 @@ def add_command(commands, name: str, text: str, *examples: str):
 
 
 def whole(text: str) -> int:
-    """Return a positive number of an option. Raises ValueError, which argparse reports."""
+    """Return a positive number of an option. Raises argparse's error."""
+    import argparse
+
     if (number := number_in(text, 1, 10**9)) is None:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
     return number
 
 

@@ -32,6 +32,8 @@ S6_PACKAGES = ("s6", "execline", "libs6-", "libexecline", "libskarnet", "libnsss
 WRAPPER = "/opt/hermes/docker/main-wrapper.sh"
 IMAGE_ENVIRONMENT = {
     "HERMES_HOME": "/opt/data",
+    "HERMES_DISABLE_LAZY_INSTALLS": "1",
+    "HERMES_LAZY_INSTALL_TARGET": "/opt/data/lazy-packages",
     "PATH": "/opt/hermes/bin:/opt/hermes/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/command",
     "VIRTUAL_ENV": "/opt/hermes/.venv",
     "S6_BEHAVIOUR_IF_STAGE2_FAILS": "2",
@@ -142,7 +144,7 @@ def agent_venv() -> Path:
             mkdir -p {target}
             mount --bind '{part}' {target}
             '{base_python()}' -m venv --without-pip {target}
-            '{sys.executable}' -m pip --disable-pip-version-check -qq --python {target}/bin/python install hermes-agent=={AGENT_VERSION}
+            '{sys.executable}' -m pip --disable-pip-version-check -qq --python {target}/bin/python install pip hermes-agent=={AGENT_VERSION}
         """
         subprocess.run(["unshare", "-m", "sh", "-c", script], check=True, stdout=sys.stderr)
         part.rename(venv)

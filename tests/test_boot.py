@@ -217,6 +217,8 @@ def test_a_stopped_gateway_stays_stopped_with_gateway_run(container, tmp_path):
     hermes_that_sleeps(box)
     box.start("gateway", "run")
     assert "profile=default prior_state=stopped action=registered" in box.log()
+    assert wait_for(lambda: "info: default was stopped and stays so; start it with `hermes -p default gateway start`" in box.log())
+    assert box.exec("ps", "-eo", "args").stdout.count("sleep infinity") == 3  # static services and the command: no gateway
 
 
 def test_the_old_entrypoint_says_that_it_is_old(container):
@@ -244,17 +246,18 @@ def test_a_path_that_endangers_root_is_said(container, path, said):
 
 @pytest.mark.sandbox
 def test_more_profiles_than_s6_supervises(container, tmp_path):
-    """s6-svscan would take any 500 of them; the first in name order have a gateway, default before all, and the others a line."""
-    for number in range(520):
-        folder = tmp_path / f"volume/profiles/p{number:03}"
+    """s6-svscan would take any 500 of them. Those that run have a gateway, then the first in name order; each of the others a line."""
+    for name in (*(f"p{number:03}" for number in range(520)), "running"):
+        folder = tmp_path / f"volume/profiles/{name}"
         folder.mkdir(parents=True)
         (folder / "SOUL.md").touch()
+    (folder / "gateway_state.json").write_text('{"desired_state": "running"}')
     box = container(environment={"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"})
     hermes_that_sleeps(box)
     box.start("sleep", "infinity")
-    assert wait_for(lambda: wanted_up(box)["gateway-default"] if box.log().count("action=registered") else False)
-    assert box.log().count("action=registered") == 489 and "too many services" not in box.log()
-    assert 'profile=p489 prior_state=none action=skipped reason="s6-svscan takes no more than 490 gateways' in box.log()
+    assert wait_for(lambda: wanted_up(box)["gateway-default"] and wanted_up(box)["gateway-running"])
+    assert box.log().count("action=registered") == 488 and "too many services" not in box.log()
+    assert 'profile=p488 prior_state=none action=skipped reason="s6-svscan takes no more than 490 gateways' in box.log()
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess:

@@ -14,6 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import MANAGER, RUN
+from sandbox import wait_for
+
+import hermes_boot
 
 pytestmark = pytest.mark.sandbox
 
@@ -363,3 +367,45 @@ def test_any_home_boots_and_logs_to_the_right_folder(container, path):
     wait = 'for i in 1 2 3 4 5 6 7 8 9 10; do grep -q here: "$HERMES_HOME/logs/gateways/default/current" && break; sleep 0.2; done'
     done = box.run("sh", "-c", f'{wait}; cat "$HERMES_HOME/logs/gateways/default/current"; ls -d /tmp/pwned')
     assert done.returncode == 2 and f"here: {path.splitlines()[0]}" in done.stdout.decode(), done
+
+
+def test_a_container_that_is_for_one_profile_logs_to_the_root_home(container):
+    """HERMES_HOME=<root>/profiles/<name>: the slots have <root>, as the boot does."""
+    box = container(environment={"HERMES_HOME": "/opt/data/profiles/coder", "HERMES_GATEWAY_BOOTSTRAP_STATE": "running"})
+    box.put_agent('#!/bin/sh\necho "home: $HOME $HERMES_HOME"\nexec sleep infinity\n')
+    log = "/opt/data/logs/gateways/default/current"
+    done = box.run("sh", "-c", f"for i in 1 2 3 4 5 6 7 8 9; do grep -q home: {log} && break; sleep 0.2; done; cat {log}")
+    assert b"home: /opt/data /opt/data\n" in done.stdout and b"unable to" not in done.stderr, done
+
+
+@pytest.mark.parametrize("version", ["0.1\u00b2", "\u0661.2", "9" * 99, ""])
+def test_any_version_on_the_volume(version):
+    """It is only compared."""
+    assert hermes_boot.version_key(version) >= [0] and hermes_boot.version_key("0.19.0") == [0, 19, 0]
+
+
+def test_what_hermes_puts_into_the_scandir_stops_no_command(gateways):
+    """Names that would reach a terminal, a FIFO or nonsense in s6's files, a deep folder in a slot's way."""
+    host = gateways({"a": RUN, "b": RUN}, "running")
+    assert wait_for(lambda: host.up("a") and host.up("b"))
+    script = """
+        mkdir "gateway-$(printf '\\033')[31m" gateway-c gateway-c/supervise
+        mkfifo gateway-c/supervise/status gateway-c/supervise/control
+        sleep 60 <>gateway-c/supervise/control >&- 2>&- &
+        rm gateway-b/supervise/death_tally && printf '%014d' 0 | tr 0 '\\177' >gateway-b/supervise/death_tally
+        mkdir .gateway-d.tmp && cd .gateway-d.tmp && for i in $(seq 1500); do mkdir d; cd -P d; done
+    """
+    assert host.box.exec("sh", "-c", f"cd /run/service; {script}", user="hermes").returncode == 0
+    host.folder("d").mkdir()
+    (host.folder("d") / "SOUL.md").touch()
+    for words in (
+        ["status"],
+        ["doctor"],
+        ["health"],
+        ["gateway", "list"],
+        ["gateway", "register", "-p", "d"],
+        ["gateway", "stop", "-p", "b"],
+    ):
+        done = host.box.exec(MANAGER, *words, timeout=20)
+        assert "Traceback" not in done.stderr and "\033" not in done.stdout + done.stderr, done
+    assert host.up("a") and host.box.exec("test", "-e", "/run/service/gateway-d").returncode == 0

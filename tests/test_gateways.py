@@ -7,6 +7,7 @@ What hermes-agent itself does to our slots, and we to its, is shown with the rea
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import time
@@ -144,6 +145,58 @@ def test_wrong_usage_is_code_2(plain, words):
     assert done.returncode == 2 and "usage: hermes_boot.py" in done.stderr
 
 
+@pytest.mark.parametrize("kind", ["folder", "link", "unreadable"])
+def test_a_command_is_carried_out_even_if_it_cannot_be_remembered(gateways, kind):
+    """Code 1, since the next boot will not know; but the gateway does what it was told."""
+    host = gateways({"a": RUN}, "running")
+    assert wait_for(lambda: host.up("a"))
+    file = host.folder("a") / "gateway_state.json"
+    file.unlink()
+    {"folder": lambda: file.mkdir(), "link": lambda: file.symlink_to("/etc/shadow"), "unreadable": lambda: file.touch(0)}[kind]()
+    for action, up in (("stop", False), ("start", True)):
+        done = host.do(action, "-p", "a")
+        assert done.returncode == 1 and "a: done, but gateway_state.json " in done.stderr and host.up("a") is up, done
+
+
+def test_what_cannot_be_read_of_a_state_is_kept_beside(gateways):
+    """Legal JSON that is too deep for us: nothing of it is lost."""
+    host = gateways({"a": RUN}, "")
+    file = host.folder("a") / "gateway_state.json"
+    file.write_text('{"a": ' + "[" * 30000 + "]" * 30000 + "}")
+    os.chown(file, 10000, 10000)
+    done = host.do("start", "-p", "a")
+    assert done.returncode == 0 and "the old one is gateway_state.json.bad" in done.stderr, done
+    assert host.state("a") == {"desired_state": "running"} and len((host.folder("a") / "gateway_state.json.bad").read_text()) == 60007
+
+
+def test_many_restarts_are_no_crash_loop(gateways):
+    """Once the gateway has been up for ten seconds."""
+    host = gateways({"a": RUN}, "running")
+    for _ in range(6):
+        assert host.do("restart", "-p", "a").returncode == 0
+    assert wait_for(lambda: host.box.exec(MANAGER, "health").returncode == 0, 15)
+    assert json.loads(host.box.exec(MANAGER, "status", "-p", "a", "--json").stdout)[0]["state"] == "up"
+
+
+def test_the_commands_stderr_stays_blocking(gateways):
+    """s6-log makes its output non-blocking, which is not the command's file then."""
+    host = gateways({"a": "echo line\nexec sleep infinity\n"}, "running")
+    host.box.stop()
+    script = "import os, time; time.sleep(1); print([os.get_blocking(fd) for fd in (0, 1, 2)])"
+    assert host.box.run("python3", "-c", script, input=b"").stdout == b"[True, True, True]\n"
+
+
+def test_a_running_gateways_files_are_its_own(gateways):
+    """A reconcile by hand in a running container leaves them; without arguments hermes-boot only shows its help."""
+    host = gateways({"a": RUN}, "running")
+    assert wait_for(lambda: host.up("a"))
+    (host.folder("a") / "gateway.pid").write_text("1")
+    pid = host.pid("a")
+    assert host.box.exec(MANAGER, "reconcile").returncode == 0
+    assert "usage: hermes-boot" in host.box.exec("hermes-boot").stdout
+    assert (host.folder("a") / "gateway.pid").exists() and host.pid("a") == pid
+
+
 def test_a_hanging_gateway_is_killed_after_the_stop_timeout(gateways):
     """SIGKILL comes from s6, by the slot's own timeout-kill."""
     host = gateways({"a": "trap '' TERM\nwhile :; do sleep 0.1; done\n"}, "running", environment={"HERMES_GATEWAY_STOP_TIMEOUT": "1"})
@@ -250,6 +303,22 @@ def test_a_gateway_gets_all_of_the_shutdown_timeout(gateways):
     assert wait_for(lambda: "ready" in host.box.log())
     assert host.box.stop() == 143
     assert "drained" in host.box.log()
+
+
+def test_nobody_can_stop_the_end(gateways):
+    """Not by stopping the process that waits for the gateways, nor by a slot on which s6's own programs would wait."""
+    stopper = "trap 'while :; do pkill -STOP -f 10-hermes-shutdown; sleep 0.01; done' TERM\nwhile :; do sleep 0.05; done\n"
+    fifos = (
+        "for name in supervise/control supervise/status; do mkfifo $name; done; sleep infinity <>supervise/control & exec sleep infinity"
+    )
+    host = gateways({"a": stopper}, "running", environment={"HERMES_SHUTDOWN_TIMEOUT": "1"})
+    assert wait_for(lambda: host.up("a"))
+    host.box.exec(
+        "sh", "-c", f"mkdir -p /run/service/gateway-b/supervise && cd /run/service/gateway-b && ({fifos}) >&- 2>&- &", user="hermes"
+    )
+    started = time.monotonic()
+    host.box.stop(20)
+    assert time.monotonic() - started < 5
 
 
 def test_the_end_has_a_limit(gateways):

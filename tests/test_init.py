@@ -103,6 +103,27 @@ def test_the_end_may_come_during_the_boot(container):
     assert (process.returncode, out) == (143, b"") and b"finished" in said and b"later" not in said, said
 
 
+def test_the_dashboard_waits_for_the_boot(container):
+    """It runs as who hermes is after the remap, and writes to stderr: stdout is the command's."""
+    box = container(entrypoint=INIT, environment={"HERMES_UID": "1234", "HERMES_DASHBOARD": "1"})
+    box.put_agent("#!/bin/sh\necho dashboard of $(id -u)\nexec sleep infinity\n")
+    done = box.run("sh", "-c", "s6-svwait -t 5000 -u /run/service/dashboard; sleep 0.5; echo mine")
+    assert (done.returncode, done.stdout) == (0, b"mine\n") and b"dashboard of 1234\n" in done.stderr, done
+
+
+def test_another_scandir_keeps_what_is_not_s6s(container, tmp_path):
+    """And however deep what an earlier start left there may be, it goes."""
+    deep = tmp_path / "volume/slots/gateway-left"
+    deep.mkdir(parents=True)
+    (tmp_path / "volume/slots/mine").write_text("kept")
+    subprocess.run(["sh", "-c", "for i in $(seq 1500); do mkdir d; cd -P d; done"], cwd=deep, check=True)
+    try:
+        done = container(entrypoint=INIT, environment={"S6_PROFILE_GATEWAY_SCANDIR": "/opt/data/slots/"}).run("ls", "/opt/data/slots")
+        assert (done.returncode, done.stdout) == (0, b"dashboard\ngateway-default\nmain-hermes\nmine\n"), done
+    finally:
+        subprocess.run(["rm", "-rf", tmp_path / "volume/slots"], check=True)
+
+
 def test_the_command_gateway_run_is_s6s(gateways):
     """Its process is a placeholder, as it is under s6-overlay; --no-supervise keeps it in the foreground."""
     host = gateways({}, "", entrypoint=INIT)

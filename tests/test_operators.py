@@ -398,9 +398,56 @@ def test_help_is_everywhere(plain, command):
     """With examples wherever there is something to choose."""
     done = plain.reconcile(command=[*command.split(), "--help"])
     assert done.returncode == 0 and done.stdout.startswith(f"usage: hermes_boot.py {command}".rstrip()) and done.stderr == ""
-    assert ("examples:\n" in done.stdout) is (command not in ("", "shutdown")) and not plain.scandir.exists()
+    assert ("examples:\n" in done.stdout) is (command != "shutdown") and not plain.scandir.exists()
 
 
 def test_version(plain):
     """Ours and the agent's."""
     assert plain.reconcile(command=["--version"]).stdout == f"hermes_boot.py {hermes_boot.VERSION}, hermes-agent missing\n"
+
+
+TROUBLE = [["status"], ["doctor"], ["gateway", "status"], ["logs"]]
+
+
+@pytest.mark.parametrize("command", TROUBLE, ids=" ".join)
+@pytest.mark.parametrize("make", [lambda home: home.rmdir(), lambda home: (home.rmdir(), home.touch())], ids=["missing", "a file"])
+def test_a_home_that_is_none_is_one_line(plain, command, make):
+    """For every command."""
+    make(plain.home)
+    done = plain.reconcile(command=command)
+    assert done.returncode in (1, 4) and "Traceback" not in done.stderr and done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("words", [["--since", "99999999999999d"], ["--since", "2026-13-99"], ["--since", "\u00b2h"]], ids=" ".join)
+def test_times_that_are_none(plain, words):
+    """A usage error, or a time before all others."""
+    done = plain.reconcile(command=["logs", *words])
+    assert done.returncode in (2, 4) and "Traceback" not in done.stderr
+
+
+def test_a_slot_whose_profile_is_gone(gateways):
+    """doctor says so, and --fix does not stumble over it."""
+    host = gateways({"a": RUN}, "running")
+    assert wait_for(lambda: host.up("a"))
+    host.folder("a").rename(host.volume / "away")
+    code, found = diagnosis(host, "--fix")
+    assert found["a"][0]["found"] == "has a slot, but its profile is gone" and "gateway unregister -p a" in found["a"][0]["mend"]
+    assert host.do("unregister", "-p", "a").returncode == 0
+
+
+def test_whoever_reads_may_stop(gateways):
+    """`status --watch | head`: no traceback."""
+    host = gateways({"a": RUN})
+    done = host.box.exec("sh", "-c", f"{MANAGER} status --watch 1 | head -n 1; sleep 1")
+    assert done.stdout.startswith("PROFILE") and done.stderr == ""
+
+
+def test_a_dashboard_that_dies_stays_down_and_doctor_says_so(container):
+    """Five deaths in a minute are enough."""
+    box = container(environment={"HERMES_DASHBOARD": "1"})
+    box.put_agent("#!/bin/sh\nexit 1\n")
+    box.start("sleep", "infinity")
+    assert wait_for(lambda: "dashboard: died 5 times in a minute, so it stays down" in box.log(), 15)
+    done = box.exec(MANAGER, "doctor")
+    assert done.returncode == 1 and "fail  dashboard: does not run; " in done.stdout
+    assert box.exec(MANAGER, "health", "--live").stdout == "live: the supervisor answers\n"

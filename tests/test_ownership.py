@@ -172,3 +172,36 @@ def test_a_deep_folder_needs_no_descriptors_or_recursion(container, volume):
         assert "give " not in box.exec(*boot).stderr
     finally:
         subprocess.run(["rm", "-rf", volume / "workspace/d"], check=True)
+
+
+@pytest.mark.parametrize("below", ["", "/new/home"], ids=["itself", "below it"])
+def test_root_goes_through_no_link_of_the_agents_on_its_way_home(container, volume, below):
+    """HERMES_HOME below a folder that hermes owns, which it has replaced by a link: one line, and what that leads to is unchanged."""
+    os.chown(volume, *HERMES)
+    (volume / "agent").symlink_to("/etc")
+    os.lchown(volume / "agent", *HERMES)
+    box = container(environment={"HERMES_HOME": f"/opt/data/agent{below}", "S6_BEHAVIOUR_IF_STAGE2_FAILS": "0"})
+    done = box.run("stat", "-c", "%U %a %n", "/etc", "/etc/passwd", "/etc/new")
+    assert done.stdout == b"root 755 /etc\nroot 644 /etc/passwd\n", done
+    assert b"fatal: HERMES_HOME='/opt/data/agent" in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.sandbox
+def test_a_link_of_roots_leads_home(container):
+    """An image that has /data for /opt/data still works."""
+    box = container(environment={"HERMES_HOME": "/data/agent"})
+    (box.upper / "data").symlink_to("opt/data")
+    done = box.run("stat", "-c", "%U", "/opt/data/agent", "/opt/data/agent/SOUL.md")
+    assert (done.returncode, done.stdout) == (0, b"hermes\nhermes\n"), done.stderr
+
+
+def test_what_was_hermess_before_and_is_not_ours_to_give_is_said(container, volume):
+    """After a change of the UID: the agent's files that nobody listed stay as they are, with the command; doctor says it too."""
+    for path in (volume, volume / "kanban.db"):
+        path.touch()
+        os.chown(path, *HERMES)
+    box = container(environment={"HERMES_UID": "1500"})
+    done = box.run("hermes-boot", "doctor")
+    said = b"1 entries at the top of /opt/data stay whose they are, the first: kanban.db; those that are the agent's: chown -hR 1500:10000 "
+    assert b"hermes was another user before; " + said in done.stderr and b"warn  owner: " + said in done.stdout
+    assert owner(volume / "kanban.db") == HERMES

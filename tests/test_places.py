@@ -100,9 +100,9 @@ def test_the_compose_file_fits_the_image():
     assert set(services) == {"hermes", "dashboard"}
     for service in services.values():
         assert service["image"] == f"hermes-agent:{AGENT_VERSION}" and "entrypoint" not in service and "init" not in service
-        assert "mem_limit" in service and service["env_file"][0]["path"] == "hermes.env" and "data:/opt/data" in service["volumes"]
+        assert "mem_limit" in service and service["env_file"] == ["hermes.env"] and "data:/opt/data" in service["volumes"]
+        assert set(service["cap_add"]) == CAPABILITIES and service["cap_drop"] == ["ALL"]
     hermes = services["hermes"]
-    assert set(hermes["cap_add"]) == CAPABILITIES
     assert int(hermes["stop_grace_period"].rstrip("s")) > int(hermes["environment"]["HERMES_SHUTDOWN_TIMEOUT"])
     assert hermes["healthcheck"]["test"][1:] == ["/opt/hermes/bin/hermes-boot", "health"]
     assert not re.search(r"(?i)(key|token|password):", COMPOSE.read_text())
@@ -119,8 +119,8 @@ def test_the_kubernetes_file_fits_the_image():
     assert pod["securityContext"]["runAsUser"] == pod["securityContext"]["fsGroup"] == 10000
     assert hermes["securityContext"]["capabilities"] == {"drop": ["ALL"]} and hermes["securityContext"]["readOnlyRootFilesystem"]
     assert {mount["mountPath"] for mount in hermes["volumeMounts"]} == {"/opt/data", "/run", "/tmp"}
-    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-        assert hermes[probe]["exec"]["command"] == ["/opt/hermes/bin/hermes-boot", "health"]
+    for probe, words in (("startupProbe", ["health", "--live"]), ("livenessProbe", ["health", "--live"]), ("readinessProbe", ["health"])):
+        assert hermes[probe]["exec"]["command"] == ["/opt/hermes/bin/hermes-boot", *words]
     assert hermes["image"] == f"hermes-agent:{AGENT_VERSION}" and "command" not in hermes
 
 

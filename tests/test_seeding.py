@@ -97,7 +97,7 @@ def test_a_home_that_cannot_be_read_or_made_ends_the_boot_with_one_line(containe
     assert b"/opt/data cannot be read by hermes (10000:10000): Permission denied; it belongs to 0:0" in done.stderr
     done = container(environment={"HERMES_HOME": "/etc/passwd"}).run("true")
     (line,) = done.stderr.decode().splitlines()[-1:]
-    assert done.returncode == 1 and "HERMES_HOME='/etc/passwd' cannot be made a folder: File exists; mount a volume there" in line
+    assert done.returncode == 1 and "HERMES_HOME='/etc/passwd' cannot be made a folder: Not a directory; mount a volume there" in line
 
 
 def test_a_dry_run_lists_and_changes_nothing(container, tmp_path):
