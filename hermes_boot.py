@@ -2580,8 +2580,7 @@ class Children:
 
 def parent_of(process: int) -> int:
     """Return a process's parent; OSError when it has ended. See proc(5)."""
-    with open(f"/proc/{process}/stat", "rb") as file:
-        return int(file.read().rpartition(b")")[2].split()[1])
+    return int(wrapper.content(f"/proc/{process}/stat").rpartition(b")")[2].split()[1])
 
 
 def stand_in_for_init(words: list[str], environment: dict[str, str], why: str) -> int:

@@ -224,6 +224,7 @@ class Sandbox:
         shutil.copytree(PROJECT / "s6-rc.d", etc / "s6-overlay/s6-rc.d")
         (etc / "passwd").write_text(passwd)
         (etc / "group").write_text(group)
+        (etc / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files dns\n")  # no systemd to ask, as in an image
         self.make_command_folder()
         if not os.path.exists("/usr/bin/python3"):
             (self.upper / "usr/bin").mkdir(parents=True)
