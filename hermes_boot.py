@@ -69,6 +69,7 @@ SWITCHES = (
 SHARED_FOLDERS, SHARED_DEPTH, MOST_SWEEPERS = 64, 6, 4  # folders to share among processes, looked for down to this depth
 
 Owner = tuple[int, int]  # UID, GID
+Place = tuple[int, bytes]  # device and mount that a folder is on
 
 
 # Reporting
@@ -263,13 +264,15 @@ class Folder:
             os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         return True
 
-    def trusted_link(self, name: str) -> str:
-        """Return where a link of root's leads that nobody else can replace, "" for anything else."""
-        own, entry = os.fstat(self.fd), self.stat(name)
-        others_write = own.st_uid != 0 or (own.st_mode & 0o022 and not own.st_mode & stat.S_ISVTX)
-        if others_write or entry is None or entry.st_uid != 0 or not stat.S_ISLNK(entry.st_mode):
-            return ""
-        return os.readlink(name, dir_fd=self.fd)
+    def is_roots(self) -> bool:
+        """Say whether nobody but root can replace what root has put into this folder."""
+        status = os.fstat(self.fd)
+        return status.st_uid == 0 and (not status.st_mode & 0o022 or status.st_mode & stat.S_ISVTX != 0)
+
+    def link_of_root(self, name: str) -> str:
+        """Return where a link that is root's leads, "" for anything else."""
+        entry = self.stat(name)
+        return os.readlink(name, dir_fd=self.fd) if entry and entry.st_uid == 0 and stat.S_ISLNK(entry.st_mode) else ""
 
     def remove_temporaries(self, *names: str) -> None:
         """Remove what killed writers of these names left; only with the lock held is every one of them stale."""
@@ -283,13 +286,8 @@ class Folder:
 
     def remove(self, name: str) -> None:
         """Remove an entry with all below it, if it is there. However deep that is: what lies two levels down is moved one up first."""
-        try:
-            os.unlink(name, dir_fd=self.fd)
+        if self.unlinked(name):
             return
-        except FileNotFoundError:
-            return
-        except (IsADirectoryError, PermissionError):
-            pass
         with Folder(name, self.fd) as top:
             moved = 0
             while entries := os.listdir(top.fd):
@@ -305,9 +303,11 @@ class Folder:
         os.rmdir(name, dir_fd=self.fd)
 
     def unlinked(self, name: str) -> bool:
-        """Remove what is not a folder; say whether it was none."""
+        """Remove an entry that is not a folder; say whether none is left."""
         try:
             os.unlink(name, dir_fd=self.fd)
+        except FileNotFoundError:
+            pass
         except (IsADirectoryError, PermissionError):
             return False
         return True
@@ -316,31 +316,33 @@ class Folder:
 def trusted_folder(path: str, *, make: bool = False) -> Folder:
     """Open a folder by an absolute path, making what is missing of it if asked to, as nobody but root decides.
 
-    Root goes through a link only where root made it, in a folder that nobody else may write. Below any other folder there may be
-    links at every step, whoever has the volume there puts them; OSError (ELOOP) then. Without root there is nothing to lose: links
-    are followed.
+    Root goes through a link only where root made it and nobody else can put anything in its place, be it a folder further up. Below
+    any other folder there may be links at every step, whoever has the volume there puts them: OSError (ELOOP, ENOTDIR) then. Without
+    root there is nothing to lose, and links are followed.
     """
     if os.geteuid() != 0:
         if make:
             os.makedirs(path, 0o755, exist_ok=True)
         return Folder(path, follow=True)
-    folder, names, hops = Folder("/"), path.split("/")[::-1], 0
+    folder, names, safe, links = Folder("/"), path.split("/")[::-1], True, 0
     given = len(names)  # of the names left, these are the path's own, which may be made; the others are of links
     while names:
         name = names.pop()
+        if name in ("", "."):
+            continue
+        safe = safe and folder.is_roots()
         try:
-            if name in ("", "."):
-                continue
             missing = make and len(names) < given and folder.stat(name) is None
             child = folder.made(name) if missing else Folder(name, folder.fd)
         except OSError as error:
-            target, hops = folder.trusted_link(name) if error.errno in (errno.ELOOP, errno.ENOTDIR) else "", hops + 1
-            if not target or hops > 40:
+            links += 1
+            target = folder.link_of_root(name) if safe and links < 40 and error.errno in (errno.ELOOP, errno.ENOTDIR) else ""
+            if not target:
                 os.close(folder.fd)
                 raise
             given = min(given, len(names))
             names += target.split("/")[::-1]
-            child = Folder("/") if target.startswith("/") else Folder(".", folder.fd)
+            child = Folder("/" if target.startswith("/") else ".", folder.fd)
         os.close(folder.fd)
         folder = child
     return folder
@@ -521,8 +523,8 @@ def wanted_id(boot: Boot, *names: str) -> int | None:
         if not value:
             continue
         if (number := number_in(value, 1, MAX_ID)) is None:
-            root = " (0 is root, as which the agent never runs)" if value == "0" else ""
-            raise Fatal(f"{name}={value!r} is not a number from 1 to {MAX_ID}{root}; unset it or give your host's (id -u, id -g)")
+            root = "0 is root, as which the agent never runs; " if value == "0" else ""
+            raise Fatal(f"{name}={value!r} is not a number from 1 to {MAX_ID}; {root}unset it or give your host's (id -u, id -g)")
         return number
     return None
 
@@ -658,21 +660,7 @@ class Sweep:
     could write anyway).
     """
 
-    __slots__ = (
-        "uid",
-        "gid",
-        "dry_run",
-        "former",
-        "mounted",
-        "alone",
-        "changed",
-        "checked",
-        "linked",
-        "first",
-        "failure",
-        "failed",
-        "strangers",
-    )
+    __slots__ = (*"uid gid dry_run former mounted alone strangers".split(), *"changed checked linked failed first failure".split())
     COUNTS, WORDS = ("changed", "checked", "linked", "failed"), ("first", "failure")
 
     def __init__(self, boot: Boot, *, former: int = -1, mounted: bool = False) -> None:
@@ -726,7 +714,7 @@ class Sweep:
             return False
         return kind not in (stat.S_IFBLK, stat.S_IFCHR)
 
-    def place(self, fd: int) -> tuple[int, bytes]:
+    def place(self, fd: int) -> Place:
         """Return what file system an open entry is on, and by which mount: a bind mount from the same disk has the same device."""
         mount = b""
         if self.mounted:
@@ -739,7 +727,7 @@ class Sweep:
         self.failure = self.failure or f"{path_in(at, name)}: {reason(error)}"
         self.failed += 1
 
-    def entries(self, fd: int, path: str) -> list[str]:
+    def entries(self, fd: int) -> list[str]:
         """Check an open folder and every entry of it but the folders, whose names are returned.
 
         The folder itself comes last. Until then, before anything of hermes's runs, nobody but root can rename in a folder that is
@@ -766,11 +754,11 @@ class Sweep:
                     self.change(entry.name, fd, status, True)
         self.checked += checked
         if own.st_uid != uid or own.st_gid != gid:
-            self.change(path, fd, own, False)
+            self.change(".", fd, own, False)
         return folders
 
     def change(self, name: str, fd: int, status: os.stat_result, inside: bool) -> None:
-        """Give an open folder, or an entry inside of it that nobody but root can move, to hermes."""
+        """Give an open folder (as "."), or an entry inside of it that nobody but root can move, to hermes."""
         try:
             if self.dry_run:
                 pass
@@ -781,15 +769,15 @@ class Sweep:
         except OSError as error:
             self.fail(name, fd, error)
         else:
-            self.note(name if inside else ".", fd, status)
+            self.note(name, fd, status)
 
-    def tree(self, folder: Folder, path: str) -> None:
+    def tree(self, folder: Folder) -> None:
         """Check an open folder and all below it; it is closed. One descriptor at any depth: the way back up is `..`, checked to be
         where we came from."""
         fd = folder.fd
         try:
             place = self.place(fd)
-            above = [(os.fstat(fd).st_ino, self.entries(fd, path))]
+            above = [(os.fstat(fd).st_ino, self.entries(fd))]
             while True:
                 _, folders = above[-1]
                 if folders:
@@ -804,15 +792,15 @@ class Sweep:
         finally:
             os.close(fd)
 
-    def descend(self, fd: int, name: str, place: tuple[int, bytes], above: list[tuple[int, list[str]]]) -> int:
+    def descend(self, fd: int, name: str, place: Place, above: list[tuple[int, list[str]]]) -> int:
         """Check a folder's entries and make it the current one, unless it is gone, unreadable or another file system."""
         child = self.enter(fd, name, place)
         if child is None:
             return fd
-        above.append((os.fstat(child.fd).st_ino, self.entries(child.fd, name)))
+        above.append((os.fstat(child.fd).st_ino, self.entries(child.fd)))
         return replace_fd(fd, child.fd)
 
-    def enter(self, fd: int, name: str, place: tuple[int, bytes]) -> Folder | None:
+    def enter(self, fd: int, name: str, place: Place) -> Folder | None:
         """Open a folder to check it, None when it is gone, unreadable or another file system."""
         try:
             child = Folder(name, fd)
@@ -830,7 +818,7 @@ class Sweep:
 
     def volume(self, home: Folder) -> None:
         """Check all managed folders. The upper levels here; once there are folders enough to share, all cores take from them."""
-        waiting: list[tuple[str, tuple[int, bytes]]] = []  # a folder's path, and where it must be
+        waiting: list[tuple[str, Place]] = []  # a folder's path, and where it must be
         for path in MANAGED_FOLDERS:
             waiting += self.top(home, path)
         done = 0
@@ -838,11 +826,11 @@ class Sweep:
             path, place = waiting[done]
             done += 1
             deep = path.count("/") >= SHARED_DEPTH
-            waiting += self.below(home, path, place, self.tree if deep else self.opened) or []
+            waiting += self.below(home, path, place, self.tree if deep else self.opened)
         if done < len(waiting):
             self.share(home, waiting[done:])
 
-    def top(self, home: Folder, path: str) -> list[tuple[str, tuple[int, bytes]]]:
+    def top(self, home: Folder, path: str) -> list[tuple[str, Place]]:
         """Check one managed folder's entries; return its folders. A link or a file in its place is said and left alone."""
         parent = os.path.dirname(path)
         try:
@@ -852,33 +840,35 @@ class Sweep:
                     self.claim(".", above.fd)
             folder = home.folder(path)
             self.checked += 1
-            return self.opened(folder, path)
+            return [(f"{path}/{name}", place) for name, place in self.opened(folder)]
         except FileNotFoundError:
             return []  # made later, by hermes
         except OSError as error:
             warn(f"{path} on the volume {fault(error)}; its owners were not checked; put a plain folder there")
             return []
 
-    def opened(self, folder: Folder, path: str) -> list[tuple[str, tuple[int, bytes]]]:
-        """Check an open folder's entries and close it; return its folders as volume() wants them."""
+    def opened(self, folder: Folder) -> list[tuple[str, Place]]:
+        """Check an open folder's entries and close it; return its folders, and where they must be."""
         with folder:
             place = self.place(folder.fd)
-            return [(f"{path}/{name}", place) for name in self.entries(folder.fd, path)]
+            return [(name, place) for name in self.entries(folder.fd)]
 
-    def below(self, home: Folder, path: str, place: tuple[int, bytes], action) -> list[tuple[str, tuple[int, bytes]]] | None:
-        """Open a folder anew and return what the action makes of it; whatever became of it since we saw it is counted."""
+    def below(self, home: Folder, path: str, place: Place, action) -> list[tuple[str, Place]]:
+        """Open a folder anew and take an action on it; return the folders it names, as volume() wants them. Whatever became of the
+        folder since we saw it is counted."""
         parent, _, name = path.rpartition("/")
         try:
             with home.folder(parent) as above:
                 folder = self.enter(above.fd, name, place)
-            return action(folder, path) if folder else None
+            found = action(folder) if folder else None
+            return [(f"{path}/{name}", place) for name, place in found or ()]
         except FileNotFoundError:
-            return None  # removed while we looked
+            return []  # removed while we looked
         except OSError as error:
             self.fail(path, home.fd, error)
-            return None
+            return []
 
-    def share(self, home: Folder, folders: list[tuple[str, tuple[int, bytes]]]) -> None:
+    def share(self, home: Folder, folders: list[tuple[str, Place]]) -> None:
         """Check folders in as many processes as there are cores; each takes the next group by a byte from a pipe."""
         groups = min(256, len(folders))
         tokens, filled = os.pipe()

@@ -118,7 +118,7 @@ def test_the_real_agent_writes_its_state_while_boots_run(container, tmp_path):
     argv = box.exec_command(["/opt/hermes/.venv/bin/python", "-c", writer], "hermes", {"HERMES_HOME": "/opt/data/profiles/a"})
     agent = subprocess.Popen(argv)
     try:
-        assert sandbox.wait_for(lambda: box.path("/tmp/written").exists())
+        assert sandbox.wait_for(lambda: box.path("/tmp/written").exists(), 60)  # the agent's imports, on a cold disk
         for _ in range(10):
             done = box.exec("/opt/hermes/docker/hermes_boot.py")
             assert done.returncode == 0 and "profile=a prior_state=running action=started" in done.stderr, done

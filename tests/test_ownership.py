@@ -174,6 +174,16 @@ def test_a_deep_folder_needs_no_descriptors_or_recursion(container, volume):
         subprocess.run(["rm", "-rf", volume / "workspace/d"], check=True)
 
 
+def test_a_folder_of_roots_that_the_agent_has_moved_is_no_way_home(container, volume):
+    """A link in it is root's, but where it lies is not root's choice."""
+    os.chown(volume, *HERMES)
+    (volume / "agent").mkdir()
+    (volume / "agent/home").symlink_to("/etc")
+    box = container(environment={"HERMES_HOME": "/opt/data/agent/home", "S6_BEHAVIOUR_IF_STAGE2_FAILS": "0"})
+    done = box.run("stat", "-c", "%U", "/etc")
+    assert done.stdout == b"root\n" and b"fatal: HERMES_HOME='/opt/data/agent/home'" in done.stderr, done
+
+
 @pytest.mark.parametrize("below", ["", "/new/home"], ids=["itself", "below it"])
 def test_root_goes_through_no_link_of_the_agents_on_its_way_home(container, volume, below):
     """HERMES_HOME below a folder that hermes owns, which it has replaced by a link: one line, and what that leads to is unchanged."""
