@@ -483,6 +483,14 @@ def test_the_real_agent_and_ours_work_on_each_others_slots(container, tmp_path):
     assert wait_for(lambda: "gateway-coder" not in box.exec("ps", "axo", "args").stdout)
 
 
+def test_the_real_agent_fetches_what_a_platform_needs_to_the_volume(container, tmp_path):
+    """From PyPI, into lazy-packages; its own environment is sealed."""
+    box = container(agent=True)
+    ask = "import hermes_bootstrap; from tools.lazy_deps import ensure; ensure('platform.telegram'); import telegram; print(telegram.__file__)"
+    done = box.run("/opt/hermes/.venv/bin/python", "-c", ask, timeout=120)
+    assert done.stdout.startswith(b"/opt/data/lazy-packages/telegram/"), done
+
+
 def test_the_real_gateway_run_as_cmd_is_supervised_and_the_container_stays(container, tmp_path):
     """The old way to start a gateway: the agent hands it to s6 and the CMD sleeps."""
     box = container(agent=True)
@@ -496,3 +504,7 @@ def test_the_real_gateway_run_as_cmd_is_supervised_and_the_container_stays(conta
     assert time.monotonic() - started < 9.5
     box.start("gateway", "run")
     assert wait_for(lambda: box.exec(MANAGER, "gateway", "status", "-p", "default").returncode == 0, 20)
+    assert box.exec("hermes", "gateway", "stop").returncode == 0
+    box.restart()
+    assert wait_for(lambda: "info: default was stopped and stays so" in box.log())
+    assert json.loads(state.read_text())["desired_state"] == "stopped"
