@@ -2948,7 +2948,9 @@ def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | N
         rows = [row for row in rows_of(boot) if profile in (None, row.name)]
         if not rows:
             return report_failures({"": NotRegistered(f"no such profile: {shown(profile or '')}; `hermes-boot status` lists them")})
-        if not as_json and not supervisor_answers(boot.scandir):
+        if not as_json and (why := no_gateways(boot, container_command())):
+            warn(f"this container has no gateways, since {why}")
+        elif not as_json and not supervisor_answers(boot.scandir):
             warn(f"no supervisor answers on {boot.scandir}; `hermes-boot doctor` says why")
         text = to_json([row.as_dict() for row in rows]) if as_json else table(rows)
         print(f"\033[H\033[J{text}" if watch and sys.stdout.isatty() else text, flush=True)
@@ -3598,7 +3600,6 @@ def add_operators_commands(commands):
     logs = add_command(commands, "logs", "print a gateway's log", "logs -p coder -f", "logs -p coder --since 10m", "logs -n 50")
     examples = "gateway start -p coder", "gateway restart --all", "gateway list"
     gateway = add_command(commands, "gateway", "start, stop, publish or remove gateways", *examples)
-    gateway.epilog += f"\n\n{EXIT_CODES}"
     actions = [*DONE, "status", "list", "register", "unregister"]
     gateway.add_argument("action", choices=actions, help="start, stop and restart wait, and are remembered; restart starts what is down")
     gateway.add_argument("--all", action="store_true", help="every registered gateway, whatever its state; goes on past a failure")
@@ -3619,7 +3620,8 @@ def add_command(commands, name: str, text: str, *examples: str):
     """Add a command with its help and examples; return its parser."""
     import argparse
 
-    epilog = "\n".join(["examples:", *(f"  {os.path.basename(sys.argv[0])} {example}" for example in examples)]) if examples else None
+    shown_examples = "".join(f"  {os.path.basename(sys.argv[0])} {example}\n" for example in examples)
+    epilog = (f"examples:\n{shown_examples}\n" if examples else "") + EXIT_CODES
     kind = argparse.RawDescriptionHelpFormatter
     description = f"{text[0].upper()}{text[1:]}."
     return commands.add_parser(name, help=text, description=description, epilog=epilog, formatter_class=kind, allow_abbrev=False)

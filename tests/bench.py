@@ -376,6 +376,8 @@ def main() -> int:
     found |= {"date": time.strftime("%Y-%m-%d"), "machine": machine, "quick": quick, "image": image_layers()}
     found["scripts"] = {name: {"lines": size[0], "bytes": size[1]} for name, size in sizes.items()}
     print("\n".join([f"{model}, {machine['cores']} cores, Linux {machine['kernel']}, Python {machine['python']}", "", *lines, ""]))
+    if quick:
+        print("quick: fewer runs on smaller volumes; what is to be reached is meant for the whole\n")
     slots = found["results"]["reconcile, a profile among many to one among few"]
     for count, ratio in slots["ratio_to_the_loop"].items():
         each, floor = (slots[key].get(count, 0) for key in ("ms_per_profile", "floor_ms_per_profile"))

@@ -501,6 +501,10 @@ def main() -> int:
     arguments, words = parser.parse_known_args(split_words(sys.argv[1:])[0])
     if words:
         parser.error(f"unknown arguments: {' '.join(words)}")
+    if arguments.command == "run" and (wrong := [pair for pair in arguments.env if "=" not in pair]):
+        parser.error(f"-e takes NAME=VALUE, not {wrong[0]}")
+    if arguments.command == "run" and (wrong := [pair for pair in arguments.volume if ":" not in pair]):
+        parser.error(f"-v takes HOST:GUEST, not {wrong[0]}")
     return act(arguments, split_words(sys.argv[1:])[1])
 
 
@@ -521,9 +525,15 @@ def act(arguments: argparse.Namespace, words: list[str]) -> int:
         return 1
     named = CACHE / "containers" / (arguments.name or "")
     if arguments.command != "run":
-        with open(named / "options.json") as file:
-            options = json.load(file)
+        try:
+            options = json.loads((named / "options.json").read_text())
+        except OSError:
+            print(f"sandbox: no container named {arguments.name}; `run --name {arguments.name}` makes it", file=sys.stderr)
+            return 1
         box = Sandbox(named, volume=Path(options["volume"]), environment=options["environment"], agent=True)
+        if arguments.command == "exec" and not box.init():
+            print(f"sandbox: {arguments.name} is not running; `restart {arguments.name}` starts it", file=sys.stderr)
+            return 1
         if arguments.command == "exec":
             return subprocess.run(box.exec_command(words, arguments.user)).returncode
         box.stop()
