@@ -240,8 +240,8 @@ def sweep(files: int, runs: int) -> tuple[dict, dict]:
 
 
 def scaling(counts: tuple[int, ...], runs: int) -> dict:
-    """Measure what a further profile costs reconcile, from each number of profiles to the next, in slots of the loop; the figure is
-    the most to the least of that."""
+    """Measure what a further profile costs reconcile, from each number of profiles to the next, with the same of the loop beside it;
+    the figure is the most to the least of that time."""
     took, loops = {}, {}
     for count in counts:
         with Volume(count, 0) as volume:
@@ -251,11 +251,10 @@ def scaling(counts: tuple[int, ...], runs: int) -> dict:
     each = {more: (took[more] - took[less]) / (more - less) for less, more in zip(counts, counts[1:])}
     ratio = {count: took[count] / loops[count] for count in counts}
     floors = {more: (loops[more] - loops[less]) / (more - less) for less, more in zip(counts, counts[1:])}
-    ratios = [each[count] / floors[count] for count in each]
     return {
         "ms": None,
         "floor_ms": None,
-        "figure": max(ratios) / min(ratios),
+        "figure": max(each.values()) / min(each.values()),
         "ms_per_profile": each,
         "floor_ms_per_profile": floors,
         "ratio_to_the_loop": ratio,
