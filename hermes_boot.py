@@ -2281,7 +2281,7 @@ def setup_phase(boot: Boot) -> int:
     if not boot.dry_run and not wrapper.noted_process(wrapper.COMMAND_PROCESS):  # at a boot, not by `docker exec`
         try:
             if code:
-                os.close(os.open(SETUP_FAILED, os.O_WRONLY | os.O_CREAT, 0o644))
+                os.close(os.open(SETUP_FAILED, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
             elif os.path.exists(SETUP_FAILED):
                 os.unlink(SETUP_FAILED)
         except OSError:

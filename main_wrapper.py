@@ -212,18 +212,26 @@ def start_time(pid: int) -> str:
 
 
 def note_process(path: str) -> None:
-    """Leave word of who we are, whole; exec keeps the pid. Only the container's end needs it, so no failure matters."""
+    """Leave word of who we are, whole; exec keeps the pid. Only the container's end needs it, so no failure matters. /run may be
+    everybody's to write, so no file that is there already is written to."""
     try:
-        with open(f"{path}.new", "w") as file:
-            file.write(f"{os.getpid()} {start_time(os.getpid())}")
-        os.rename(f"{path}.new", path)
+        new = f"{path}.{os.getpid()}"
+        if os.path.lexists(new):
+            os.unlink(new)
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        os.write(fd, f"{os.getpid()} {start_time(os.getpid())}".encode())
+        os.close(fd)
+        os.rename(new, path)
     except OSError:
         pass
 
 
 def noted_process(path: str) -> int:
-    """Return the pid that was left there, 0 when that process has ended; the start time tells it from a later one of its number."""
+    """Return the pid that was left there, by root or by who we are, 0 when that process has ended; the start time tells it from a later
+    one of its number."""
     try:
+        if os.lstat(path).st_uid not in (0, os.geteuid()):
+            return 0
         pid, started = content(path).decode().split()
         return int(pid) if start_time(int(pid)) == started else 0
     except (OSError, ValueError):

@@ -483,6 +483,7 @@ def test_the_real_agent_and_ours_work_on_each_others_slots(container, tmp_path):
     assert wait_for(lambda: "gateway-coder" not in box.exec("ps", "axo", "args").stdout)
 
 
+@pytest.mark.sandbox
 def test_the_real_agent_fetches_what_a_platform_needs_to_the_volume(container, tmp_path):
     """From PyPI, into lazy-packages; its own environment is sealed."""
     box = container(agent=True)

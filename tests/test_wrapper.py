@@ -9,7 +9,7 @@ import signal
 import time
 
 import pytest
-from sandbox import PROJECT
+from sandbox import PROJECT, WRAPPER
 
 CODES = [(f"exit {code}", code) for code in (0, 1, 2, 42, 126, 127, 143)]
 SIGNALS = [(f"kill -{name} $$", 128 + number) for name, number in (("TERM", 15), ("KILL", 9), ("SEGV", 11), ("PIPE", 13))]
@@ -195,3 +195,16 @@ def test_an_old_kernel_reads_the_whole_first_line(script):
     """Linux before 5.1 looks at 127 bytes of a script, gVisor too."""
     with open(PROJECT / script, "rb") as file:
         assert len(file.readline()) <= 127
+
+
+def test_a_run_that_everybody_may_write_is_no_way_to_roots_files(container):
+    """As `--tmpfs /run` makes it: what hermes put where the wrapper leaves its word is not written to, and not believed."""
+    box = container()
+    box.start("sleep", "infinity")
+    script = f"""
+        chmod 1777 /run && rm /run/hermes-command && echo kept >/etc/kept
+        s6-setuidgid hermes sh -c 'for pid in $(seq 3000); do ln -s /etc/kept /run/hermes-command.$pid; done; echo 1 1 >/run/hermes-command'
+        {WRAPPER} true
+        cat /etc/kept; stat -c %U /run/hermes-command
+    """
+    assert box.exec("sh", "-c", script).stdout == "kept\nroot\n"
