@@ -52,6 +52,7 @@ STALE_FILES = ("gateway.pid", "processes.json")  # of a dead container's process
 BOOT_LOG, BOOT_LOG_LIMIT = "container-boot.log", 256 << 10
 PROFILE_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
 SLOT_PREFIX, SLOT_NAME_LIMIT = "gateway-", 251
+FULL = "s6-svscan takes no more than 490 gateways"
 SLOT_LIMIT = 490  # s6-svscan takes 500 services with loggers, in no order of ours, and the image has some of its own
 EX_CONFIG = 78
 SIGKILL, SIGTERM, SIGCONT = 9, 15, 18
@@ -245,6 +246,7 @@ class Folder:
             with open(fd, "wb") as file:
                 file.write(data)
                 file.flush()
+                os.fchmod(fd, mode)  # what the umask has taken from it
                 os.fsync(fd)
         except OSError:
             os.unlink(temporary, dir_fd=self.fd)
@@ -660,7 +662,7 @@ class Sweep:
     could write anyway).
     """
 
-    __slots__ = (*"uid gid dry_run former mounted alone strangers".split(), *"changed checked linked failed first failure".split())
+    __slots__ = (*"uid gid dry_run former mounted alone left_behind".split(), *"changed checked linked failed first failure".split())
     COUNTS, WORDS = ("changed", "checked", "linked", "failed"), ("first", "failure")
 
     def __init__(self, boot: Boot, *, former: int = -1, mounted: bool = False) -> None:
@@ -674,19 +676,20 @@ class Sweep:
 
     def reset(self) -> None:
         """Forget what was counted."""
-        self.strangers: list[str] = []
+        self.left_behind: list[str] = []
         self.changed = self.checked = self.linked = self.failed = 0
         self.first = self.failure = ""
 
     def claim(self, name: str, at: int, *, writable: bool = False) -> None:
-        """Give one entry to hermes; with writable, see to it that its owner can read and write it."""
+        """Give one entry to hermes; with writable, for a file at the top of the volume, which may be mounted there by itself, see to it
+        that its owner can read and write it."""
         try:
             fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=at)
         except FileNotFoundError:
             return  # removed while we looked
         try:
             status = os.fstat(fd)
-            if not self.may_change(status) or (self.mounted and self.place(fd) != self.place(at)):
+            if not self.may_change(status) or (self.mounted and not writable and self.place(fd) != self.place(at)):
                 return
             path = f"/proc/self/fd/{fd}"
             if (status.st_uid, status.st_gid) != (self.uid, self.gid):
@@ -885,8 +888,13 @@ class Sweep:
         os.close(tokens)
         for child, result in children:
             with open(result, "rb") as file:
-                self.add(file.read())
-            os.waitpid(child, 0)
+                data = file.read()
+            if os.waitpid(child, 0)[1] == 0:
+                self.add(data)
+                continue
+            warn("a process that checked owners was ended, most likely for want of memory; its work is done again")
+            for path, place in folders:
+                self.below(home, path, place, self.tree)
 
     def fork(self, work) -> tuple[int, int]:
         """Start a process that works and then writes what it counted; return its pid and where to read that."""
@@ -919,8 +927,8 @@ class Sweep:
                 f"{self.failed} entries on {shown(boot.home)} could not be given to {self.uid}:{self.gid}, the first: {self.failure};"
                 " going on, since a rootless engine, NFS, a NAS or a read-only mount may refuse that and still work"
             )
-        if self.strangers:
-            warn(f"{USER} was another user before; {strangers_text(boot.home, self.strangers, boot.owner)}")
+        if self.left_behind:
+            warn(f"{USER} was another user before; {foreign_text(boot.home, self.left_behind, boot.owner)}")
         if self.linked:
             warn(
                 f"{self.linked} files on {shown(boot.home)} have hard links and another owner, so they were left alone;"
@@ -928,7 +936,7 @@ class Sweep:
             )
 
 
-def strangers_text(home: str, names: list[str], owner: Owner) -> str:
+def foreign_text(home: str, names: list[str], owner: Owner) -> str:
     """Return what there is to say of entries at the top of the volume that are not hermes's, nor ours to give to it."""
     first = f"{len(names)} entries at the top of {shown(home)} stay whose they are, the first: {shown(min(names))}"
     return f"{first}; those that are the agent's: chown -hR {owner[0]}:{owner[1]} {shown(home)}/NAME"
@@ -965,9 +973,12 @@ def own_volume(boot: Boot) -> None:
     make_home(boot)
     try:
         sweep = sweep_volume(boot)
+    except PermissionError as error:
+        warn(f"{shown(boot.home)} cannot be looked into by root here ({reason(error)}), so owners stay as they are; hermes may be able to")
     except OSError as error:
         raise Fatal(f"HERMES_HOME={boot.home!r} {fault(error)}; every folder on the way to it must be a plain one") from error
-    sweep.report(boot)
+    else:
+        sweep.report(boot)
 
 
 def sweep_volume(boot: Boot) -> Sweep:
@@ -976,7 +987,6 @@ def sweep_volume(boot: Boot) -> Sweep:
     with trusted_folder(boot.home) as home:
         former = os.fstat(home.fd).st_uid or -1
         sweep = Sweep(boot, former=former, mounted=has_mounts_below(boot.home))
-        sweep.claim(".", home.fd)
         with os.scandir(home.fd) as listing:
             entries = list(listing)
         files = [entry.name for entry in entries if is_managed_file(entry.name) and entry.is_file(follow_symlinks=False)]
@@ -985,7 +995,8 @@ def sweep_volume(boot: Boot) -> Sweep:
         for name in files:
             sweep.claim(name, home.fd, writable=True)
         sweep.volume(home)
-        sweep.strangers = [entry.name for entry in others if owner_in(entry) == former] if former not in (-1, sweep.uid) else []
+        sweep.claim(".", home.fd)  # last: until then it tells, at the next boot too, who hermes was
+        sweep.left_behind = [entry.name for entry in others if owner_in(entry) == former] if former not in (-1, sweep.uid) else []
     return sweep
 
 
@@ -1017,22 +1028,27 @@ def is_managed_file(name: str) -> bool:
     return name in MANAGED_FILES or name.startswith(MANAGED_PREFIXES)
 
 
-def own_static_services(boot: Boot) -> None:
-    """Let hermes see and control the image's static services, as it does its slots: s6 made their supervise folders for root alone."""
+def own_static_services(boot: Boot, scandir: Folder, *, whole: bool) -> None:
+    """Let hermes see and control the image's static services, as it does its slots: s6 made their supervise folders for root alone.
+
+    Who owns such a folder can make s6-supervise, which is root, write through a link; so where hermes has no scandir, and with it not
+    all that root has, it gets no more than the control file.
+    """
     sweep = Sweep(boot)
     try:
         names = [name for name in os.listdir(STATIC_SERVICES) if os.path.exists(f"{STATIC_SERVICES}/{name}/run")]
     except FileNotFoundError:
         return
     for name in names:
-        for folder in (f"/run/s6-rc/servicedirs/{name}", f"{boot.scandir}/{name}"):
+        for place in (lambda: Folder(f"/run/s6-rc/servicedirs/{name}"), lambda: scandir.folder(name)):
             try:
-                with Folder(folder) as service:
-                    for path in ("event", "supervise"):
-                        sweep.claim(path, service.fd)
-                    with service.folder("supervise") as supervise:
-                        for path in ("control", "event"):
-                            sweep.claim(path, supervise.fd)
+                with place() as service, service.folder("supervise") as supervise:
+                    sweep.claim("control", supervise.fd)
+                    if not whole:
+                        os.fchmod(supervise.fd, 0o755)
+                        continue
+                    for path, folder in (("event", service), ("supervise", service), ("event", supervise)):
+                        sweep.claim(path, folder.fd)
             except OSError:
                 continue  # not supervised here, or s6-rc's link to the other folder
 
@@ -1572,7 +1588,7 @@ def slot_files(profile: str, stop_timeout: int, extra_env: dict[str, str] | None
 def put(folder: Folder, name: str, content: str, mode: int) -> None:
     """Write a file of a slot that nobody reads yet."""
     fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode, dir_fd=folder.fd)
-    os.write(fd, content.encode())
+    os.write(fd, os.fsencode(content))
     os.close(fd)
 
 
@@ -2084,6 +2100,8 @@ class S6ServiceManager:
             if not name.isascii() or not name.isidentifier() or "\0" in value:
                 raise InvalidName(f"extra_env: {name!r} cannot be a variable; use letters, digits and _")
         name = SLOT_PREFIX + profile
+        if is_watched(self.scandir) and len(self.list_profile_gateways()) >= SLOT_LIMIT:
+            raise CommandFailed(f"{profile}: {FULL}; use another container")
         try:
             with Folder(self.home, follow=True) as home:
                 log_fault = make_log_folder(home, profile)
@@ -2098,6 +2116,7 @@ class S6ServiceManager:
             warn(log_fault)
         rescan(self.scandir)
         if not until(lambda: is_supervised(f"{self.scandir}/{name}"), 5) and is_watched(self.scandir):
+            self.withdraw(profile)
             raise CommandFailed(f"{profile}: s6-svscan did not take up its slot within 5 s")
 
     def unregister_profile_gateway(self, profile: str, *, timeout: float | None = None) -> None:
@@ -2105,10 +2124,13 @@ class S6ServiceManager:
 
         Raises NotRegistered, InvalidName, CommandFailed; when it does not end in time, its slot stays.
         """
-        slot = self.slot(profile)
-        if is_supervised(slot):
+        if is_supervised(self.slot(profile)):
             self.raise_first(self.bring([profile], up=False, timeout=self.patience(timeout)))
-        name = os.path.basename(slot)
+        self.withdraw(profile)
+
+    def withdraw(self, profile: str) -> None:
+        """Remove a slot whose gateway is down, and its supervisors. Raises as unregister_profile_gateway does."""
+        name = SLOT_PREFIX + self.valid(profile)
         removed = f".{name}"[:230] + f".{time.time_ns():x}"
         try:
             with Folder(self.scandir, follow=True) as scandir:
@@ -2298,11 +2320,15 @@ def no_gateways(boot: Boot, command: list[str]) -> str:
 
 def reconcile_phase(boot: Boot) -> int:
     """Give every profile a slot, as hermes, after handing it the scandir."""
-    if os.path.exists(SETUP_FAILED):
-        return 1  # the setup has said why; a gateway with the wrong owner would do harm
+    if os.path.exists(SETUP_FAILED):  # a gateway with the wrong owner would do harm
+        if os.path.basename(sys.argv[0]) not in ROLES:  # at a boot the setup has just said why
+            say("error", f"the last setup has failed ({SETUP_FAILED}); run it until it says nothing more, or restart the container")
+        return 1
     command = container_command()
     if why := no_gateways(boot, command):
-        boot.does(f"leave the gateways alone, since {why}")
+        if boot.does(f"leave the gateways alone, since {why}") and os.geteuid() == 0:
+            with trusted_folder(boot.scandir, make=True) as scandir:
+                own_static_services(boot, scandir, whole=False)
         return 0
     if not os.path.isdir(boot.home):
         if boot.dry_run:
@@ -2332,7 +2358,7 @@ def own_services(boot: Boot) -> None:
             pass  # no s6-svscan watches it
         except OSError as error:
             warn(f"the scandir's .s6-svscan {fault(error)}, so no gateway can be added; restart the container")
-    own_static_services(boot)
+        own_static_services(boot, scandir, whole=True)
 
 
 def reconcile(boot: Boot, command: list[str]) -> int:
@@ -2351,7 +2377,7 @@ def reconcile(boot: Boot, command: list[str]) -> int:
                 if folder and (chosen is None or profile.name in chosen):
                     register(home, folder, scandir, profile, timeout)
                 elif folder:
-                    profile.action, profile.why = "skipped", f"s6-svscan takes no more than {SLOT_LIMIT} gateways; use another container"
+                    profile.action, profile.why = "skipped", f"{FULL}; use another container"
                 lines.append(profile.line())
         log_boot(boot, home, lines)
         rescan(boot.scandir)
@@ -2477,7 +2503,9 @@ def send(process: int, number: int) -> None:
 
 
 CONT_INIT, CONT_FINISH = "/etc/cont-init.d", "/etc/cont-finish.d"
-STATIC_FILES = ("type", 0o644), ("run", 0o755), ("finish", 0o755), ("timeout-kill", 0o644), ("timeout-finish", 0o644)
+STATIC_FILES = {"run": 0o755, "finish": 0o755} | dict.fromkeys(
+    "type timeout-kill timeout-finish notification-fd down-signal max-death-tally".split(), 0o644
+)
 
 
 class Children:
@@ -2517,7 +2545,7 @@ class Children:
         except ChildProcessError:
             pass  # none is left
 
-    def wait(self, *pids: int, command: int = 0, timeout: float = 86400) -> int:
+    def wait(self, *pids: int, command: int = 0, timeout: float = float("inf")) -> int:
         """Wait until one of these has ended, or timeout seconds; return the pid, or 0. While a command runs, SIGTERM ends the wait too,
         and other signals are passed on to it."""
         import signal
@@ -2550,22 +2578,21 @@ class Children:
         return result
 
     def end_all(self, grace: float) -> None:
-        """End every process that is left below us, and nobody else's: SIGTERM, grace seconds, SIGKILL until there is none."""
-        for number, patience in ((SIGTERM, grace), *[(SIGKILL, 0.1)] * 50):
+        """End every process that is left below us, and nobody else's: SIGTERM to each as it comes to us, SIGKILL once grace seconds are
+        over; 5 seconds later the rest is the kernel's."""
+        deadline, told = time.monotonic() + grace, set()
+        while time.monotonic() < deadline + 5:
             self.reap()
             if not (left := self.left()):
                 return
             for pid in left:
-                send(pid, number)
+                if time.monotonic() >= deadline:
+                    send(pid, SIGKILL)
+                elif pid not in told:
+                    send(pid, SIGTERM)
+                told.add(pid)
                 self.codes[pid] = None
-            self.wait_for_all(left, patience)
-
-    def wait_for_all(self, pids: list[int], timeout: float) -> None:
-        """Wait until all of these have ended, or timeout seconds."""
-        deadline = time.monotonic() + timeout
-        while pids and time.monotonic() < deadline:
-            self.wait(*pids, timeout=deadline - time.monotonic())
-            pids = [pid for pid in pids if self.codes[pid] is None]
+            self.wait(*left, timeout=0.05)
 
 
 def parent_of(process: int) -> int:
@@ -2622,6 +2649,7 @@ def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
 def lay_out_run(boot: Boot) -> None:
     """Make /run as s6-overlay's start leaves it: an empty scandir, and the environment, one file a variable, for hermes to read.
     Fatal when it cannot be written."""
+    gid = number_in(boot.setting("HERMES_GID") or boot.setting("PGID"), 1, MAX_ID) or boot.owner[1]  # hermes's, after the setup
     try:
         parent, _, name = wrapper.CONTAINER_ENVIRONMENT.rpartition("/")
         os.makedirs(parent, 0o755, exist_ok=True)
@@ -2632,7 +2660,7 @@ def lay_out_run(boot: Boot) -> None:
             if boot.setting("S6_KEEP_ENV") != "1" and "/" not in name:
                 fd = os.open(f"{wrapper.CONTAINER_ENVIRONMENT}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
                 if os.geteuid() == 0:
-                    os.fchown(fd, 0, boot.owner[1])
+                    os.fchown(fd, 0, gid)
                 with open(fd, "wb") as file:
                     file.write(os.fsencode(value))
         with trusted_folder(boot.scandir, make=True) as scandir:
@@ -2664,15 +2692,19 @@ def publish_static_services(boot: Boot) -> list[str]:
     with trusted_folder(boot.scandir) as scandir:
         for name in names:
             files = {}
-            for file, mode in STATIC_FILES:
+            for file, mode in STATIC_FILES.items():
                 try:
-                    with open(f"{STATIC_SERVICES}/{name}/{file}") as source:
-                        files[file] = (source.read(), mode)
+                    files[file] = (os.fsdecode(wrapper.content(f"{STATIC_SERVICES}/{name}/{file}")), mode)
                 except OSError:
                     continue  # a bundle, or a service without that file
-            if "run" in files:
+            if "run" not in files:
+                continue
+            try:
                 scandir.remove(name)
                 build(scandir, name, files, start=False)
+            except OSError as error:
+                warn(f"the service {shown(name)} could not be published: {reason(error)}")
+            else:
                 published.append(f"{boot.scandir}/{name}")
     rescan(boot.scandir)
     until(lambda: all(is_supervised(path) for path in published), 5)
@@ -3176,13 +3208,14 @@ def all_checks(boot: Boot) -> list[Check]:
         with Folder(boot.home, follow=True) as home:
             rows = rows_of(boot)
             checks += [*profile_checks(boot, home), *secret_checks(home, rows), *port_checks(rows)]
+            if not supervisor_answers(boot.scandir):
+                return checks  # the supervisor's own check says it all
+            checks += dashboard_checks(boot)
             if why := no_gateways(boot, container_command()):
                 return [*checks, Check("pass", "gateways", f"none here, since {why}")]
-            if not supervisor_answers(boot.scandir):
-                return checks  # which says it all
-            checks += dashboard_checks(boot)
+            full = sum(row.state != "no slot" for row in rows) >= SLOT_LIMIT
             for row in rows:
-                checks += [gateway_check(boot, home, row), *logger_checks(boot, home, row.name)]
+                checks += [gateway_check(boot, home, row, full), *logger_checks(boot, home, row.name)]
     except OSError as error:
         checks.append(Check("fail", "volume", f"{shown(boot.home)} cannot be read: {reason(error)}", "mount it, or set HERMES_HOME right"))
     return checks
@@ -3207,10 +3240,13 @@ def supervisor_checks(boot: Boot) -> list[Check]:
 
 
 def fix_owners(boot: Boot) -> None:
-    """As root: hand over what the boot hands over."""
-    sweep = sweep_volume(boot)
+    """As root: hand over what the boot hands over. What keeps it from that, the checks say."""
     if not no_gateways(boot, container_command()):
         own_services(boot)
+    try:
+        sweep = sweep_volume(boot)
+    except OSError:
+        return
     if sweep.changed:
         say("fixed", f"owners: gave {sweep.changed} entries to {boot.owner[0]}:{boot.owner[1]}, the first: {sweep.first}")
 
@@ -3232,8 +3268,8 @@ def owner_checks(boot: Boot) -> list[Check]:
         return [*checks, Check("warn", "owners", f"could not be checked: {reason(error)}", "run it as root")]
     finally:
         boot.dry_run = False
-    if names := strangers(boot):
-        found, _, mend = strangers_text(boot.home, names, boot.owner).partition("; ")
+    if names := foreign_entries(boot):
+        found, _, mend = foreign_text(boot.home, names, boot.owner).partition("; ")
         checks.append(Check("warn", "owner", found, mend))
     mend = "restart the container, or run `hermes-boot doctor --fix` as root"
     if sweep.changed:
@@ -3245,7 +3281,7 @@ def owner_checks(boot: Boot) -> list[Check]:
     return checks or [Check("pass", "owners", f"{sweep.checked} entries are {ours}'s")]
 
 
-def strangers(boot: Boot) -> list[str]:
+def foreign_entries(boot: Boot) -> list[str]:
     """Return the entries at the top of the volume that nobody manages and that are neither hermes's nor root's."""
     try:
         with os.scandir(boot.home) as listing:
@@ -3393,11 +3429,13 @@ CAUSES = (  # words of a log in small letters, what they mean, and what to do
 )
 
 
-def gateway_check(boot: Boot, home: Folder, row: Row) -> Check:
-    """Return what a gateway's state means, and the way out of it."""
+def gateway_check(boot: Boot, home: Folder, row: Row, full: bool) -> Check:
+    """Return what a gateway's state means, and the way out of it; full says that there are as many slots as there can be."""
     name, start = row.name, f"`hermes -p {row.name} gateway start`"
     if row.why == "no such profile":
         return Check("warn", name, "has a slot, but its profile is gone", f"`hermes-boot gateway unregister -p {name}`")
+    if row.state == "no slot" and full:
+        return Check("warn", name, f"has no slot, since {FULL}", "use another container for it")
     if row.state in ("no slot", "no supervisor"):
         found = "it has no slot" if row.state == "no slot" else "s6-supervise is not running for it"
         return Check("fail", name, found, "hermes-boot doctor --fix", lambda: repair_slot(boot, name))
@@ -3445,13 +3483,20 @@ def repair_slot(boot: Boot, name: str) -> str:
     rescan(boot.scandir)
     if until(lambda: is_supervised(f"{boot.scandir}/{slot}"), 1):
         return "s6-svscan has taken up its slot"
+    old = f".{slot}"[:230] + f".{time.time_ns():x}"
     with open_home(boot) as home, Folder(boot.scandir, follow=True) as scandir, profile_folder(home, name) as folder:
         if scandir.stat(slot):
-            os.rename(slot, f".{slot}"[:230] + f".{time.time_ns():x}", src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
+            os.rename(slot, old, src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
         profile = judge(folder, name, None, multiplex=name != "default" and truthy(boot.setting("GATEWAY_MULTIPLEX_PROFILES")))
         timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
         register(home, folder, scandir, profile, timeout)
-    rescan(boot.scandir)
+        rescan(boot.scandir, "-an")
+        try:
+            scandir.remove(old)
+        except OSError:
+            pass  # some of it is root's; s6-svscan does not look at its name
+    if profile.action == "skipped":
+        raise OSError(errno.EIO, profile.why)
     until(lambda: is_supervised(f"{boot.scandir}/{slot}"), 5)
     return f"published its slot ({profile.action})"
 
@@ -3567,9 +3612,11 @@ def parse(words: list[str]):
     gateway = add_operators_commands(commands)
     for name, text in PHASES.items():
         phase = add_command(commands, name, text, f"{name} --dry-run")
-        phase.add_argument("--dry-run", action="store_true", help="list what would change, change nothing")
+        phase.add_argument("--dry-run", action="store_true", default=argparse.SUPPRESS, help="list what would change, change nothing")
     add_command(commands, "shutdown", "end every gateway and the container's command, as at the container's end")
     arguments = parser.parse_args(words)
+    if arguments.dry_run and arguments.command not in (None, *PHASES):
+        parser.error("--dry-run is for setup and reconcile")
     if arguments.command == "gateway":
         check_gateway_words(gateway, arguments)
     return arguments

@@ -111,6 +111,36 @@ def test_the_dashboard_waits_for_the_boot(container):
     assert (done.returncode, done.stdout) == (0, b"mine\n") and b"dashboard of 1234\n" in done.stderr, done
 
 
+def test_what_comes_late_gets_its_time_too(container, tmp_path):
+    """A child of the command's child, which comes to us when its parent ends: SIGTERM, and the rest of the grace."""
+    box = container(entrypoint=INIT, environment={"S6_KILL_GRACETIME": "1500"})
+    inner = "trap 'sleep 0.3; touch /opt/data/ended; exit' TERM; touch /opt/data/ready; while :; do sleep 0.05; done"
+    words = f'setsid sh -c "sh -c \\"{inner}\\" & wait" & until [ -e /opt/data/ready ]; do sleep 0.05; done'
+    assert box.run("sh", "-c", words).returncode == 0 and (tmp_path / "volume/ended").exists()
+
+
+def test_the_wait_for_the_command_has_no_end():
+    """A container runs for months."""
+    import inspect
+
+    import hermes_boot
+
+    assert inspect.signature(hermes_boot.Children.wait).parameters["timeout"].default == float("inf")
+
+
+@pytest.mark.sandbox
+def test_a_service_in_any_encoding_is_published(container):
+    """Its files are bytes."""
+    box = container(entrypoint=INIT)
+    service = box.upper / "etc/s6-overlay/s6-rc.d"
+    (service / "clock").mkdir()
+    write_script(service / "clock/run", "#!/bin/sh\nexec sleep 77\n")
+    (service / "clock/run").write_bytes(b"#!/bin/sh\n# caf\xe9\nexec sleep 77\n")
+    (service / "user/contents.d/clock").touch()
+    done = box.run("sh", "-c", "s6-svwait -t 5000 -u /run/service/clock && ps -eo args")
+    assert done.returncode == 0 and b"sleep 77\n" in done.stdout, done
+
+
 def test_another_scandir_keeps_what_is_not_s6s(container, tmp_path):
     """And however deep what an earlier start left there may be, it goes."""
     deep = tmp_path / "volume/slots/gateway-left"

@@ -220,6 +220,8 @@ def test_a_container_without_gateways_is_healthy(container, tmp_path, words, env
     box = container(environment=environment)
     box.put_agent("#!/bin/sh\nexec sleep infinity\n")
     box.start(*words)
+    assert box.exec("s6-svc", "-r", "/run/service/main-hermes", user="hermes").returncode == 0
+    assert box.exec("stat", "-L", "-c", "%U", "/run/service", "/run/service/main-hermes/supervise").stdout == "root\nroot\n"
     for user in (None, "hermes"):
         done = box.exec(MANAGER, "health", user=user)
         assert (done.returncode, done.stdout) == (0, "healthy: 0 up, 0 not wanted\n"), done
@@ -406,7 +408,18 @@ def test_version(plain):
     assert plain.reconcile(command=["--version"]).stdout == f"hermes_boot.py {hermes_boot.VERSION}, hermes-agent missing\n"
 
 
-TROUBLE = [["status"], ["doctor"], ["gateway", "status"], ["logs"]]
+@pytest.mark.parametrize(
+    "words", [["--dry-run", "setup"], ["--dry-run", "reconcile"], ["reconcile", "--dry-run"], ["--dry-run"]], ids=" ".join
+)
+def test_a_dry_run_is_one_wherever_the_option_is(plain, words):
+    """And what has none is refused."""
+    before = sorted(plain.home.iterdir())
+    done = plain.reconcile(command=words)
+    assert done.returncode == 0 and "would " in done.stdout and not plain.scandir.exists() and sorted(plain.home.iterdir()) == before
+    assert plain.reconcile(command=["--dry-run", "shutdown"]).returncode == 2
+
+
+TROUBLE = [["status"], ["doctor"], ["doctor", "--fix"], ["gateway", "status"], ["logs"]]
 
 
 @pytest.mark.parametrize("command", TROUBLE, ids=" ".join)

@@ -137,6 +137,13 @@ def test_mounts_below_are_not_crossed(container, volume, tmp_path):
     assert owner(project) == owner(project / "src") == owner(project / "src/main.c") == (0, 0)
 
 
+def test_a_file_that_is_mounted_by_itself_is_hermess(container, volume, tmp_path):
+    """-v ./config.yaml:/opt/data/config.yaml: who mounts a file that hermes keeps wants it to be read."""
+    (tmp_path / "config.yaml").touch(0o600)
+    container(mounts=((str(tmp_path / "config.yaml"), "/opt/data/config.yaml"),)).run("true")
+    assert owner(tmp_path / "config.yaml") == HERMES
+
+
 def test_a_link_in_a_managed_folders_place_is_left_alone(container, volume, tmp_path):
     """Root follows no link from the volume."""
     target = tmp_path / "target"
