@@ -2300,14 +2300,13 @@ def setup(boot: Boot) -> int:
 def setup_phase(boot: Boot) -> int:
     """Run the setup, and leave word for the reconciler when it fails: s6-overlay runs every cont-init script regardless."""
     code = guarded(setup, boot)
-    if not boot.dry_run and not wrapper.noted_process(wrapper.COMMAND_PROCESS):  # at a boot, not by `docker exec`
-        try:
-            if code:
-                os.close(os.open(SETUP_FAILED, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
-            elif os.path.exists(SETUP_FAILED):
-                os.unlink(SETUP_FAILED)
-        except OSError:
-            pass  # not in a container of ours: then nobody reads it either
+    try:
+        if code and not boot.dry_run and not wrapper.noted_process(wrapper.COMMAND_PROCESS):  # at a boot, not by `docker exec`
+            os.close(os.open(SETUP_FAILED, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
+        elif not code and not boot.dry_run and os.path.lexists(SETUP_FAILED):
+            os.unlink(SETUP_FAILED)
+    except OSError:
+        pass  # not in a container of ours: then nobody reads it either
     return code
 
 
@@ -2322,13 +2321,16 @@ def reconcile_phase(boot: Boot) -> int:
     """Give every profile a slot, as hermes, after handing it the scandir."""
     if os.path.exists(SETUP_FAILED):  # a gateway with the wrong owner would do harm
         if os.path.basename(sys.argv[0]) not in ROLES:  # at a boot the setup has just said why
-            say("error", f"the last setup has failed ({SETUP_FAILED}); run it until it says nothing more, or restart the container")
+            say("error", f"the last setup has failed ({SETUP_FAILED}); run `hermes-boot setup`, or restart the container")
         return 1
     command = container_command()
     if why := no_gateways(boot, command):
         if boot.does(f"leave the gateways alone, since {why}") and os.geteuid() == 0:
-            with trusted_folder(boot.scandir, make=True) as scandir:
-                own_static_services(boot, scandir, whole=False)
+            try:
+                with trusted_folder(boot.scandir) as scandir:
+                    own_static_services(boot, scandir, whole=False)
+            except OSError:
+                pass  # no s6 here, so no services
         return 0
     if not os.path.isdir(boot.home):
         if boot.dry_run:
