@@ -274,7 +274,8 @@ class Folder:
     def link_of_root(self, name: str) -> str:
         """Return where a link that is root's leads, "" for anything else."""
         entry = self.stat(name)
-        return os.readlink(name, dir_fd=self.fd) if entry and entry.st_uid == 0 and stat.S_ISLNK(entry.st_mode) else ""
+        its_own = entry and entry.st_uid == 0 and entry.st_nlink == 1 and stat.S_ISLNK(entry.st_mode)
+        return os.readlink(name, dir_fd=self.fd) if its_own else ""
 
     def remove_temporaries(self, *names: str) -> None:
         """Remove what killed writers of these names left; only with the lock held is every one of them stale."""
@@ -291,18 +292,25 @@ class Folder:
         if self.unlinked(name):
             return
         with Folder(name, self.fd) as top:
+            self.same_place(top)
             moved = 0
             while entries := os.listdir(top.fd):
                 for entry in entries:
                     if top.unlinked(entry):
                         continue
                     with Folder(entry, top.fd) as below:
+                        top.same_place(below)
                         for deeper in os.listdir(below.fd):
                             if not below.unlinked(deeper):
                                 moved += 1
                                 os.rename(deeper, f".moved-{moved}-{time.time_ns()}", src_dir_fd=below.fd, dst_dir_fd=top.fd)
                     os.rmdir(entry, dir_fd=top.fd)
         os.rmdir(name, dir_fd=self.fd)
+
+    def same_place(self, below: Folder) -> None:
+        """Raise OSError (EBUSY) when a folder of this one is a mount: what lies there is not ours to remove."""
+        if place_of(self.fd) != place_of(below.fd):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
     def unlinked(self, name: str) -> bool:
         """Remove an entry that is not a folder; say whether none is left."""
@@ -348,6 +356,13 @@ def trusted_folder(path: str, *, make: bool = False) -> Folder:
         os.close(folder.fd)
         folder = child
     return folder
+
+
+def place_of(fd: int) -> Place:
+    """Return what file system an open entry is on, and by which mount: a bind mount from the same disk has the same device."""
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+        mount = next((line for line in file if line.startswith(b"mnt_id:")), b"")  # since Linux 3.15
+    return os.fstat(fd).st_dev, mount
 
 
 def changes(status: os.stat_result) -> tuple[int, int, int]:
@@ -479,17 +494,27 @@ def as_owner(owner: Owner, action, *arguments) -> int:
 
 
 def run_helper(argv: list[str], environment: dict[str, str]) -> int:
-    """Run a program as hermes: stdin empty, stdout on stderr, killed by SIGALRM after HELPER_TIMEOUT seconds. Returns its code."""
+    """Run a program as hermes: stdin empty, stdout on stderr, killed after HELPER_TIMEOUT seconds. Returns its code, 124 when killed.
 
-    def become_program() -> int:
-        import _signal
+    It reads what hermes has left on the volume, and may leave processes behind, which could stop what the boot does as hermes later on:
+    they all come to the process that watches it here, and end with it.
+    """
 
+    def watch() -> int:
         os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
         os.dup2(2, 1)
-        _signal.alarm(HELPER_TIMEOUT)  # survives exec
-        return wrapper.run_as_hermes(argv, environment)
+        children = Children()
+        try:
+            helper = children.start(wrapper.as_hermes(argv), environment)
+        except OSError as error:
+            say("error", f"cannot run {argv[0]!r}: {reason(error)}")
+            return wrapper.NOT_FOUND
+        children.wait(helper, timeout=HELPER_TIMEOUT)
+        code = children.codes[helper]
+        children.end_all(0)
+        return 124 if code is None else code if code >= 0 else 128 - code
 
-    return in_child(become_program)
+    return in_child(watch)
 
 
 def number_in(value: str, least: int, most: int) -> int | None:
@@ -666,12 +691,13 @@ class Sweep:
     COUNTS, WORDS = ("changed", "checked", "linked", "failed"), ("first", "failure")
 
     def __init__(self, boot: Boot, *, former: int = -1, mounted: bool = False) -> None:
-        """former is the UID that hermes had before, -1 for none; mounted says whether other file systems lie below."""
+        """former is the UID that hermes had before, -1 for none; mounted says whether there are other file systems that it could move
+        below a folder that is checked."""
         self.uid, self.gid = boot.owner
         self.dry_run = boot.dry_run
         self.former = {former, self.uid}
-        self.mounted = mounted
         self.alone = not os.path.exists(wrapper.COMMAND_PROCESS)  # nothing of hermes's runs before the CMD
+        self.mounted = mounted or not self.alone
         self.reset()
 
     def reset(self) -> None:
@@ -718,12 +744,8 @@ class Sweep:
         return kind not in (stat.S_IFBLK, stat.S_IFCHR)
 
     def place(self, fd: int) -> Place:
-        """Return what file system an open entry is on, and by which mount: a bind mount from the same disk has the same device."""
-        mount = b""
-        if self.mounted:
-            with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
-                mount = next((line for line in file if line.startswith(b"mnt_id:")), b"")  # since Linux 3.15
-        return os.fstat(fd).st_dev, mount
+        """Return where an open entry is, as far as that can differ here."""
+        return place_of(fd) if self.mounted else (os.fstat(fd).st_dev, b"")
 
     def fail(self, name: str, at: int, error: OSError) -> None:
         """Count a refusal; the first one stands for all, since a volume that refuses one chown refuses every one."""
@@ -953,17 +975,32 @@ def replace_fd(old: int, new: int) -> int:
     return new
 
 
-def has_mounts_below(home: str) -> bool:
-    """Say whether something is mounted below a folder."""
-    below = os.fsencode(os.path.realpath(home).rstrip("/") + "/")
+def mount_points() -> list[tuple[str, str]]:
+    """Return where something is mounted, as a path that ends with a slash, and the kind of file system, of every mount. See proc(5)."""
+    result = []
     with open("/proc/self/mountinfo", "rb") as file:
         for line in file:
-            path = line.split(b" ")[4]
+            before, _, after = line.partition(b" - ")
+            path = before.split(b" ")[4]
             for octal, character in ((b"\\040", b" "), (b"\\011", b"\t"), (b"\\012", b"\n"), (b"\\134", b"\\")):
                 path = path.replace(octal, character)
-            if path.startswith(below):
-                return True
-    return False
+            result.append((os.fsdecode(path).rstrip("/") + "/", os.fsdecode(after.split(b" ")[0])))
+    return result
+
+
+def holding_mount(path: str, mounts: list[tuple[str, str]]) -> tuple[str, str]:
+    """Return the mount that a path is on."""
+    real = os.path.realpath(path).rstrip("/") + "/"
+    return max(
+        (mount for mount in reversed(mounts) if real.startswith(mount[0])), key=lambda mount: len(mount[0]), default=("/", "unknown")
+    )
+
+
+def has_mounts_beside(home: str) -> bool:
+    """Say whether something is mounted below the mount that holds a folder: hermes may be able to move it, by a folder above."""
+    mounts = mount_points()
+    holder = holding_mount(home, mounts)[0]
+    return any(point != holder and point.startswith(holder) for point, _ in mounts)
 
 
 def own_volume(boot: Boot) -> None:
@@ -986,7 +1023,7 @@ def sweep_volume(boot: Boot) -> Sweep:
     then is who hermes was before, root excepted."""
     with trusted_folder(boot.home) as home:
         former = os.fstat(home.fd).st_uid or -1
-        sweep = Sweep(boot, former=former, mounted=has_mounts_below(boot.home))
+        sweep = Sweep(boot, former=former, mounted=has_mounts_beside(boot.home))
         with os.scandir(home.fd) as listing:
             entries = list(listing)
         files = [entry.name for entry in entries if is_managed_file(entry.name) and entry.is_file(follow_symlinks=False)]
@@ -1501,6 +1538,14 @@ def clean_profile(folder: Folder) -> str:
 # Slots
 
 
+def shell_word(path: str) -> str:
+    """Return a path as one word of a shell, for people to paste: every byte that may mean something, there or to a terminal, escaped."""
+    if path.isascii() and path.isprintable():
+        return quoted(path)
+    plain = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-")
+    return "$'" + "".join(chr(byte) if byte in plain else f"\\x{byte:02x}" for byte in os.fsencode(path)) + "'"
+
+
 def quoted(text: str) -> str:
     """Return text as one word of a shell script."""
     return "'" + text.replace("'", "'\"'\"'") + "'"
@@ -1671,6 +1716,7 @@ def rescan(scandir: str, option: str = "-a") -> None:
 TAI_OFFSET = (1 << 62) + 37  # s6 counts TAI seconds since 1970, 37 ahead of UTC since 2017
 RESTART_WINDOW = 60  # seconds in which deaths count as one crash loop
 START_GRACE = 10  # seconds that a wanted gateway may be down, and after which one that is up has come up to stay
+S6_TIMEOUT = 5  # seconds for an s6 program, each of which does what it does at once
 AT_ONCE = 64  # s6 programs that run at the same time, each with an open file of ours
 
 
@@ -1690,12 +1736,22 @@ class S6Command:
         os.close(printed)
 
     def result(self) -> tuple[int, str]:
-        """Wait for its end; return its code (127 when there is no such program) and what it printed."""
-        with open(self.output, "rb") as file:
-            text = file.read().decode(errors="replace").strip()
+        """Wait for its end; return its code (127 when there is no such program) and what it printed. It waits for ever on a FIFO of
+        hermes's that nobody reads, so it is killed after S6_TIMEOUT seconds."""
+        import select
+
+        text, deadline = b"", time.monotonic() + S6_TIMEOUT
+        while ready := select.select([self.output], [], [], max(0, deadline - time.monotonic()))[0]:
+            if not (part := os.read(self.output, 4096)):
+                break
+            text += part
+        os.close(self.output)
         if not self.pid:
             return 127, self.failure
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), text
+        if not ready:
+            send(self.pid, SIGKILL)
+            text = f"did not end within {S6_TIMEOUT} s".encode()
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), text.decode(errors="replace").strip()
 
 
 def s6(program: str, *arguments: str) -> tuple[int, str]:
@@ -2632,13 +2688,13 @@ def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
     elif failed and boot.setting("S6_BEHAVIOUR_IF_STAGE2_FAILS") == "2":
         command, code = 0, 1
     else:
-        tell_slots(services, "-u")
+        as_owner(wrapper.account() or boot.owner, start_services, services)
         command, code = start_command(children, words, environment)
     if command and children.wait(command, svscan, command=command) == svscan:
         say("error", "s6-svscan has died; the container ends, so that the engine can start it anew")
     for script in scripts_in(CONT_FINISH):  # these tell the gateways and the command to end, and wait for them
         run_to_end(children, script, environment)
-    s6("s6-svscanctl", "-t", boot.scandir)
+    send(svscan, SIGTERM)  # not by its control file, which is hermes's: root does not open that
     children.wait(svscan, timeout=0.5)
     if command:
         ended = children.codes[command]
@@ -2711,6 +2767,12 @@ def publish_static_services(boot: Boot) -> list[str]:
     rescan(boot.scandir)
     until(lambda: all(is_supervised(path) for path in published), 5)
     return published
+
+
+def start_services(slots: list[str]) -> int:
+    """As hermes, whose they are by then: start static services."""
+    tell_slots(slots, "-u")
+    return 0
 
 
 def scripts_in(folder: str) -> list[str]:
@@ -3057,7 +3119,8 @@ def unread_logs(logs: Folder, last: int) -> list:
     comes with the next call. So nothing is read twice or missed.
     """
     current = open_log(logs, "current")
-    archives = [open_log(logs, name) for name in sorted(os.listdir(logs.fd))[-MOST_ARCHIVES:] if name.startswith("@")]
+    archived = [name for name in sorted(os.listdir(logs.fd)) if name.startswith("@")][-MOST_ARCHIVES:]
+    archives = [open_log(logs, name) for name in archived]
     files = [file for file in (*archives, current) if file]
     inodes = [os.fstat(file.fileno()).st_ino for file in files]
     start = inodes.index(last) if last in inodes else 0
@@ -3107,7 +3170,7 @@ def last_lines(home: Folder, profile: str, count: int) -> list[str]:
         return []
     with file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-        lines = file.read().decode(errors="replace").splitlines()
+        lines = file.read(4096).decode(errors="replace").splitlines()
     texts = ["".join(letter if letter.isprintable() else " " for letter in line.partition("  ")[2]).strip()[:200] for line in lines]
     return [text for text in texts if text][-count:]
 
@@ -3298,7 +3361,7 @@ def volume_checks(boot: Boot) -> list[Check]:
         free = os.statvfs(boot.home)
     except OSError as error:
         return [Check("fail", "volume", f"{shown(boot.home)}: {reason(error)}", "mount a volume there, or set HERMES_HOME right")]
-    space, kind, checks = free.f_bavail * free.f_frsize, file_system(boot.home), []
+    space, kind, checks = free.f_bavail * free.f_frsize, holding_mount(boot.home, mount_points())[1], []
     if space < 64 << 20:
         largest = f"du -xh {quoted(boot.home)} | sort -h | tail"
         checks.append(Check("warn", "volume", f"only {space >> 20} MiB are free", f"free some; the largest: {largest}"))
@@ -3321,31 +3384,18 @@ def volume_checks(boot: Boot) -> list[Check]:
     return checks or [Check("pass", "volume", f"{kind}, {space >> 20} MiB free, a file written in {took * 1000:.0f} ms")]
 
 
-def file_system(path: str) -> str:
-    """Return the kind of file system that a path is on, from /proc/self/mountinfo."""
-    real, point, kind = os.path.realpath(path).rstrip("/") + "/", "", "unknown"
-    try:
-        with open("/proc/self/mountinfo", "rb") as file:
-            for line in file:
-                before, _, after = line.partition(b" - ")
-                mount = os.fsdecode(before.split(b" ")[4]).rstrip("/") + "/"
-                if real.startswith(mount) and len(mount) >= len(point):
-                    point, kind = mount, os.fsdecode(after.split(b" ")[0])
-    except OSError:
-        pass  # no /proc: then it stays unknown
-    return kind
-
-
 def version_checks(boot: Boot) -> list[Check]:
     """Compare the image's agent with the one that last ran on the volume."""
     image, volume = image_version(), volume_version(boot)
     if image and volume and version_key(image) < version_key(volume):
-        found = f"hermes-agent {volume} has run on this volume, the image has {image}"
-        return [Check("warn", "versions", found, f"use an image of {volume} or later")]
+        found = f"hermes-agent {shown(volume)} has run on this volume, the image has {image}"
+        return [Check("warn", "versions", found, f"use an image of {shown(volume)} or later")]
     if image and volume != image and not truthy(boot.setting("HERMES_SKIP_CONFIG_MIGRATION")):
-        found = f"the configuration is of {volume or 'an unknown version'}, the image has {image}"
+        found = f"the configuration is of {shown(volume) if volume else 'an unknown version'}, the image has {image}"
         return [Check("warn", "versions", found, "restart the container, which migrates it; its log says what hinders that")]
-    return [Check("pass", "versions", f"hermes-agent {image or 'missing'} in the image, {volume or 'none'} on the volume")]
+    return [
+        Check("pass", "versions", f"hermes-agent {image or 'missing'} in the image, {shown(volume) if volume else 'none'} on the volume")
+    ]
 
 
 def path_checks() -> list[Check]:
@@ -3371,10 +3421,9 @@ def profile_checks(boot: Boot, home: Folder) -> list[Check]:
 def skipped_mend(boot: Boot, profile: Profile) -> tuple[str, str]:
     """Return why a folder is no profile, and the command that mends it."""
     why, _, mend = profile.why.partition("; ")
-    path = shown(f"{boot.home}/profiles/{profile.name}")
-    path = path if path.startswith("'") else quoted(path)
+    path = shell_word(f"{boot.home}/profiles/{profile.name}")
     if mend == "rename the folder":
-        return why, f"mv {path} {quoted(f'{boot.home}/profiles/NEW-NAME')}"
+        return why, f"mv {path} {shell_word(f'{boot.home}/profiles/NEW-NAME')}"
     if "no SOUL.md" in why:
         return why, f"touch {path}/SOUL.md to make it one, else rm -r {path}"
     return why, mend

@@ -139,10 +139,14 @@ def supervised() -> bool:
     return s6_is_pid_1() or noted_process(SUPERVISOR_PROCESS) != 0
 
 
+def as_hermes(argv: list[str]) -> list[str]:
+    """Return the argv that runs a program as hermes: by s6-setuidgid when we are root, else as it is."""
+    return [s6_program("s6-setuidgid"), USER, *argv] if os.geteuid() == 0 else argv
+
+
 def run_as_hermes(argv: list[str], environment: dict[str, str], *, stay_root: bool = False) -> int:
     """Exec a program, as hermes when we are root; return only when that fails: 127 not found, 126 not executable."""
-    if os.geteuid() == 0 and not stay_root:
-        argv = [s6_program("s6-setuidgid"), USER, *argv]
+    argv = argv if stay_root else as_hermes(argv)
     restore_signals()
     try:
         os.execve(argv[0], argv, environment)
