@@ -321,6 +321,19 @@ def test_nobody_can_stop_the_end(gateways):
     assert time.monotonic() - started < 5
 
 
+def test_a_slot_that_answers_nobody_does_not_hold_up_the_others(gateways):
+    """Its control FIFO is hermes's own, and full: stop --all says so after some seconds."""
+    host = gateways({"a": RUN, "z": RUN}, "running")
+    assert wait_for(lambda: host.up("a") and host.up("z"))
+    script = "rm control; mkfifo control; exec 3<>control; yes | dd of=control oflag=nonblock; exec sleep 300 <>control"
+    words = host.box.exec_command(["sh", "-c", f"cd /run/service/gateway-a/supervise; {script}"], "hermes")
+    holder = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(0.5)
+    done = host.do("stop", "--all")
+    assert done.returncode == 1 and "a: did not end within 5 s" in done.stderr and not host.up("z"), done
+    holder.kill()
+
+
 def test_the_end_has_a_limit(gateways):
     """A gateway that does not end is killed after HERMES_SHUTDOWN_TIMEOUT seconds."""
     host = gateways(

@@ -111,6 +111,21 @@ def test_the_dashboard_waits_for_the_boot(container):
     assert (done.returncode, done.stdout) == (0, b"mine\n") and b"dashboard of 1234\n" in done.stderr, done
 
 
+@pytest.mark.parametrize("instead", ["ln -s /etc/kept control", "mkfifo control; exec 3<>control; yes | dd of=control oflag=nonblock"])
+def test_root_opens_no_control_file_of_hermess_at_the_end(container, instead):
+    """It is hermes's by then: a link would be written through, a full FIFO waited for."""
+    box = container(entrypoint=INIT)
+    box.start("sleep", "infinity")
+    box.exec("sh", "-c", "echo kept >/etc/kept")
+    script = f"cd /run/service/.s6-svscan && mv control old && {{ {instead}; }} 2>/dev/null; exec sleep 300 <>control"
+    holder = subprocess.Popen(box.exec_command(["sh", "-c", script], "hermes"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(0.5)
+    kept, started = box.path("/etc/kept").open(), time.monotonic()
+    assert box.stop(20) == 143 and time.monotonic() - started < 5
+    assert kept.read() == "kept\n"
+    holder.kill()
+
+
 def test_what_comes_late_gets_its_time_too(container, tmp_path):
     """A child of the command's child, which comes to us when its parent ends: SIGTERM, and the rest of the grace."""
     box = container(entrypoint=INIT, environment={"S6_KILL_GRACETIME": "1500"})

@@ -419,6 +419,31 @@ def test_a_dry_run_is_one_wherever_the_option_is(plain, words):
     assert plain.reconcile(command=["--dry-run", "shutdown"]).returncode == 2
 
 
+def test_what_doctor_says_to_paste_is_harmless(gateways):
+    """Names and versions from the volume are one word of the shell, and nothing to a terminal."""
+    host = gateways({}, "")
+    nasty = "x'$(touch /tmp/pwned) #\"\n\033[31m"
+    (host.volume / "profiles" / nasty).mkdir(parents=True)
+    (host.volume / ".hermes-agent-version").write_text("\033]0;title\007")
+    done = host.box.exec(MANAGER, "doctor")
+    assert "\033" not in done.stdout + done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if "; mv " in line]
+    pasted = line.partition("; ")[2]
+    assert host.box.exec("bash", "-c", pasted).returncode == 0 and (host.volume / "profiles/NEW-NAME").is_dir()
+    assert not host.box.path("/tmp/pwned").exists()
+
+
+def test_other_files_in_a_log_folder_are_in_no_archives_way(plain):
+    """However many."""
+    folder = plain.home / "logs/gateways/default"
+    folder.mkdir(parents=True)
+    for number in range(150):
+        (folder / f"z{number}").touch()
+    (folder / "@40000000000000000000000a.s").write_text("2026-01-01 00:00:00.0  old\n")
+    (folder / "current").write_text("2026-01-02 00:00:00.0  new\n")
+    assert plain.reconcile(command=["logs"]).stdout.count("\n") == 2
+
+
 TROUBLE = [["status"], ["doctor"], ["doctor", "--fix"], ["gateway", "status"], ["logs"]]
 
 

@@ -165,3 +165,19 @@ def test_a_failing_migration_is_a_warning_and_tried_again(container, tmp_path):
     for _ in range(2):
         done = box.run("echo", "ran")
         assert done.stdout == b"ran\n" and b"were not migrated" in done.stderr or b"was not migrated" in done.stderr
+
+
+@pytest.mark.sandbox
+def test_what_a_helper_leaves_behind_ends_with_it(container, tmp_path):
+    """The agent's migration runs what it finds on the volume; a process of that cannot stop the reconcile, and so the boot."""
+    home = tmp_path / "volume"
+    home.mkdir()
+    (home / ".hermes-agent-version").write_text("0.1\n")
+    (home / "config.yaml").touch()
+    box = container()
+    (box.upper / "opt/hermes/.venv/lib/python3.11/site-packages/hermes_agent-0.19.0.dist-info").mkdir(parents=True)
+    stopper = "while :; do pkill -STOP -f 02-reconcile; sleep 0.01; done"
+    box.put_agent(f"#!/bin/sh\n[ $1 != config ] || setsid setsid sh -c 'touch /tmp/left; {stopper}' >/dev/null 2>&1 &\nsleep 0.5\n")
+    done = box.run("sh", "-c", "ls /tmp/left; ps -eo args", timeout=30)
+    assert done.returncode == 0 and b"/tmp/left\n" in done.stdout and b"pkill" not in done.stdout, done
+    assert b"profile=default prior_state=none action=registered" in done.stderr and b"migration ended" not in done.stderr
