@@ -358,11 +358,15 @@ def trusted_folder(path: str, *, make: bool = False) -> Folder:
     return folder
 
 
-def place_of(fd: int) -> Place:
-    """Return what file system an open entry is on, and by which mount: a bind mount from the same disk has the same device."""
+def mount_of(fd: int) -> bytes:
+    """Return by which mount an open entry is reached: one from the same disk has the same device. "" before Linux 3.15."""
     with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
-        mount = next((line for line in file if line.startswith(b"mnt_id:")), b"")  # since Linux 3.15
-    return os.fstat(fd).st_dev, mount
+        return next((line for line in file if line.startswith(b"mnt_id:")), b"")
+
+
+def place_of(fd: int) -> Place:
+    """Return what file system an open folder is on, and by which mount."""
+    return os.fstat(fd).st_dev, mount_of(fd)
 
 
 def changes(status: os.stat_result) -> tuple[int, int, int]:
@@ -715,8 +719,8 @@ class Sweep:
             return  # removed while we looked
         try:
             status = os.fstat(fd)
-            if not self.may_change(status) or (self.mounted and not writable and self.place(fd) != self.place(at)):
-                return
+            if not self.may_change(status) or (self.mounted and not writable and mount_of(fd) != mount_of(at)):
+                return  # its device would say less: overlayfs shows those of its layers
             path = f"/proc/self/fd/{fd}"
             if (status.st_uid, status.st_gid) != (self.uid, self.gid):
                 if not self.dry_run:
@@ -744,7 +748,7 @@ class Sweep:
         return kind not in (stat.S_IFBLK, stat.S_IFCHR)
 
     def place(self, fd: int) -> Place:
-        """Return where an open entry is, as far as that can differ here."""
+        """Return where an open folder is, as far as that can differ here."""
         return place_of(fd) if self.mounted else (os.fstat(fd).st_dev, b"")
 
     def fail(self, name: str, at: int, error: OSError) -> None:
