@@ -52,8 +52,8 @@ STALE_FILES = ("gateway.pid", "processes.json")  # of a dead container's process
 BOOT_LOG, BOOT_LOG_LIMIT = "container-boot.log", 256 << 10
 PROFILE_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
 SLOT_PREFIX, SLOT_NAME_LIMIT = "gateway-", 251
-FULL = "s6-svscan takes no more than 490 gateways"
 SLOT_LIMIT = 490  # s6-svscan takes 500 services with loggers, in no order of ours, and the image has some of its own
+FULL = f"s6-svscan takes no more than {SLOT_LIMIT} gateways"
 EX_CONFIG = 78
 SIGKILL, SIGTERM, SIGCONT = 9, 15, 18
 PERMANENT_FAILURE = 125  # s6's word from a finish script for "do not restart"
@@ -460,6 +460,11 @@ def owner_of(path: str) -> Owner:
     return status.st_uid, status.st_gid
 
 
+def shell_code(code: int) -> int:
+    """Return an exit code as a shell gives it: 128 + n where signal n ended the process, which Python calls -n."""
+    return code if code >= 0 else 128 - code
+
+
 def in_child(action, *arguments) -> int:
     """Run an action in a child process; return its exit code, 128 + n where signal n ended it."""
     sys.stdout.flush()
@@ -468,8 +473,7 @@ def in_child(action, *arguments) -> int:
         code = guarded(action, *arguments)
         sys.stdout.flush()
         os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return code if code >= 0 else 128 - code
+    return shell_code(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def drop_root(owner: Owner) -> None:
@@ -516,7 +520,7 @@ def run_helper(argv: list[str], environment: dict[str, str]) -> int:
         children.wait(helper, timeout=HELPER_TIMEOUT)
         code = children.codes[helper]
         children.end_all(0)
-        return 124 if code is None else code if code >= 0 else 128 - code
+        return 124 if code is None else shell_code(code)
 
     return in_child(watch)
 
@@ -691,7 +695,7 @@ class Sweep:
     could write anyway).
     """
 
-    __slots__ = (*"uid gid dry_run former mounted alone left_behind".split(), *"changed checked linked failed first failure".split())
+    __slots__ = (*"uid gid dry_run former mounted left_behind".split(), *"changed checked linked failed first failure".split())
     COUNTS, WORDS = ("changed", "checked", "linked", "failed"), ("first", "failure")
 
     def __init__(self, boot: Boot, *, former: int = -1, mounted: bool = False) -> None:
@@ -700,8 +704,8 @@ class Sweep:
         self.uid, self.gid = boot.owner
         self.dry_run = boot.dry_run
         self.former = {former, self.uid}
-        self.alone = not os.path.exists(wrapper.COMMAND_PROCESS)  # nothing of hermes's runs before the CMD
-        self.mounted = mounted or not self.alone
+        # Nothing of hermes's runs before the CMD; from then on it can move what is mounted elsewhere.
+        self.mounted = mounted or os.path.exists(wrapper.COMMAND_PROCESS)
         self.reset()
 
     def reset(self) -> None:
@@ -764,7 +768,7 @@ class Sweep:
         """
         uid, gid, folders, checked = self.uid, self.gid, [], 0
         own = os.fstat(fd)
-        still = self.alone and not self.mounted and own.st_uid != uid and not own.st_mode & 0o022
+        still = not self.mounted and own.st_uid != uid and not own.st_mode & 0o022
         with os.scandir(fd) as listing:
             for entry in listing:
                 checked += 1
@@ -1877,6 +1881,11 @@ def deaths(slot: str) -> list[tuple[float, int]]:
     return [(int.from_bytes(record[:8]) - TAI_OFFSET, record[12] << 8 | record[13]) for record in records]
 
 
+def death_times(slot: str) -> list[float]:
+    """Return when the last deaths in a slot were, oldest first, in seconds since 1970."""
+    return [moment for moment, _ in deaths(slot)]
+
+
 def back_off(times: list[float]) -> int:
     """Return how long finish waits after the last of these deaths, in seconds: the rule of FINISH_SCRIPT, for those who look on."""
     delay, last = 0, [0.0] * 4
@@ -2135,7 +2144,8 @@ class S6ServiceManager:
         return failures
 
     def settled(self, name: str, up: bool, told: float, failures: dict[str, GatewayError]) -> bool:
-        """Say whether a slot is where it was told to be, in seconds since 1970, or will not get there, which is a failure."""
+        """Say whether a slot is where it was told to be, or will not get there, which is a failure; told is when, in seconds since
+        1970."""
         try:
             status = self.status(name)
         except GatewayError as error:
@@ -2449,12 +2459,13 @@ def reconcile(boot: Boot, command: list[str]) -> int:
 def most_wanted(boot: Boot, home: Folder, running: str | None) -> set[str] | None:
     """Return the profiles that have a gateway where there are more than s6-svscan takes: default, those that start, then the others
     in name order. None when there is room for all."""
+    if not is_watched(boot.scandir):
+        return None
     try:
         with home.folder("profiles") as profiles:
-            few = len(os.listdir(profiles.fd)) < SLOT_LIMIT
+            if len(os.listdir(profiles.fd)) < SLOT_LIMIT:
+                return None
     except OSError:
-        return None
-    if few or not is_watched(boot.scandir):
         return None
     found = [profile for profile in survey(boot, home, running) if profile.action != "skipped"]
     found.sort(key=lambda profile: (profile.name != "default", profile.action != "started"))
@@ -2705,7 +2716,7 @@ def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
         code = -SIGTERM if ended is None else ended
     grace = number_in(boot.setting("S6_KILL_GRACETIME"), 1, MAX_SECONDS * 1000) or 3000
     children.end_all(grace / 1000)
-    return code if code >= 0 else 128 - code
+    return shell_code(code)
 
 
 def lay_out_run(boot: Boot) -> None:
@@ -3091,7 +3102,7 @@ def illness(manager: S6ServiceManager, profile: str, status: SlotStatus | None) 
     if not status.wanted:
         parked = not status.up and status.ended == EX_CONFIG << 8 and not was_stopped(manager, profile)
         return f"parked after {ending(status.ended)}" if parked else ""
-    if is_looping(status, [moment for moment, _ in deaths(f"{manager.scandir}/{SLOT_PREFIX}{profile}")]):
+    if is_looping(status, death_times(f"{manager.scandir}/{SLOT_PREFIX}{profile}")):
         return "crash loop"
     down = time.time() - status.since
     return f"down for {duration(down)}" if not status.up and down > START_GRACE else ""
@@ -3526,7 +3537,7 @@ def dashboard_checks(boot: Boot) -> list[Check]:
         return []
     slot = f"{boot.scandir}/dashboard"
     status = slot_status(slot)
-    if status and status.up and not is_looping(status, [moment for moment, _ in deaths(slot)]):
+    if status and status.up and not is_looping(status, death_times(slot)):
         return [Check("pass", "dashboard", f"up for {duration(time.time() - status.since)}")]
     mend = "`docker logs` says why (outside of the container it needs a login); then `s6-svc -u /run/service/dashboard`"
     return [Check("fail", "dashboard", "does not run", mend)]
@@ -3560,7 +3571,7 @@ def logger_checks(boot: Boot, home: Folder, name: str) -> list[Check]:
     """Look for a logger that does not get its folder, most often because another container has it locked."""
     slot = f"{boot.scandir}/{SLOT_PREFIX}{name}/log"
     status = slot_status(slot)
-    if status is None or not is_looping(status, [moment for moment, _ in deaths(slot)]):
+    if status is None or not is_looping(status, death_times(slot)):
         return []
     folder = f"logs/gateways/{name}"
     if log_is_locked(home, folder):
