@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""A container in miniature, for machines without a container engine: the image's layout and boot, on the real s6 programs.
+"""A container in miniature, for machines without a container engine: the image's layout and boot, on the real s6
+programs.
 
-New mount, PID, UTS and IPC namespaces over the machine's own root (an overlay; the machine is never changed), a tmpfs on /run, its
-own /etc/passwd and /etc/group with the user hermes, s6-svscan as PID 1. What s6-overlay does around that, in the same order:
-the environment goes to /run/s6/container_environment, an rc.init process runs the cont-init scripts in name order with a
-scrubbed environment, brings the static services of s6-rc.d/ up, runs the CMD through the wrapper, and its code is the container's.
-Needs root and util-linux (unshare, nsenter, mount). What is missing is fetched below the checkout's .cache, the system stays as it is:
-s6 and execline as Debian packages, hermes-agent from PyPI into a virtual environment.
+New mount, PID, UTS and IPC namespaces over the machine's own root (an overlay; the machine is never changed), a tmpfs
+on /run, its own /etc/passwd and /etc/group with the user hermes, s6-svscan as PID 1. What s6-overlay does around that,
+in the same order: the environment goes to /run/s6/container_environment, an rc.init process runs the cont-init scripts
+in name order with a scrubbed environment, brings the static services of s6-rc.d/ up, runs the CMD through the wrapper,
+and its code is the container's. Needs root and util-linux (unshare, nsenter, mount). What is missing is fetched below
+the checkout's .cache, the system stays as it is: s6 and execline as Debian packages, hermes-agent from PyPI into a
+virtual environment.
 
-    sandbox.py run [--name NAME] [-e NAME=VALUE] [-v HOST:GUEST] [-u UID] [-w DIR] [--group-add GID] [--] WORD...
+sandbox.py run [--name NAME] [-e NAME=VALUE] [-v HOST:GUEST] [-u UID] [-w DIR] [--group-add GID] [--] WORD...
     sandbox.py exec NAME [-u USER] WORD...      stop NAME       restart NAME
 """
 
@@ -39,7 +41,7 @@ IMAGE_ENVIRONMENT = {
     "S6_BEHAVIOUR_IF_STAGE2_FAILS": "2",
     "S6_KILL_FINISH_MAXTIME": "86400000",
     "S6_KILL_GRACETIME": "10",
-    "S6_VERBOSITY": "1",
+    "S6_VERBOSITY": "0",
 }
 PASSWD = "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www-data:/var/www:/usr/sbin/nologin\nhermes:x:10000:10000::/opt/data:/bin/bash\n"
 GROUP = "root:x:0:\nwww-data:x:33:\nusers:x:100:\nhermes:x:10000:\n"
@@ -77,7 +79,7 @@ kill -15 -1 2>/dev/null
 kill -9 -1 2>/dev/null
 exit "$(cat /run/exitcode)"
 """
-WITH_CONTENV = "#!/command/execlineb -S0\ns6-envdir -I -f -n -L -- /run/s6/container_environment $@\n"
+WITH_CONTENV = "#!/command/execlineb -S0\ns6-envdir -Lf -- /run/s6/container_environment $@\n"
 
 
 def unsupported() -> str:
@@ -91,7 +93,9 @@ def unsupported() -> str:
             os.mkdir(f"{folder}/{name}")
         options = f"lowerdir=/,upperdir={folder}/upper,workdir={folder}/work"
         mount = ["mount", "-t", "overlay", "overlay", "-o", options, f"{folder}/root"]
-        tried = subprocess.run(["unshare", "-m", "-p", "-u", "-i", "--fork", "--", *mount], capture_output=True, text=True)
+        tried = subprocess.run(
+            ["unshare", "-m", "-p", "-u", "-i", "--fork", "--", *mount], capture_output=True, text=True
+        )
     return f"no namespaces or overlay here: {tried.stderr.strip()}" if tried.returncode else ""
 
 
@@ -99,7 +103,8 @@ def unsupported() -> str:
 
 
 def s6_layer() -> list[Path]:
-    """Return the folders to put over the root for s6 and execline: none where they are installed, else a fetched one."""
+    """Return the folders to put over the root for s6 and execline: none where they are installed, else a fetched
+    one."""
     if shutil.which("s6-svscan") and shutil.which("execlineb"):
         return []
     layer = CACHE / "s6"
@@ -107,7 +112,15 @@ def s6_layer() -> list[Path]:
         apt = CACHE / "apt"
         for folder in ("lists/partial", "archives/partial"):
             (apt / folder).mkdir(parents=True, exist_ok=True)
-        options = ["-qq", "-o", f"Dir::State::lists={apt}/lists", "-o", f"Dir::Cache={apt}", "-o", "APT::Sandbox::User=root"]
+        options = [
+            "-qq",
+            "-o",
+            f"Dir::State::lists={apt}/lists",
+            "-o",
+            f"Dir::Cache={apt}",
+            "-o",
+            "APT::Sandbox::User=root",
+        ]
         subprocess.run(["apt-get", *options, "update"], check=True, stdout=sys.stderr)
         depends = ["apt-cache", *options, "depends", "--recurse", "--no-suggests", "--no-recommends", "s6", "execline"]
         lines = subprocess.run(depends, check=True, capture_output=True, text=True).stdout.splitlines()
@@ -124,13 +137,27 @@ def s6_layer() -> list[Path]:
     return [layer]
 
 
+def layout_script(root: Path) -> str:
+    """Return the commands of the Dockerfile that lay out our scripts and their names, for a root elsewhere."""
+    text = (PROJECT / "Dockerfile").read_text().replace("\\\n", "\n")
+    start = text.index("cd /opt/hermes/docker")
+    script = text[start : text.index("&& find /opt/hermes /names", start)]
+    script = (
+        script.replace("cd /opt", f"cd {root}/opt")
+        .replace("/names", str(root))
+        .replace("&& python3", f"&& {base_python()}")
+    )
+    return " ".join(line.strip() for line in script.splitlines())
+
+
 def base_python() -> str:
     """Return a Python that the user hermes can reach."""
     return "/usr/bin/python3" if os.path.exists("/usr/bin/python3") else os.path.realpath(sys.executable)
 
 
 def agent_venv() -> Path:
-    """Return a virtual environment with hermes-agent, made for the path /opt/hermes/.venv, fetched from PyPI where it is missing."""
+    """Return a virtual environment with hermes-agent, made for the path /opt/hermes/.venv, fetched from PyPI where
+    it is missing."""
     venv = CACHE / f"venv-{AGENT_VERSION}"
     if not venv.exists():
         print(f"sandbox: fetching hermes-agent {AGENT_VERSION} from PyPI, once", file=sys.stderr)
@@ -157,9 +184,10 @@ def agent_venv() -> Path:
 class Sandbox:
     """One container. Its folder holds what a container's writable layer would; the volume outlives it.
 
-    mounts are (host path, guest path); environment is what `docker run -e` gives; user and gid are `--user`, groups `--group-add`, all by
-    number; agent says whether to have the real hermes-agent at /opt/hermes/.venv; with an entrypoint, that is run below a PID 1 of the
-    platform's, as with `docker run --init`; passwd and group are the image's account files.
+    mounts are (host path, guest path); environment is what `docker run -e` gives; user and gid are `--user`, groups
+    `--group-add`, all by number; agent says whether to have the real hermes-agent at /opt/hermes/.venv; with an
+    entrypoint, that is run below a PID 1 of the platform's, as with `docker run --init`; passwd and group are the
+    image's account files.
     """
 
     def __init__(
@@ -199,32 +227,19 @@ class Sandbox:
         for name in ("upper", "work", "root"):
             (self.folder / name).mkdir(parents=True)
         docker = self.upper / "opt/hermes/docker"
-        for path in (docker, self.upper / "opt/hermes/bin", self.upper / "opt/hermes/.venv", self.upper / "command"):
+        for path in (docker, self.upper / "opt/hermes/.venv", self.upper / "command"):
             path.mkdir(parents=True)
         for script in ("hermes_boot.py", "main_wrapper.py"):
             shutil.copy(PROJECT / script, docker)
-            (docker / script).chmod(0o755)
-        subprocess.run([base_python(), "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", docker], check=True)
+        subprocess.run(["sh", "-ec", layout_script(self.upper)], check=True)
+        (self.upper / "init").symlink_to("/opt/hermes/docker/wrapper")
         etc = self.upper / "etc"
-        boot = "/opt/hermes/docker/hermes_boot.py"
-        for link, target in (
-            (docker / "stage2-hook.sh", "hermes_boot.py"),
-            (docker / "entrypoint.sh", "hermes_boot.py"),
-            (docker / "main-wrapper.sh", "main_wrapper.py"),
-            (self.upper / "opt/hermes/bin/hermes", "../docker/main_wrapper.py"),
-            (self.upper / "opt/hermes/bin/hermes-boot", "../docker/hermes_boot.py"),
-            (self.upper / "init", "/opt/hermes/docker/main_wrapper.py"),
-            (self.upper / "usr/bin/tini", "/opt/hermes/docker/main_wrapper.py"),
-            (etc / "cont-init.d/01-hermes-setup", boot),
-            (etc / "cont-init.d/02-reconcile-profiles", boot),
-            (etc / "cont-finish.d/10-hermes-shutdown", boot),
-        ):
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(target)
         shutil.copytree(PROJECT / "s6-rc.d", etc / "s6-overlay/s6-rc.d")
         (etc / "passwd").write_text(passwd)
         (etc / "group").write_text(group)
-        (etc / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files dns\n")  # no systemd to ask, as in an image
+        (etc / "nsswitch.conf").write_text(
+            "passwd: files\ngroup: files\nhosts: files dns\n"
+        )  # no systemd to ask, as in an image
         self.make_command_folder()
         if not os.path.exists("/usr/bin/python3"):
             (self.upper / "usr/bin").mkdir(parents=True)
@@ -242,7 +257,8 @@ class Sandbox:
         write_script(self.upper / "command/with-contenv", WITH_CONTENV)
 
     def put_agent(self, script: str) -> None:
-        """Put a program in the agent's place, for tests of what leads to it or of a gateway that misbehaves on command."""
+        """Put a program in the agent's place, for tests of what leads to it or of a gateway that misbehaves on
+        command."""
         write_script(self.upper / "opt/hermes/.venv/bin/hermes", script)
 
     # Life
@@ -273,7 +289,8 @@ class Sandbox:
         return subprocess.run(self.command(list(words)), timeout=timeout, **options)
 
     def start(self, *words: str) -> None:
-        """Start in the background, as `docker run -d`, and wait for the boot's end; the log goes to the container's folder."""
+        """Start in the background, as `docker run -d`, and wait for the boot's end; the log goes to the container's
+        folder."""
         self.words = list(words)
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(self.command(self.words), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -284,7 +301,9 @@ class Sandbox:
         """Say whether the CMD runs."""
         root = f"/proc/{self.init()}/root"
         try:
-            inside = os.stat(root).st_dev != os.stat("/").st_dev  # before it is in its own root, /run there is the machine's
+            inside = (
+                os.stat(root).st_dev != os.stat("/").st_dev
+            )  # before it is in its own root, /run there is the machine's
         except OSError:
             return False
         return inside and os.path.exists(f"{root}/run/{'hermes-command' if self.entrypoint else 's6/workdir.done'}")
@@ -305,15 +324,36 @@ class Sandbox:
         """Return a path on the machine for a path in the running container."""
         return Path(f"/proc/{self.init()}/root{guest}")
 
-    def exec_command(self, words: list[str], user: str | None = None, environment: dict[str, str] | None = None) -> list[str]:
+    def exec_command(
+        self, words: list[str], user: str | None = None, environment: dict[str, str] | None = None
+    ) -> list[str]:
         """Return the argv that enters the running container, as `docker exec`."""
-        enter = ["nsenter", f"--target={self.init()}", "--mount", "--pid", "--uts", "--ipc", "--root", "--wd", "--", "env", "-i"]
-        pairs = [f"{name}={value}" for name, value in ({"HOME": "/root"} | self.environment | (environment or {})).items()]
+        enter = [
+            "nsenter",
+            f"--target={self.init()}",
+            "--mount",
+            "--pid",
+            "--uts",
+            "--ipc",
+            "--root",
+            "--wd",
+            "--",
+            "env",
+            "-i",
+        ]
+        pairs = [
+            f"{name}={value}" for name, value in ({"HOME": "/root"} | self.environment | (environment or {})).items()
+        ]
         return [*enter, *pairs, *(["/command/s6-setuidgid", user] if user else []), *words]
 
-    def exec(self, *words: str, user: str | None = None, environment: dict[str, str] | None = None, timeout: float = 60):
-        """Run a program in the running container, as root or as a user of it; returns what subprocess.run does, output captured."""
-        return subprocess.run(self.exec_command(list(words), user, environment), capture_output=True, text=True, timeout=timeout)
+    def exec(
+        self, *words: str, user: str | None = None, environment: dict[str, str] | None = None, timeout: float = 60
+    ):
+        """Run a program in the running container, as root or as a user of it; returns what subprocess.run does,
+        output captured."""
+        return subprocess.run(
+            self.exec_command(list(words), user, environment), capture_output=True, text=True, timeout=timeout
+        )
 
     def stop(self, timeout: float = 10) -> int:
         """Do as `docker stop`: SIGTERM to PID 1, SIGKILL after timeout seconds; return the exit code."""
@@ -372,9 +412,14 @@ def become_container(folder: str) -> None:
     root = f"{folder}/root"
     mount = "mount -n".split()
     subprocess.run(
-        [*mount, "-t", "overlay", "overlay", "-o", f"lowerdir=/,upperdir={folder}/upper,workdir={folder}/work", root], check=True
+        [*mount, "-t", "overlay", "overlay", "-o", f"lowerdir=/,upperdir={folder}/upper,workdir={folder}/work", root],
+        check=True,
     )
-    for kind, target, options in (("proc", "proc", "nosuid"), ("tmpfs", "run", "mode=0755"), ("tmpfs", "tmp", "mode=1777")):
+    for kind, target, options in (
+        ("proc", "proc", "nosuid"),
+        ("tmpfs", "run", "mode=0755"),
+        ("tmpfs", "tmp", "mode=1777"),
+    ):
         os.makedirs(f"{root}/{target}", exist_ok=True)
         subprocess.run([*mount, "-t", kind, kind, "-o", options, f"{root}/{target}"], check=True)
     subprocess.run([*mount, "--rbind", "/dev", f"{root}/dev"], check=True)
@@ -386,7 +431,9 @@ def become_container(folder: str) -> None:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             open(target, "w").close()
         subprocess.run([*mount, "--bind", host, target], check=True)
-    os.chdir(root)  # the new root takes the old one's place, for every process here; in a mere chroot nobody may make user namespaces
+    os.chdir(
+        root
+    )  # the new root takes the old one's place, for every process here; in a mere chroot nobody may make user namespaces
     subprocess.run(["pivot_root", ".", "."], check=True)
     subprocess.run([*"umount -n -l".split(), "."], check=True)
     os.chdir("/")
@@ -400,7 +447,9 @@ def become_container(folder: str) -> None:
                 os.chown(name, spec["user"], spec["gid"])
         os.setresgid(*[spec["gid"]] * 3)
         os.setresuid(*[spec["user"]] * 3)
-    for number in range(1, 32):  # as an engine does: what the caller ignores, such as a background job's SIGINT, stays outside
+    for number in range(
+        1, 32
+    ):  # as an engine does: what the caller ignores, such as a background job's SIGINT, stays outside
         if number not in (signal.SIGKILL, signal.SIGSTOP):
             signal.signal(number, signal.SIG_DFL)
     if spec["entrypoint"]:
@@ -409,7 +458,8 @@ def become_container(folder: str) -> None:
 
 
 def become_svscan(variables: list[list[str]], words: list[str]) -> None:
-    """Fork what runs the boot and the command, and become s6-svscan, with the environment that s6-overlay leaves of the container's."""
+    """Fork what runs the boot and the command, and become s6-svscan, with the environment that s6-overlay leaves of
+    the container's."""
     environment = dict(variables) if dict(variables).get("S6_KEEP_ENV") == "1" else {}
     environment["PATH"] = dict(variables).get("PATH", "/bin")  # the container's, with what is missing of these
     for folder in ("/bin", "/usr/bin", "/command"):
@@ -457,7 +507,7 @@ def lay_out_run(spec: dict) -> None:
         os.makedirs("/run/s6/container_environment")
         for name, value in environment.items():
             with open(f"/run/s6/container_environment/{name}", "wb") as file:
-                file.write(os.fsencode(value))
+                file.write(os.fsencode(value) + b"\n")
     Path("/run/s6/workdir").write_text(spec["workdir"])
     Path("/run/s6/behaviour").write_text(environment.get("S6_BEHAVIOUR_IF_STAGE2_FAILS", "0"))
     started = 'cd "$(cat /run/s6/workdir)"\n: > /run/s6/workdir.done\n'
@@ -509,7 +559,8 @@ def main() -> int:
 
 
 def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Split a command line at `--`, or before the first word that is neither an option of ours nor an option's value."""
+    """Split a command line at `--`, or before the first word that is neither an option of ours nor an option's
+    value."""
     index = 1 if argv[:1] == ["run"] else 2
     while index < len(argv) and argv[index] != "--" and argv[index].startswith("-") and argv[:1] in (["run"], ["exec"]):
         if argv[index] in ("-h", "--help"):
@@ -528,7 +579,9 @@ def act(arguments: argparse.Namespace, words: list[str]) -> int:
         try:
             options = json.loads((named / "options.json").read_text())
         except OSError:
-            print(f"sandbox: no container named {arguments.name}; `run --name {arguments.name}` makes it", file=sys.stderr)
+            print(
+                f"sandbox: no container named {arguments.name}; `run --name {arguments.name}` makes it", file=sys.stderr
+            )
             return 1
         box = Sandbox(named, volume=Path(options["volume"]), environment=options["environment"], agent=True)
         if arguments.command == "exec" and not box.init():
@@ -551,7 +604,9 @@ def act(arguments: argparse.Namespace, words: list[str]) -> int:
         workdir=arguments.workdir,
         agent=True,
     )
-    (folder / "options.json").write_text(json.dumps({"volume": str(volume), "environment": box.environment, "words": words}))
+    (folder / "options.json").write_text(
+        json.dumps({"volume": str(volume), "environment": box.environment, "words": words})
+    )
     try:
         return subprocess.run(box.command(words)).returncode
     except KeyboardInterrupt:
