@@ -2450,23 +2450,26 @@ def slot_status(slot: str) -> SlotStatus | None:
 
 
 def deaths(slot: str) -> list[tuple[float, int]]:
-    """Return the last deaths in a slot since an operator started it, oldest first: when, in seconds since 1970, and
-    the wait status."""
+    """Return the last deaths in a slot, oldest first: when, in seconds since 1970, and the wait status."""
     try:
         data = read_small(f"{slot}/supervise/death_tally")
-        started = os.stat(f"{slot}/back-off", follow_symlinks=False).st_mtime
     except OSError:
         return []
     records = [data[start : start + 14] for start in range(0, len(data) - 13, 14)]
-    found = [
-        (int.from_bytes(record[:8]) - TAI_OFFSET + int.from_bytes(record[8:12]) / 1e9, record) for record in records
+    return [
+        (int.from_bytes(record[:8]) - TAI_OFFSET + int.from_bytes(record[8:12]) / 1e9, record[12] << 8 | record[13])
+        for record in records
     ]
-    return [(moment, record[12] << 8 | record[13]) for moment, record in found if moment > started]
 
 
 def death_times(slot: str) -> list[float]:
-    """Return when the last deaths in a slot were, oldest first, in seconds since 1970."""
-    return [moment for moment, _ in deaths(slot)]
+    """Return when the last deaths in a slot were, in seconds since 1970, since an operator has started it: an end that the
+    operator asked for is no sign of a crash loop. The manager leaves the time of a start on the FIFO back-off."""
+    try:
+        started = os.stat(f"{slot}/back-off", follow_symlinks=False).st_mtime
+    except OSError:
+        started = 0.0  # a logger's, or a slot that hermes-agent made
+    return [moment for moment, _ in deaths(slot) if moment > started]
 
 
 def back_off(times: list[float]) -> int:
@@ -3273,7 +3276,7 @@ def row_of(boot: Boot, home: Folder, name: str) -> Row:
             row.autostart, row.why = autostart(boot, name, state, fault)
     except OSError:
         pass  # a slot whose profile is gone
-    times = [moment for moment, _ in tally]
+    times = death_times(slot)
     row.state = state_of(status, state, times, os.path.isdir(slot))
     row.since = round(status.since, 3) if status else None
     row.pid = status.pid if status and status.up else None

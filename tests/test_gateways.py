@@ -127,7 +127,7 @@ def test_the_nearest_name_is_offered_and_all_goes_on_past_a_failure(gateways):
     done = host.do("start", "--all")
     assert done.returncode == 1 and done.stdout == "coder: started\ndefault: started\n"
     (line,) = done.stderr.splitlines()
-    assert "error: gone: s6-svc: fatal: " in line
+    assert line.endswith("error: gone: no supervisor answers within 10 s; run `hermes-boot doctor`")
     assert host.up("coder") and host.up("default")
 
 
@@ -191,12 +191,13 @@ def test_what_cannot_be_read_of_a_state_is_kept_beside(gateways):
 
 
 def test_many_restarts_are_no_crash_loop(gateways):
-    """Once the gateway has been up for ten seconds."""
+    """An end that the operator asked for is no death."""
     host = gateways({"a": RUN}, "running")
     for _ in range(6):
         assert host.do("restart", "-p", "a").returncode == 0
-    assert wait_for(lambda: host.box.exec(MANAGER, "health").returncode == 0, 15)
-    assert json.loads(host.box.exec(MANAGER, "status", "-p", "a", "--json").stdout)[0]["state"] == "up"
+    assert host.box.exec(MANAGER, "health").returncode == 0
+    (row,) = json.loads(host.box.exec(MANAGER, "status", "-p", "a", "--json").stdout)
+    assert row["state"] in ("starting", "up") and row["restarts"] == 0 and row["last_exit"] == "SIGTERM"
 
 
 def test_the_commands_stderr_stays_blocking(gateways):
@@ -354,14 +355,14 @@ def test_nobody_can_stop_the_end(gateways):
 
 def test_a_slot_that_answers_nobody_does_not_hold_up_the_others(gateways):
     """Its control FIFO is hermes's own, and full: stop --all says so after some seconds."""
-    host = gateways({"a": RUN, "z": RUN}, "running")
+    host = gateways({"a": RUN, "z": RUN}, "running", environment={"HERMES_GATEWAY_STOP_TIMEOUT": "1"})
     assert wait_for(lambda: host.up("a") and host.up("z"))
     script = "rm control; mkfifo control; exec 3<>control; yes | dd of=control oflag=nonblock; exec sleep 300 <>control"
     words = host.box.exec_command(["sh", "-c", f"cd /run/service/gateway-a/supervise; {script}"], "hermes")
     holder = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(0.5)
     done = host.do("stop", "--all")
-    assert done.returncode == 1 and "a: did not end within 5 s" in done.stderr and not host.up("z"), done
+    assert done.returncode == 1 and "a: no supervisor answers within 6 s" in done.stderr and not host.up("z"), done
     holder.kill()
 
 
