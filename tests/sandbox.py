@@ -51,12 +51,15 @@ trap : INT
 shift
 until [ -p /run/service/.s6-svscan/control ]; do sleep 0.01; done
 failed=0
-for script in /etc/cont-init.d/*; do "$script" || failed=1; done
+for script in /etc/cont-init.d/*; do RC_NAME=legacy-cont-init "$script" || failed=1; done
 if [ "$failed" = 1 ] && [ "$(cat /run/s6/behaviour)" = 2 ]; then
   echo 1 > /run/exitcode
   exec /run/s6/basedir/halt
 fi
-for service in /etc/s6-overlay/s6-rc.d/user/contents.d/*; do /command/s6-svc -u "/run/service/${service##*/}"; done
+for service in /etc/s6-overlay/s6-rc.d/user/contents.d/*; do
+  up="/etc/s6-overlay/s6-rc.d/${service##*/}/up"
+  if [ -e "$up" ]; then execlineb -P "$up"; else /command/s6-svc -u "/run/service/${service##*/}"; fi
+done
 cd "$(cat /run/s6/workdir)"
 "$@"
 echo "$?" > /run/exitcode
@@ -64,8 +67,8 @@ exec /run/s6/basedir/halt
 """
 HALT = """#!/bin/sh
 mkdir /run/s6/halting 2>/dev/null || exit 0
-for service in /etc/s6-overlay/s6-rc.d/user/contents.d/*; do /command/s6-svc -d "/run/service/${service##*/}"; done
-for service in /etc/s6-overlay/s6-rc.d/user/contents.d/*; do /command/s6-svwait -t 9000 -D "/run/service/${service##*/}"; done
+for service in /run/s6-rc/servicedirs/*; do /command/s6-svc -d "/run/service/${service##*/}"; done
+for service in /run/s6-rc/servicedirs/*; do /command/s6-svwait -t 9000 -D "/run/service/${service##*/}"; done
 limit=$(cat /run/s6/container_environment/S6_KILL_FINISH_MAXTIME 2>/dev/null || echo 5000)
 limit="$((limit / 1000)).$(printf %03d $((limit % 1000)))"
 for script in /etc/cont-finish.d/*; do [ ! -x "$script" ] || timeout -s KILL "$limit" "$script"; done
