@@ -27,7 +27,7 @@ import stat
 import sys
 import time
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 
 Owner = tuple[int, int]  # UID, GID
 MountId = tuple[int, bytes]  # device and mount that a folder is on
