@@ -30,7 +30,7 @@ RUN set -eu; \
     fetch "$arch" "$sum"; \
     fetch symlinks-noarch "$S6_OVERLAY_SHA256_SYMLINKS"; \
     mv /s6/init /s6/init.s6-overlay; \
-    ln -s /opt/hermes/docker/main_wrapper.py /s6/init
+    ln -s /opt/hermes/docker/wrapper /s6/init
 
 # The agent, in a virtual environment that needs only Debian's python3. Bytecode is checked by the source's hash and not by its time,
 # so that two builds give the same. pip stays: the agent fetches what a messaging platform needs with it, to the volume.
@@ -46,21 +46,27 @@ RUN python3 -m venv /opt/hermes/.venv \
  && find /opt/hermes/.venv -name __pycache__ -prune -exec rm -rf {} + \
  && python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/hermes/.venv/lib
 
-# Our scripts with their bytecode, which is never written at run time, the names they are called by, and PATH for login shells.
+# Our scripts with their bytecode, which is never written at run time; an entry stub for each, which imports it and so finds that
+# bytecode; the names they are called by, links to the stubs; and PATH for login shells.
 COPY hermes_boot.py main_wrapper.py /opt/hermes/docker/
 RUN cd /opt/hermes/docker \
  && chmod 0755 hermes_boot.py main_wrapper.py \
  && python3 -m compileall -q --invalidation-mode unchecked-hash . \
  && mkdir -p /names/etc/cont-init.d /names/etc/cont-finish.d /names/etc/profile.d /names/usr/bin ../bin \
- && ln -s hermes_boot.py stage2-hook.sh \
- && ln -s hermes_boot.py entrypoint.sh \
- && ln -s main_wrapper.py main-wrapper.sh \
- && ln -s ../docker/main_wrapper.py ../bin/hermes \
- && ln -s ../docker/hermes_boot.py ../bin/hermes-boot \
- && ln -s /opt/hermes/docker/main_wrapper.py /names/usr/bin/tini \
- && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-init.d/01-hermes-setup \
- && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-init.d/02-reconcile-profiles \
- && ln -s /opt/hermes/docker/hermes_boot.py /names/etc/cont-finish.d/10-hermes-shutdown \
+ && for stub in boot:hermes_boot wrapper:main_wrapper; do \
+      printf '%s\n' '#!/usr/bin/python3 -IBS' 'import sys' 'sys.path.insert(0, "/opt/hermes/docker")' \
+        "from ${stub#*:} import main" 'sys.exit(main(sys.argv))' >"${stub%:*}"; \
+      chmod 0755 "${stub%:*}"; \
+    done \
+ && ln -s boot stage2-hook.sh \
+ && ln -s boot entrypoint.sh \
+ && ln -s wrapper main-wrapper.sh \
+ && ln -s ../docker/wrapper ../bin/hermes \
+ && ln -s ../docker/boot ../bin/hermes-boot \
+ && ln -s /opt/hermes/docker/wrapper /names/usr/bin/tini \
+ && ln -s /opt/hermes/docker/boot /names/etc/cont-init.d/01-hermes-setup \
+ && ln -s /opt/hermes/docker/boot /names/etc/cont-init.d/02-reconcile-profiles \
+ && ln -s /opt/hermes/docker/boot /names/etc/cont-finish.d/10-hermes-shutdown \
  && printf '%s\n' 'PATH=/opt/hermes/bin:/opt/hermes/.venv/bin:$PATH:/command' 'export PATH VIRTUAL_ENV=/opt/hermes/.venv' \
       '# Not exported: a `hermes` without it takes all of the container environment, the keys given with -e too.' \
       ': "${HERMES_HOME:=$(cat /run/s6/container_environment/HERMES_HOME 2>/dev/null || echo /opt/data)}"' >/names/etc/profile.d/hermes.sh \
@@ -98,7 +104,7 @@ ENV HERMES_HOME=/opt/data \
     S6_CMD_WAIT_FOR_SERVICES_MAXTIME=0 \
     S6_KILL_FINISH_MAXTIME=86400000 \
     S6_KILL_GRACETIME=10 \
-    S6_VERBOSITY=1
+    S6_VERBOSITY=0
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 CMD ["/opt/hermes/bin/hermes-boot", "health"]
 WORKDIR /opt/data
 VOLUME /opt/data

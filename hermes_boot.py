@@ -1,14 +1,22 @@
-#!/usr/bin/python3 -IBScimport sys,os.path as p;sys.path[:0]=[p.realpath(sys.argv[1]+"/..")];import hermes_boot as m;m.run()
+#!/usr/bin/python3 -IBS
 """Prepare the container's volume and accounts, and give every profile's gateway a slot that s6 supervises.
 
-Run by s6-overlay from /etc/cont-init.d, as root (or as the UID of `--user`), without arguments and with a scrubbed environment:
-as 01-hermes-setup it remaps the hermes user, mends ownership and seeds the volume; as 02-reconcile-profiles it publishes one
-service directory per profile. People and tests run `hermes_boot.py setup|reconcile [--dry-run]`.
+Run by s6-overlay from /etc/cont-init.d, as root (or as the UID of `--user`), without arguments and with a scrubbed
+environment: as 01-hermes-setup it remaps the hermes user, fixes ownership and seeds the volume; as
+02-reconcile-profiles it publishes one service directory per profile. People run `hermes-boot status|doctor|logs|gateway
+...`; main_wrapper.py execs it with arguments.
 
-Everything below $HERMES_HOME may have been written by the agent. So root only ever changes owners there, on descriptors opened
-without following links; all else, reading included, is done by a child that has become hermes for good.
-One bad profile never costs another its gateway: what is wrong is said in one line, and the boot goes on. It stops (exit 1) only
-for what it cannot work around: a wrong UID or GID, a UID that is not ours, a volume that hermes cannot write.
+Everything below $HERMES_HOME may have been written by the agent. So root only ever changes owners there, on descriptors
+opened without following links; all else, reading included, is done by a process that has become hermes for good. One
+bad profile never costs another its gateway: what is wrong is said in one line, and the boot goes on. It stops (exit
+code 1) only for what it cannot work around: a wrong UID or GID, a UID that is not ours, a volume that hermes cannot
+write.
+
+Contents, in the order of a container's life:
+
+BOOT      What both scripts need   Reporting   Settings   Safe files   Processes   Accounts   Ownership   Seeding
+            Profiles and their state   Slots   Setup and reconcile
+  RUNNING   What s6 knows   The service manager   Shutdown   Fallback init   Status   Health   Logs   Doctor   Command line
 """
 
 from __future__ import annotations
@@ -19,73 +27,206 @@ import stat
 import sys
 import time
 
-if __name__ == "__main__":  # run by path, under -I: see main_wrapper's first line for the usual way
-    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
-
-import main_wrapper as wrapper
-from main_wrapper import HOME, USER, VENV, setting, truthy
-
-IMAGE = "/opt/hermes"
-SCANDIR = "/run/service"
-STATIC_SERVICES = "/etc/s6-overlay/s6-rc.d"
-SETUP_FAILED = "/run/hermes-setup.failed"
-PASSWD, GROUP = "/etc/passwd", "/etc/group"
-DOCKER_SOCKET = "/var/run/docker.sock"
-MAX_ID = 2**32 - 2  # 2**32 - 1 is chown's "leave it as it is"
-
-MANAGED_FOLDERS = (
-    "backups cron sessions logs hooks memories skills skins plans workspace home profiles pairing platforms/pairing lazy-packages"
-).split()
-MANAGED_FILES = frozenset(
-    "config.yaml .env SOUL.md auth.json auth.lock hermes_state.db gateway.pid gateway.lock gateway_state.json processes.json"
-    " active_profile".split()
-)
-MANAGED_TOPS = frozenset(path.partition("/")[0] for path in MANAGED_FOLDERS)
-MANAGED_PREFIXES = ("state.db", "response_store.db")  # SQLite puts -wal and -shm beside each
-VERSION_STAMP = ".hermes-agent-version"
-
 VERSION = "1.0.0"
 
-STATE_FILE = "gateway_state.json"
-STATE_LIMIT = 512 << 10  # bytes; real ones have a few hundred
-STALE_FILES = ("gateway.pid", "processes.json")  # of a dead container's processes
-BOOT_LOG, BOOT_LOG_LIMIT = "container-boot.log", 256 << 10
-PROFILE_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
-SLOT_PREFIX, SLOT_NAME_LIMIT = "gateway-", 251
-SLOT_LIMIT = 490  # s6-svscan takes 500 services with loggers, in no order of ours, and the image has some of its own
-FULL = f"s6-svscan takes no more than {SLOT_LIMIT} gateways"
-EX_CONFIG = 78
-SIGKILL, SIGTERM, SIGCONT = 9, 15, 18
-PERMANENT_FAILURE = 125  # s6's word from a finish script for "do not restart"
-STOP_TIMEOUT = 30  # seconds until SIGKILL, unless HERMES_GATEWAY_STOP_TIMEOUT says otherwise
-SHUTDOWN_TIMEOUT = 8  # seconds for all at the container's end, unless HERMES_SHUTDOWN_TIMEOUT says otherwise
-MAX_SECONDS = 86400
-BACK_OFF_LIMIT = 60  # seconds
-HELPER_TIMEOUT = 120  # seconds for a program of the agent's that the boot runs
-SWITCHES = (
-    "GATEWAY_MULTIPLEX_PROFILES HERMES_DASHBOARD HERMES_DOCKER_EXEC_AS_ROOT HERMES_GATEWAY_NO_SUPERVISE HERMES_RECONCILE"
-    " HERMES_SKIP_CONFIG_MIGRATION"
-).split()
-
-SHARED_FOLDERS, SHARED_DEPTH, MOST_SWEEPERS = 64, 6, 4  # folders to share among processes, looked for down to this depth
-
 Owner = tuple[int, int]  # UID, GID
-Place = tuple[int, bytes]  # device and mount that a folder is on
+MountId = tuple[int, bytes]  # device and mount that a folder is on
+
+# ====================================================================================================================
+# BOOT
+# ====================================================================================================================
+
+
+# What both scripts need: the functions that stand in main_wrapper.py too, as the same text
+# --------------------------------------------------------------------------------------------------------------------
+
+USER = "hermes"
+HOME = "/opt/data"  # of the user, and HERMES_HOME unless that is set
+VENV = "/opt/hermes/.venv"
+HERMES = f"{VENV}/bin/hermes"
+COMMAND_FOLDERS = ("/opt/hermes/bin", f"{VENV}/bin")
+COMMAND_PROCESS = "/run/hermes-command"  # pid and start time of the container command, for its graceful shutdown
+SUPERVISOR_PROCESS = "/run/hermes-supervisor"  # and of the fallback init, hermes_boot.py where s6-overlay cannot start
+CONTAINER_ENVIRONMENT = "/run/s6/container_environment"
+NOT_EXECUTABLE, NOT_FOUND = 126, 127
+SIGPIPE, SIGXFSZ = 13, 25
+
+
+def content(path: str) -> bytes:
+    """Return a file's content, as open() would in three times the time: an environment is a file for each variable.
+    Raises OSError."""
+    fd, parts = os.open(path, os.O_RDONLY), []
+    try:
+        while part := os.read(fd, 1 << 15):
+            parts.append(part)
+    finally:
+        os.close(fd)
+    return b"".join(parts)
+
+
+def process_environment() -> dict[str, str]:
+    """Return the environment as it was handed over: Python itself may have added LC_CTYPE to os.environ (PEP 538)."""
+    try:
+        pairs = content("/proc/self/environ").split(b"\0")
+    except OSError:
+        return dict(os.environ)
+    return dict(os.fsdecode(pair).split("=", 1) for pair in pairs if b"=" in pair)
+
+
+def container_environment() -> dict[str, str]:
+    """Return the environment that the container was given, for programs that s6-overlay starts with a scrubbed one.
+
+    A file a variable: its value and one newline, which with-contenv takes off again. With S6_KEEP_ENV=1 there is no
+    such folder, and the process's own environment is right as it is.
+    """
+    environment = process_environment()
+    try:
+        names = os.listdir(CONTAINER_ENVIRONMENT)
+    except OSError:
+        return environment
+    for name in names:
+        try:
+            environment[name] = os.fsdecode(content(f"{CONTAINER_ENVIRONMENT}/{name}").removesuffix(b"\n"))
+        except OSError:
+            continue  # removed meanwhile, or not a file: not a variable
+    return environment
+
+
+def switch(value: str) -> bool | None:
+    """Return whether a switch is on (1, true, yes, on, in any case), None when it is neither that nor off (0, false,
+    no, off)."""
+    word = value.strip().lower()
+    return True if word in ("1", "true", "yes", "on") else False if word in ("0", "false", "no", "off") else None
+
+
+def root_home(environment: dict[str, str]) -> str:
+    """Return the root profile's HERMES_HOME: of <root>/profiles/<name>, as `hermes` sets it for a profile, that is
+    <root>."""
+    home = environment.get("HERMES_HOME") or HOME
+    parent = os.path.dirname(home.rstrip("/"))
+    return os.path.dirname(parent) if os.path.basename(parent) == "profiles" else home
+
+
+def program_environment(environment: dict[str, str]) -> dict[str, str]:
+    """Return the environment for a program of the image: HOME, HERMES_HOME, VIRTUAL_ENV, and PATH with our folders
+    on it."""
+    path = environment.get("PATH") or os.defpath
+    missing = [folder for folder in COMMAND_FOLDERS if folder not in path.split(":")]
+    return environment | {
+        "HOME": root_home(environment),
+        "HERMES_HOME": environment.get("HERMES_HOME") or HOME,
+        "PATH": ":".join([*missing, path]),
+        "VIRTUAL_ENV": VENV,
+    }
+
+
+def s6_program(name: str) -> str:
+    """Return the path of an s6 program: /command is s6-overlay's, and on PATH only below its supervision tree."""
+    for folder in ("/command", *os.environ.get("PATH", "").split(":"), "/usr/bin"):
+        if folder and os.access(f"{folder}/{name}", os.X_OK):
+            return f"{folder}/{name}"
+    return f"/command/{name}"
+
+
+def as_hermes(argv: list[str]) -> list[str]:
+    """Return the argv that runs a program as hermes: by s6-setuidgid when we are root, else as it is."""
+    return [s6_program("s6-setuidgid"), USER, *argv] if os.geteuid() == 0 else argv
+
+
+def execute(argv: list[str], environment: dict[str, str]) -> int:
+    """Exec a program; return only when that fails: 127 not found, 126 not executable."""
+    import _signal  # `signal` itself would cost 5 ms for its enums
+
+    for number in (SIGPIPE, SIGXFSZ):  # Python ignores these from its start, and an exec'd program would inherit that
+        _signal.signal(number, _signal.SIG_DFL)
+    try:
+        os.execve(argv[0], argv, environment)
+    except OSError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: cannot run {argv[0]!r}: {error.strerror}", file=sys.stderr)
+        return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
+
+
+def s6_is_pid_1() -> bool:
+    """Return whether s6-overlay supervises this container; works without privilege, which reading /proc/1/exe would
+    not."""
+    try:
+        return content("/proc/1/comm") == b"s6-svscan\n" and os.path.isdir("/run/s6/basedir")
+    except OSError:
+        return False
+
+
+def supervised() -> bool:
+    """Return whether s6 keeps this container's gateways, as PID 1 or below another one."""
+    return s6_is_pid_1() or read_pid_file(SUPERVISOR_PROCESS) != 0
+
+
+def start_time(pid: int) -> str:
+    """Return when a process started, in clock ticks since the machine did; OSError when there is none. See proc(5)."""
+    return content(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19].decode()
+
+
+def write_pid_file(path: str) -> None:
+    """Leave word of who we are, whole; exec keeps the pid. Only the shutdown needs it, so no failure matters. /run
+    may be everybody's to write, so no file that is there already is written to."""
+    try:
+        new = f"{path}.{os.getpid()}"
+        if os.path.lexists(new):
+            os.unlink(new)
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        os.write(fd, f"{os.getpid()} {start_time(os.getpid())}".encode())
+        os.close(fd)
+        os.rename(new, path)
+    except OSError:
+        pass
+
+
+def read_pid_file(path: str) -> int:
+    """Return the pid that was left there, by root or by who we are, 0 when that process has ended; the start time
+    tells it from a later one of its number."""
+    try:
+        if os.lstat(path).st_uid not in (0, os.geteuid()):
+            return 0
+        pid, started = content(path).decode().split()
+        return int(pid) if start_time(int(pid)) == started else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def profile_option(words: list[str]) -> tuple[str | None, list[str]]:
+    """Split a leading -p NAME, --profile NAME or --profile=NAME off hermes's arguments."""
+    if len(words) > 1 and words[0] in ("-p", "--profile"):
+        return words[1], words[2:]
+    if words and words[0].startswith("--profile="):
+        return words[0].removeprefix("--profile="), words[1:]
+    return None, words
 
 
 # Reporting
+# --------------------------------------------------------------------------------------------------------------------
 
 
 class Fatal(Exception):
     """What the boot cannot go on from; its text is the line for the operator."""
 
 
-def say(level: str, text: str) -> None:
+class Fault:
+    """What is wrong, and what to do about it."""
+
+    __slots__ = ("text", "fix")
+
+    def __init__(self, text: str, fix: str = "") -> None:
+        self.text, self.fix = text, fix
+
+    def __str__(self) -> str:
+        return f"{self.text}; {self.fix}" if self.fix else self.text
+
+
+def say(level: str, text: object) -> None:
     """Write `program: level: text` on stderr, where every line of ours goes: stdout is the program's."""
     print(f"{os.path.basename(sys.argv[0])}: {level}: {text}", file=sys.stderr, flush=True)
 
 
-def warn(text: str) -> None:
+def warn(text: object) -> None:
     """Say what is wrong and what to do about it, and go on."""
     say("warning", text)
 
@@ -102,7 +243,7 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def fault(error: OSError) -> str:
+def described(error: OSError) -> str:
     """Return what an error says of an entry on the volume, to follow its name."""
     if error.errno in (errno.ELOOP, errno.ENOTDIR):
         return "is a link, or not of the kind it should be"
@@ -110,7 +251,8 @@ def fault(error: OSError) -> str:
 
 
 def guarded(action, *arguments) -> int:
-    """Run an action that returns an exit code; turn what it raises into one line and code 1, a traceback only for the unexpected."""
+    """Run an action that returns an exit code; turn what it raises into one line and code 1, a traceback only for
+    the unexpected."""
     try:
         return action(*arguments)
     except Fatal as error:
@@ -119,17 +261,108 @@ def guarded(action, *arguments) -> int:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read has seen enough
-        return 128 + wrapper.SIGPIPE
+        return 128 + SIGPIPE
     except Exception:
         sys.excepthook(*sys.exc_info())
     return 1
 
 
-# Safe file access
+# Settings
+# --------------------------------------------------------------------------------------------------------------------
+
+IMAGE = "/opt/hermes"
+SCANDIR = "/run/service"
+MAX_SECONDS = 86400
+SWITCHES = (
+    "HERMES_BOOT_QUIET GATEWAY_MULTIPLEX_PROFILES HERMES_DASHBOARD HERMES_DOCKER_EXEC_AS_ROOT HERMES_GATEWAY_NO_SUPERVISE"
+    " HERMES_RECONCILE HERMES_SKIP_CONFIG_MIGRATION"
+).split()
+
+
+class Boot:
+    """What every step needs to know: the environment, the root HERMES_HOME, who hermes is, and whether to change
+    anything."""
+
+    __slots__ = ("environment", "home", "scandir", "owner", "dry_run")
+
+    def __init__(self, environment: dict[str, str], *, dry_run: bool = False) -> None:
+        """Raise Fatal when HERMES_HOME is nothing to boot on."""
+        self.environment = environment
+        self.home = root_home(environment)
+        self.scandir = scandir_of(environment)
+        self.owner: Owner = account() or owner_of(self.home)
+        if os.geteuid() not in (0, self.owner[0]) and os.getegid() == 0:
+            self.owner = os.geteuid(), 0  # OpenShift's way: any UID, with root's group
+        self.dry_run = dry_run
+        if not self.home.startswith("/") or os.path.realpath(self.home) == "/":
+            raise Fatal(
+                f"HERMES_HOME={self.home!r} is not a folder of its own; set it to an absolute path such as {HOME}"
+            )
+
+    def setting(self, name: str) -> str:
+        """Return a variable that is addressed to us, "" when unset."""
+        return self.environment.get(name, "")
+
+    def announce(self, text: str) -> bool:
+        """Report a change, and return whether to make it: under --dry-run it is only listed, on stdout."""
+        if self.dry_run:
+            print(f"would {text}")
+        elif not self.quiet:
+            say("info", text)
+        return not self.dry_run
+
+    @property
+    def quiet(self) -> bool:
+        """Return whether only warnings are wanted."""
+        return switch(self.setting("HERMES_BOOT_QUIET")) is True
+
+
+def scandir_of(environment: dict[str, str]) -> str:
+    """Return the path of the scandir."""
+    return environment.get("S6_PROFILE_GATEWAY_SCANDIR", "").rstrip("/") or SCANDIR
+
+
+def owner_of(path: str) -> Owner:
+    """Return a path's owner, or our own where it is missing: who to act as in an image without a hermes user."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return os.geteuid(), os.getegid()
+    return status.st_uid, status.st_gid
+
+
+def number_in(value: str, least: int, most: int) -> int | None:
+    """Return a decimal number within bounds, None for anything else."""
+    plain = value.isascii() and value.isdigit() and len(value) <= len(str(most))
+    return int(value) if plain and least <= int(value) <= most else None
+
+
+def check_switches(boot: Boot) -> None:
+    """Warn of switches that are neither on nor off."""
+    for name in SWITCHES:
+        value = boot.setting(name)
+        if value.strip() and switch(value) is None:
+            warn(
+                f"{name}={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off), so it is as if it were not set"
+            )
+
+
+def seconds(environment: dict[str, str], name: str, default: int, least: int) -> int:
+    """Return the seconds that a variable gives, or with a warning the default when it gives none."""
+    value = environment.get(name, "")
+    number = number_in(value, least, MAX_SECONDS) if value else default
+    if number is None:
+        warn(f"{name}={value!r} is not a number of seconds from {least} to {MAX_SECONDS}; using {default}")
+    return default if number is None else number
+
+
+# Safe files
+# --------------------------------------------------------------------------------------------------------------------
 
 
 class Folder:
-    """An open directory. What lies in it is reached by descriptor, never through a link, never blocking; errors are OSError."""
+    """An open directory. What lies in it is reached by descriptor, never through a link, never blocking; errors are
+    OSError."""
 
     __slots__ = ("fd",)
 
@@ -196,7 +429,8 @@ class Folder:
         return data
 
     def write(self, name: str, data: bytes, mode: int, *, replace: bool) -> bool:
-        """Put a file in place whole, or not at all: beside, fsync, rename. Without replace an existing entry stays; False then.
+        """Put a file in place whole, or not at all: beside, fsync, rename. Without replace an existing entry stays;
+        False then.
 
         mode holds from the first instant (it is open's, not a later chmod's), so a secret is never readable by others.
         """
@@ -217,8 +451,9 @@ class Folder:
         os.fsync(self.fd)
 
     def update(self, name: str, edit, limit: int) -> None:
-        """Replace a file by what edit makes of its content (None when missing), whole. Our own writers are kept out by the lock;
-        a program that does not take it is noticed by looking again before the rename, and its change is then edited in turn."""
+        """Replace a file by what edit makes of its content (None when missing), whole. Our own writers are kept out
+        by the lock; a program that does not take it is noticed by looking again before the rename, and its change is
+        then edited in turn."""
         with Lock(self, name):
             for _ in range(10):
                 before = self.stat(name)
@@ -254,7 +489,8 @@ class Folder:
         return temporary
 
     def reserve(self, temporary: str, name: str) -> bool:
-        """Give a finished file its name unless something has it; link() decides that in the kernel, where the volume has it."""
+        """Give a finished file its name unless something has it; link() decides that in the kernel, where the volume
+        has it."""
         try:
             os.link(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
             os.unlink(temporary, dir_fd=self.fd)
@@ -267,7 +503,7 @@ class Folder:
         return True
 
     def is_roots(self) -> bool:
-        """Say whether nobody but root can replace what root has put into this folder."""
+        """Return whether nobody but root can replace what root has put into this folder."""
         status = os.fstat(self.fd)
         return status.st_uid == 0 and (not status.st_mode & 0o022 or status.st_mode & stat.S_ISVTX != 0)
 
@@ -288,7 +524,8 @@ class Folder:
                     continue  # a folder of that name is not ours, and in nobody's way
 
     def remove(self, name: str) -> None:
-        """Remove an entry with all below it, if it is there. However deep that is: what lies two levels down is moved one up first."""
+        """Remove an entry with all below it, if it is there. However deep that is: what lies two levels down is
+        moved one up first."""
         if self.unlinked(name):
             return
         with Folder(name, self.fd) as top:
@@ -303,17 +540,19 @@ class Folder:
                         for deeper in os.listdir(below.fd):
                             if not below.unlinked(deeper):
                                 moved += 1
-                                os.rename(deeper, f".moved-{moved}-{time.time_ns()}", src_dir_fd=below.fd, dst_dir_fd=top.fd)
+                                os.rename(
+                                    deeper, f".moved-{moved}-{time.time_ns()}", src_dir_fd=below.fd, dst_dir_fd=top.fd
+                                )
                     os.rmdir(entry, dir_fd=top.fd)
         os.rmdir(name, dir_fd=self.fd)
 
     def same_place(self, below: Folder) -> None:
         """Raise OSError (EBUSY) when a folder of this one is a mount: what lies there is not ours to remove."""
-        if place_of(self.fd) != place_of(below.fd):
+        if mount_id(self.fd) != mount_id(below.fd):
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
     def unlinked(self, name: str) -> bool:
-        """Remove an entry that is not a folder; say whether none is left."""
+        """Remove an entry that is not a folder; return whether none is left."""
         try:
             os.unlink(name, dir_fd=self.fd)
         except FileNotFoundError:
@@ -326,9 +565,9 @@ class Folder:
 def trusted_folder(path: str, *, make: bool = False) -> Folder:
     """Open a folder by an absolute path, making what is missing of it if asked to, as nobody but root decides.
 
-    Root goes through a link only where root made it and nobody else can put anything in its place, be it a folder further up. Below
-    any other folder there may be links at every step, whoever has the volume there puts them: OSError (ELOOP, ENOTDIR) then. Without
-    root there is nothing to lose, and links are followed.
+    Root goes through a link only where root made it and nobody else can put anything in its place, be it a folder
+    further up. Below any other folder there may be links at every step, whoever has the volume there puts them: OSError
+    (ELOOP, ENOTDIR) then. Without root there is nothing to lose, and links are followed.
     """
     if os.geteuid() != 0:
         if make:
@@ -346,7 +585,9 @@ def trusted_folder(path: str, *, make: bool = False) -> Folder:
             child = folder.made(name) if missing else Folder(name, folder.fd)
         except OSError as error:
             links += 1
-            target = folder.link_of_root(name) if safe and links < 40 and error.errno in (errno.ELOOP, errno.ENOTDIR) else ""
+            target = (
+                folder.link_of_root(name) if safe and links < 40 and error.errno in (errno.ELOOP, errno.ENOTDIR) else ""
+            )
             if not target:
                 os.close(folder.fd)
                 raise
@@ -359,12 +600,13 @@ def trusted_folder(path: str, *, make: bool = False) -> Folder:
 
 
 def mount_of(fd: int) -> bytes:
-    """Return by which mount an open entry is reached: one from the same disk has the same device. "" before Linux 3.15."""
+    """Return by which mount an open entry is reached: one from the same disk has the same device. "" before Linux
+    3.15."""
     with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
         return next((line for line in file if line.startswith(b"mnt_id:")), b"")
 
 
-def place_of(fd: int) -> Place:
+def mount_id(fd: int) -> MountId:
     """Return what file system an open folder is on, and by which mount."""
     return os.fstat(fd).st_dev, mount_of(fd)
 
@@ -375,89 +617,60 @@ def changes(status: os.stat_result) -> tuple[int, int, int]:
 
 
 class Lock:
-    """An exclusive flock on a folder, between containers too. Given up on after a second: a hostile holder must not stop a boot.
+    """An exclusive flock on a folder, between containers too, waited for for timeout seconds: a hostile holder must not
+    stop a boot.
 
     Once it is held, what killed writers of the given names left is removed.
     """
 
-    __slots__ = ("folder", "names", "fd")
+    __slots__ = ("folder", "names", "timeout", "fd", "held")
 
-    def __init__(self, folder: Folder, *names: str) -> None:
-        self.folder, self.names, self.fd = folder, names, -1
+    def __init__(self, folder: Folder, *names: str, timeout: float = 1) -> None:
+        self.folder, self.names, self.timeout, self.fd, self.held = folder, names, timeout, -1, False
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Lock:
         self.fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.folder.fd)
-        if self.acquired() and self.names:
+        self.held = self.acquired()
+        if self.held and self.names:
             self.folder.remove_temporaries(*self.names)
+        return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self.fd)
 
     def acquired(self) -> bool:
-        """Try for a second to get the lock; say whether we have it."""
+        """Try to get the lock; return whether we have it."""
         import fcntl
 
-        for _ in range(50):
+        deadline = time.monotonic() + self.timeout
+        while True:
             try:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
             except BlockingIOError:
+                if time.monotonic() > deadline:
+                    return False
                 time.sleep(0.02)
             except OSError:
-                break  # NFS locks no folders; two boots on one volume are then as safe as link() and rename() make them
-        return False
+                return False  # NFS locks no folders; two boots on one volume are then as safe as link() and rename() make them
 
 
-# Where the boot works
-
-
-class Boot:
-    """What every step needs to know: the environment, the root HERMES_HOME, who hermes is, and whether to change anything."""
-
-    __slots__ = ("environment", "home", "scandir", "owner", "dry_run")
-
-    def __init__(self, environment: dict[str, str], *, dry_run: bool = False) -> None:
-        """Raise Fatal when HERMES_HOME is nothing to boot on."""
-        self.environment = environment
-        self.home = wrapper.root_home(environment)
-        self.scandir = scandir_of(environment)
-        self.owner: Owner = wrapper.account() or owner_of(self.home)
-        if os.geteuid() not in (0, self.owner[0]) and os.getegid() == 0:
-            self.owner = os.geteuid(), 0  # OpenShift's way: any UID, with root's group
-        self.dry_run = dry_run
-        if not self.home.startswith("/") or os.path.realpath(self.home) == "/":
-            raise Fatal(f"HERMES_HOME={self.home!r} is not a folder of its own; set it to an absolute path such as {HOME}")
-
-    def setting(self, name: str) -> str:
-        """Return a variable that is addressed to us, "" when unset."""
-        return setting(self.environment, name)
-
-    def does(self, text: str) -> bool:
-        """Report a change, and say whether to make it: under --dry-run it is only listed, on stdout."""
-        if self.dry_run:
-            print(f"would {text}")
-        elif not self.quiet:
-            say("info", text)
-        return not self.dry_run
-
-    @property
-    def quiet(self) -> bool:
-        """Say whether only warnings are wanted."""
-        return self.setting("S6_VERBOSITY") == "0"
-
-
-def scandir_of(environment: dict[str, str]) -> str:
-    """Return the path of the scandir."""
-    return setting(environment, "S6_PROFILE_GATEWAY_SCANDIR").rstrip("/") or SCANDIR
-
-
-def owner_of(path: str) -> Owner:
-    """Return a path's owner, or our own where it is missing: who to act as in an image without a hermes user."""
+def read_small(path: str) -> bytes:
+    """Return the first 4 KiB of a file of s6's, never blocking."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
     try:
-        status = os.stat(path)
-    except OSError:
-        return os.geteuid(), os.getegid()
-    return status.st_uid, status.st_gid
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file")
+        return os.read(fd, 4096)
+    finally:
+        os.close(fd)
+
+
+# Processes
+# --------------------------------------------------------------------------------------------------------------------
+
+SIGKILL, SIGTERM, SIGCONT = 9, 15, 18
+HELPER_TIMEOUT = 120  # seconds for a program of the agent's that the boot runs
 
 
 def shell_code(code: int) -> int:
@@ -477,18 +690,31 @@ def in_child(action, *arguments) -> int:
 
 
 def drop_root(owner: Owner) -> None:
-    """Become hermes for good. Fatal when that cannot be."""
+    """Become hermes for good, as s6-setuidgid does: groups from /etc/group first, then GID, then UID. Fatal when
+    that cannot be."""
+    uid, gid = owner
     try:
-        wrapper.drop(*owner)
+        os.initgroups(USER, gid)
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
     except OSError as error:
         raise Fatal(
-            f"root cannot become {USER} ({owner[0]}:{owner[1]}) here: {reason(error)}; add the capabilities SETUID and SETGID,"
+            f"root cannot become {USER} ({uid}:{gid}) here: {reason(error)}; add the capabilities SETUID and SETGID,"
             " or give a rootless engine subordinate IDs (/etc/subuid, /etc/subgid)"
         ) from error
 
 
+def become_hermes() -> None:
+    """Drop root for good: what the manager writes belongs to hermes, and nothing on the volume can use root. Fatal
+    if that fails."""
+    owner = account()
+    if os.geteuid() == 0 and owner:
+        drop_root(owner)
+
+
 def as_owner(owner: Owner, action, *arguments) -> int:
-    """Run an action as hermes and return its exit code: in a child that drops for good when we are root, else right here."""
+    """Run an action as hermes and return its exit code: in a child that drops for good when we are root, else right
+    here."""
 
     def dropped() -> int:
         drop_root(owner)
@@ -496,16 +722,20 @@ def as_owner(owner: Owner, action, *arguments) -> int:
 
     if os.geteuid() != 0 or owner[0] == 0:
         return guarded(action, *arguments)
-    if (code := in_child(dropped)) > 128:
-        say("error", f"a process of the boot was ended by signal {code - 128}; most likely it had too little memory")
+    code = in_child(dropped)
+    if code == 128 + SIGKILL:
+        say("error", "a process of the boot was killed; most likely it had too little memory")
+    elif code > 128 and code != 128 + SIGPIPE:
+        say("error", f"a process of the boot was ended by signal {code - 128}")
     return code
 
 
 def run_helper(argv: list[str], environment: dict[str, str]) -> int:
-    """Run a program as hermes: stdin empty, stdout on stderr, killed after HELPER_TIMEOUT seconds. Returns its code, 124 when killed.
+    """Run a program as hermes: stdin empty, stdout on stderr, killed after HELPER_TIMEOUT seconds. Returns its code,
+    124 when killed.
 
-    It reads what hermes has left on the volume, and may leave processes behind, which could stop what the boot does as hermes later on:
-    they all come to the process that watches it here, and end with it.
+    It reads what hermes has left on the volume, and may leave processes behind, which could stop what the boot does as
+    hermes later on: they all come to the process that watches it here, and end with it.
     """
 
     def watch() -> int:
@@ -513,10 +743,10 @@ def run_helper(argv: list[str], environment: dict[str, str]) -> int:
         os.dup2(2, 1)
         children = Children()
         try:
-            helper = children.start(wrapper.as_hermes(argv), environment)
+            helper = children.start(as_hermes(argv), environment)
         except OSError as error:
             say("error", f"cannot run {argv[0]!r}: {reason(error)}")
-            return wrapper.NOT_FOUND
+            return NOT_FOUND
         children.wait(helper, timeout=HELPER_TIMEOUT)
         code = children.codes[helper]
         children.end_all(0)
@@ -525,67 +755,158 @@ def run_helper(argv: list[str], environment: dict[str, str]) -> int:
     return in_child(watch)
 
 
-def number_in(value: str, least: int, most: int) -> int | None:
-    """Return a decimal number within bounds, None for anything else."""
-    plain = value.isascii() and value.isdigit() and len(value) <= len(str(most))
-    return int(value) if plain and least <= int(value) <= most else None
+def send(process: int, number: int) -> None:
+    """Send a signal to a process, unless it has ended, or is not ours to signal, as for root without the capability
+    KILL."""
+    try:
+        os.kill(process, number)
+    except OSError:
+        pass
 
 
-def check_switches(boot: Boot) -> None:
-    """Warn of switches that are neither on nor off."""
-    for name in SWITCHES:
-        value = boot.setting(name)
-        if value and value.strip().lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
-            warn(f"{name}={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off), so it is as if it were not set")
+def until(condition, timeout: float) -> bool:
+    """Poll a condition that s6 has no event for; return whether it came to hold within timeout seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
 
 
-def seconds(environment: dict[str, str], name: str, default: int, least: int) -> int:
-    """Return the seconds that a variable gives, or with a warning the default when it gives none."""
-    value = setting(environment, name)
-    number = number_in(value, least, MAX_SECONDS) if value else default
-    if number is None:
-        warn(f"{name}={value!r} is not a number of seconds from {least} to {MAX_SECONDS}; using {default}")
-    return default if number is None else number
+class Children:
+    """Our child processes, the container's orphans among them, reaped as they end; the codes of those that we
+    started; and whether somebody has asked for the end, by SIGTERM."""
+
+    __slots__ = ("codes", "signals", "asked_to_end")
+
+    def __init__(self) -> None:
+        """Make this process the one that orphans come to, and take signals one by one from here on."""
+        import signal
+
+        names = "SIGTERM SIGINT SIGHUP SIGQUIT SIGUSR1 SIGUSR2 SIGWINCH SIGCHLD SIGTTOU SIGTTIN".split()
+        self.signals = {getattr(signal, name) for name in names}
+        self.codes: dict[int, int | None] = {}  # None: it runs
+        self.asked_to_end = False
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
+        try:
+            import ctypes
+
+            ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER, see prctl(2)
+        except (ImportError, OSError):
+            warn("this Python has no ctypes, so orphans go to PID 1, which may not reap them")
+
+    def start(self, argv: list[str], environment: dict[str, str]) -> int:
+        """Start a program in a process group of its own, with signals as it expects them; return its pid. Raises
+        OSError."""
+        pid = os.posix_spawnp(argv[0], argv, environment, setpgroup=0, setsigmask=(), setsigdef=(SIGPIPE, SIGXFSZ))
+        self.codes[pid] = None
+        return pid
+
+    def reap(self) -> None:
+        """Reap all that have ended."""
+        try:
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if ended[0] in self.codes:
+                    self.codes[ended[0]] = os.waitstatus_to_exitcode(ended[1])
+        except ChildProcessError:
+            pass  # none is left
+
+    def wait(self, *pids: int, command: int = 0, timeout: float = float("inf")) -> int:
+        """Wait until one of these has ended, or timeout seconds; return the pid, or 0. While a command runs, SIGTERM
+        ends the wait too, and other signals are passed on to it."""
+        import signal
+
+        deadline = time.monotonic() + timeout
+        while True:
+            self.reap()
+            for pid in pids:
+                if self.codes.get(pid) is not None:
+                    return pid
+            received = signal.sigtimedwait(self.signals, max(0, min(60, deadline - time.monotonic())))
+            if received is None and time.monotonic() > deadline:
+                return 0
+            number = received.si_signo if received else signal.SIGCHLD
+            self.asked_to_end = self.asked_to_end or number == signal.SIGTERM
+            if command and self.asked_to_end:
+                return 0
+            if command and number not in (signal.SIGCHLD, signal.SIGTTOU, signal.SIGTTIN):
+                send(command, number)
+
+    def end_all(self, grace: float) -> None:
+        """End every process that is left below us, and nobody else's: SIGTERM to each as it comes to us, SIGKILL
+        once grace seconds are over; 5 seconds later the rest is the kernel's."""
+        deadline, told = time.monotonic() + grace, set()
+        while time.monotonic() < deadline + 5:
+            self.reap()
+            if not (left := children_of(os.getpid())):
+                return
+            for pid in left:
+                if time.monotonic() >= deadline:
+                    send(pid, SIGKILL)
+                elif pid not in told:
+                    send(pid, SIGTERM)
+                told.add(pid)
+                self.codes[pid] = None
+            self.wait(*left, timeout=0.05)
+
+
+def parent_of(process: int) -> int:
+    """Return a process's parent; OSError when it has ended. See proc(5)."""
+    return int(content(f"/proc/{process}/stat").rpartition(b")")[2].split()[1])
 
 
 # Accounts
+# --------------------------------------------------------------------------------------------------------------------
+
+PASSWD, GROUP = "/etc/passwd", "/etc/group"
+DOCKER_SOCKET = "/var/run/docker.sock"
+MAX_ID = 2**32 - 2  # 2**32 - 1 is chown's "leave it as it is"
+
+
+def account(name: str = USER) -> tuple[int, int] | None:
+    """Return a user's UID and GID from /etc/passwd, None when it has no such user."""
+    for line in content("/etc/passwd").split(b"\n"):
+        fields = line.split(b":")
+        if fields[0] == name.encode() and len(fields) == 7:
+            return int(fields[2]), int(fields[3])
+    return None
 
 
 def wanted_id(boot: Boot, *names: str) -> int | None:
-    """Return the UID or GID that the first non-empty of these variables asks for, None when none does; Fatal when it is not one."""
+    """Return the UID or GID that the first non-empty of these variables asks for, None when none does; Fatal when it
+    is not one."""
     for name in names:
         value = boot.setting(name)
         if not value:
             continue
         if (number := number_in(value, 1, MAX_ID)) is None:
             root = "0 is root, as which the agent never runs; " if value == "0" else ""
-            raise Fatal(f"{name}={value!r} is not a number from 1 to {MAX_ID}; {root}unset it or give your host's (id -u, id -g)")
+            raise Fatal(
+                f"{name}={value!r} is not a number from 1 to {MAX_ID}; {root}unset it or give your host's (id -u, id -g)"
+            )
         return number
     return None
 
 
-def rewrite(path: str, edit) -> bool:
-    """Replace a file of /etc by what edit makes of its lines, atomically, with its mode and owner; say whether that changed it."""
+def rewrite(path: str, edit, *, dry_run: bool = False) -> bool:
+    """Replace a file of /etc by what edit makes of its lines, atomically, with its mode and owner; return whether
+    that changes it. Raises OSError."""
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())
         old = file.read()
     new = b"".join(edit(old.splitlines(keepends=True)))
-    if new == old:
-        return False
+    if new == old or dry_run:
+        return new != old
     beside = f"{path}+"
-    try:
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-        with open(fd, "wb") as file:
-            file.write(new)
-            file.flush()
-            os.fchown(fd, status.st_uid, status.st_gid)
-            os.fchmod(fd, stat.S_IMODE(status.st_mode))
-            os.fsync(fd)
-        os.rename(beside, path)
-    except OSError as error:
-        raise Fatal(
-            f"cannot write {path} ({reason(error)}), which the remap or a group needs; make /etc writable, or drop HERMES_UID/HERMES_GID"
-        ) from error
+    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    with open(fd, "wb") as file:
+        file.write(new)
+        file.flush()
+        os.fchown(fd, status.st_uid, status.st_gid)
+        os.fchmod(fd, stat.S_IMODE(status.st_mode))
+        os.fsync(fd)
+    os.rename(beside, path)
     return True
 
 
@@ -601,11 +922,28 @@ def with_field(lines: list[bytes], name: bytes, changes: dict[int, int]) -> list
     return [edited(line) if line.startswith(name + b":") else line for line in lines]
 
 
+def with_member(lines: list[bytes], member: bytes, groups: list[int]) -> list[bytes]:
+    """Return /etc/group's lines with a member in all of these groups, by their GIDs; a group without a line gets
+    one."""
+    missing, result = {str(group).encode() for group in groups}, []
+    for line in lines:
+        fields = line.rstrip(b"\n").split(b":")
+        if len(fields) == 4 and fields[2] in missing:
+            missing.discard(fields[2])
+            members = [name for name in fields[3].split(b",") if name]
+            if member not in members:
+                line = b":".join([*fields[:3], b",".join([*members, member])]) + b"\n"
+        result.append(line)
+    if missing and result and not result[-1].endswith(b"\n"):
+        result[-1] += b"\n"
+    return result + [b"%s-%s:x:%s:%s\n" % (member, group, group, member) for group in sorted(missing)]
+
+
 def remap(boot: Boot) -> None:
     """Give the hermes user the UID and GID that HERMES_UID/HERMES_GID (or PUID/PGID) ask for, editing /etc in place.
 
-    Not by usermod: that walks the user's whole home folder, which here is the volume. Fatal when a value is wrong, or when another
-    user has the UID; a GID may be shared (macOS users have 20, NAS users 100).
+    Not by usermod: that walks the user's whole home folder, which here is the volume. Fatal when a value is wrong, or
+    when another user has the UID; a GID may be shared (macOS users have 20, NAS users 100).
     """
     uid = wanted_id(boot, "HERMES_UID", "PUID")
     gid = wanted_id(boot, "HERMES_GID", "PGID")
@@ -616,21 +954,29 @@ def remap(boot: Boot) -> None:
         raise Fatal(
             f"started as UID {os.geteuid()}, so hermes cannot become {wanted[0]}:{wanted[1]}; drop `--user` or the HERMES_UID/HERMES_GID"
         )
-    with open(PASSWD, "rb") as file:
-        for line in file:
-            fields = line.split(b":")
-            if len(fields) > 3 and fields[0] != USER.encode() and fields[2] == str(wanted[0]).encode():
-                raise Fatal(f"UID {wanted[0]} belongs to the user {os.fsdecode(fields[0])} in this image; choose another HERMES_UID")
-    if boot.does(f"remap {USER} from {boot.owner[0]}:{boot.owner[1]} to {wanted[0]}:{wanted[1]}"):
-        rewrite(GROUP, lambda lines: with_field(lines, USER.encode(), {2: wanted[1]}))
-        rewrite(PASSWD, lambda lines: with_field(lines, USER.encode(), {2: wanted[0], 3: wanted[1]}))
+    for line in content(PASSWD).split(b"\n"):
+        fields = line.split(b":")
+        if len(fields) > 3 and fields[0] != USER.encode() and fields[2] == str(wanted[0]).encode():
+            raise Fatal(
+                f"UID {wanted[0]} belongs to the user {os.fsdecode(fields[0])} in this image; choose another HERMES_UID"
+            )
+    if boot.announce(f"remap {USER} from {boot.owner[0]}:{boot.owner[1]} to {wanted[0]}:{wanted[1]}"):
+        try:
+            rewrite(GROUP, lambda lines: with_field(lines, USER.encode(), {2: wanted[1]}))
+            rewrite(PASSWD, lambda lines: with_field(lines, USER.encode(), {2: wanted[0], 3: wanted[1]}))
+        except OSError as error:
+            raise Fatal(
+                f"cannot write /etc/passwd and /etc/group ({reason(error)}), which the remap needs; make /etc writable,"
+                " or drop HERMES_UID/HERMES_GID"
+            ) from error
     boot.owner = wanted
 
 
 def given_groups() -> list[int]:
-    """Return the GIDs that the container was started with (`--group-add`) and that of a mounted Docker socket, root's excepted."""
+    """Return the GIDs that the container was started with (`--group-add`) and that of a mounted Docker socket,
+    root's excepted."""
     groups: list[int] = []
-    init = wrapper.noted_process(wrapper.SUPERVISOR_PROCESS) or 1  # PID 1 may be another container's
+    init = read_pid_file(SUPERVISOR_PROCESS) or 1  # PID 1 may be another container's
     with open(f"/proc/{init}/status", "rb") as file:
         for line in file:
             if line.startswith(b"Groups:"):
@@ -644,68 +990,84 @@ def given_groups() -> list[int]:
     return [group for group in dict.fromkeys(groups) if group != 0]
 
 
-def join_groups(boot: Boot) -> None:
-    """Put hermes into the groups that the container was given: s6-setuidgid rebuilds the groups from /etc/group, and nothing else."""
+def join_groups(boot: Boot, *, look: bool = False) -> list[int]:
+    """Put hermes into the groups that the container was given: s6-setuidgid rebuilds the groups from /etc/group, and
+    nothing else. Return these groups where that changed something; with look, where it would."""
     wanted = [group for group in given_groups() if group != boot.owner[1]]
-    member = USER.encode()
-
-    def edit(lines: list[bytes]) -> list[bytes]:
-        missing, result = {str(group).encode() for group in wanted}, []
-        for line in lines:
-            fields = line.rstrip(b"\n").split(b":")
-            if len(fields) == 4 and fields[2] in missing:
-                missing.discard(fields[2])
-                members = [name for name in fields[3].split(b",") if name]
-                if member not in members:
-                    line = b":".join([*fields[:3], b",".join([*members, member])]) + b"\n"
-            result.append(line)
-        if missing and result and not result[-1].endswith(b"\n"):
-            result[-1] += b"\n"
-        return result + [b"%s-%s:x:%s:%s\n" % (member, group, group, member) for group in sorted(missing)]
-
+    names = " ".join(map(str, wanted))
     try:
-        if wanted and not boot.dry_run and rewrite(GROUP, edit):
-            boot.does(f"add {USER} to the groups {' '.join(map(str, wanted))}")
-    except Fatal as error:
-        warn(f"{error}: {USER} is not in the groups {wanted}")
+        changed = wanted and rewrite(
+            GROUP, lambda lines: with_member(lines, USER.encode(), wanted), dry_run=look or boot.dry_run
+        )
+    except OSError as error:
+        warn(f"cannot write {GROUP} ({reason(error)}), so {USER} is not in the groups {names}; make /etc writable")
+        return []
+    if changed and not look:
+        boot.announce(f"add {USER} to the groups {names}")
+    return wanted if changed else []
 
 
-def exposed_path(boot: Boot) -> str:
-    """Return what is wrong with the container's PATH, "" when nothing is: s6-overlay finds programs on it that it runs as root, `sh`
-    for one, so a folder that hermes can write must come last."""
+def exposed_path(boot: Boot) -> Fault | None:
+    """Return what is wrong with the container's PATH: s6-overlay finds programs on it that it runs as root, `sh` for
+    one, so a folder that hermes can write must come last."""
     home = os.path.realpath(boot.home).rstrip("/") + "/"
     folders = boot.setting("PATH").split(":")
-    ours = [folder for folder in folders if not folder.startswith("/") or f"{os.path.realpath(folder)}/".startswith(home)]
+    ours = [
+        folder for folder in folders if not folder.startswith("/") or f"{os.path.realpath(folder)}/".startswith(home)
+    ]
     if not ours or folders[-len(ours) :] == ours:
-        return ""
+        return None
     names = " and ".join(shown(folder) for folder in ours)
-    return f"PATH has {names} before the system's folders, so hermes could put programs there for root to run; put it last"
+    return Fault(
+        f"PATH has {names} before the system's folders, so hermes could put programs there for root to run",
+        "put it last, with -e PATH=",
+    )
 
 
 # Ownership
+# --------------------------------------------------------------------------------------------------------------------
+
+MANAGED_FOLDERS = (
+    "backups cron sessions logs hooks memories skills skins plans workspace home profiles pairing platforms/pairing lazy-packages"
+).split()
+VERSION_STAMP = ".hermes-agent-version"
+MANAGED_FILES = frozenset(
+    "config.yaml .env SOUL.md auth.json auth.lock hermes_state.db gateway.pid gateway.lock gateway_state.json processes.json"
+    f" active_profile {VERSION_STAMP}".split()
+)
+MANAGED_TOPS = frozenset(path.partition("/")[0] for path in MANAGED_FOLDERS)
+MANAGED_PREFIXES = ("state.db", "response_store.db")  # SQLite puts -wal and -shm beside each
+SHARED_FOLDERS, SHARED_DEPTH, MOST_SWEEPERS = (
+    64,
+    6,
+    4,
+)  # folders to share among processes, looked for down to this depth
 
 
 class Sweep:
     """Hands what hermes manages on the volume back to hermes, and counts it.
 
-    Only wrong owners change. Every change is made on a descriptor opened without following a link, so that no rename can turn it on
-    another entry; by name only in a folder that nobody but root can change at that moment (see entries). Four kinds of entry are left
-    alone, since root would give away more than the volume: links' targets, other file systems mounted below, device nodes, and
-    files with more names than one, of which a name may lie outside (those that belong to hermes's former UIDs excepted, which hermes
-    could write anyway).
+    Only wrong owners change. Every change is made on a descriptor opened without following a link, so that no rename
+    can turn it on another entry; by name only in a folder that nobody but root can change at that moment (see entries).
+    Four kinds of entry are left alone, since root would give away more than the volume: links' targets, other file
+    systems mounted below, device nodes, and files with more names than one, of which a name may lie outside (those that
+    belong to hermes's former UIDs excepted, which hermes could write anyway).
     """
 
-    __slots__ = (*"uid gid dry_run former mounted left_behind".split(), *"changed checked linked failed first failure".split())
+    __slots__ = (
+        *"uid gid dry_run former mounted left_behind".split(),
+        *"changed checked linked failed first failure".split(),
+    )
     COUNTS, WORDS = ("changed", "checked", "linked", "failed"), ("first", "failure")
 
     def __init__(self, boot: Boot, *, former: int = -1, mounted: bool = False) -> None:
-        """former is the UID that hermes had before, -1 for none; mounted says whether there are other file systems that it could move
-        below a folder that is checked."""
+        """former is the UID that hermes had before, -1 for none; mounted says whether there are other file systems
+        that it could move below a folder that is checked."""
         self.uid, self.gid = boot.owner
         self.dry_run = boot.dry_run
         self.former = {former, self.uid}
         # Nothing of hermes's runs before the CMD; from then on it can move what is mounted elsewhere.
-        self.mounted = mounted or os.path.exists(wrapper.COMMAND_PROCESS)
+        self.mounted = mounted or os.path.exists(COMMAND_PROCESS)
         self.reset()
 
     def reset(self) -> None:
@@ -715,8 +1077,8 @@ class Sweep:
         self.first = self.failure = ""
 
     def claim(self, name: str, at: int, *, writable: bool = False) -> None:
-        """Give one entry to hermes; with writable, for a file at the top of the volume, which may be mounted there by itself, see to it
-        that its owner can read and write it."""
+        """Give one entry to hermes; with writable, for a file at the top of the volume, which may be mounted there
+        by itself, see to it that its owner can read and write it."""
         try:
             fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=at)
         except FileNotFoundError:
@@ -744,16 +1106,16 @@ class Sweep:
             self.first = f"{path_in(at, name)} belongs to {status.st_uid}:{status.st_gid}"
 
     def may_change(self, status: os.stat_result) -> bool:
-        """Say whether root may act on an entry, by its descriptor's status."""
+        """Return whether root may act on an entry, by its descriptor's status."""
         kind = stat.S_IFMT(status.st_mode)
         if kind != stat.S_IFDIR and status.st_nlink > 1 and status.st_uid not in self.former:
             self.linked += 1
             return False
         return kind not in (stat.S_IFBLK, stat.S_IFCHR)
 
-    def place(self, fd: int) -> Place:
+    def place(self, fd: int) -> MountId:
         """Return where an open folder is, as far as that can differ here."""
-        return place_of(fd) if self.mounted else (os.fstat(fd).st_dev, b"")
+        return mount_id(fd) if self.mounted else (os.fstat(fd).st_dev, b"")
 
     def fail(self, name: str, at: int, error: OSError) -> None:
         """Count a refusal; the first one stands for all, since a volume that refuses one chown refuses every one."""
@@ -763,8 +1125,9 @@ class Sweep:
     def entries(self, fd: int) -> list[str]:
         """Check an open folder and every entry of it but the folders, whose names are returned.
 
-        The folder itself comes last. Until then, before anything of hermes's runs, nobody but root can rename in a folder that is
-        not hermes's and that only its owner may write: there a chown by name does what four calls by descriptor would.
+        The folder itself comes last. Until then, before anything of hermes's runs, nobody but root can rename in a
+        folder that is not hermes's and that only its owner may write: there a chown by name does what four calls by
+        descriptor would.
         """
         uid, gid, folders, checked = self.uid, self.gid, [], 0
         own = os.fstat(fd)
@@ -805,8 +1168,8 @@ class Sweep:
             self.note(name, fd, status)
 
     def tree(self, folder: Folder) -> None:
-        """Check an open folder and all below it; it is closed. One descriptor at any depth: the way back up is `..`, checked to be
-        where we came from."""
+        """Check an open folder and all below it; it is closed. One descriptor at any depth: the way back up is `..`,
+        checked to be where we came from."""
         fd = folder.fd
         try:
             place = self.place(fd)
@@ -825,15 +1188,16 @@ class Sweep:
         finally:
             os.close(fd)
 
-    def descend(self, fd: int, name: str, place: Place, above: list[tuple[int, list[str]]]) -> int:
-        """Check a folder's entries and make it the current one, unless it is gone, unreadable or another file system."""
-        child = self.enter(fd, name, place)
+    def descend(self, fd: int, name: str, place: MountId, above: list[tuple[int, list[str]]]) -> int:
+        """Check a folder's entries and make it the current one, unless it is gone, unreadable or another file
+        system."""
+        child = self.open_folder(fd, name, place)
         if child is None:
             return fd
         above.append((os.fstat(child.fd).st_ino, self.entries(child.fd)))
         return replace_fd(fd, child.fd)
 
-    def enter(self, fd: int, name: str, place: Place) -> Folder | None:
+    def open_folder(self, fd: int, name: str, place: MountId) -> Folder | None:
         """Open a folder to check it, None when it is gone, unreadable or another file system."""
         try:
             child = Folder(name, fd)
@@ -850,10 +1214,11 @@ class Sweep:
         return None
 
     def volume(self, home: Folder) -> None:
-        """Check all managed folders. The upper levels here; once there are folders enough to share, all cores take from them."""
-        waiting: list[tuple[str, Place]] = []  # a folder's path, and where it must be
+        """Check all managed folders. The upper levels here; once there are folders enough to share, all cores take
+        from them."""
+        waiting: list[tuple[str, MountId]] = []  # a folder's path, and where it must be
         for path in MANAGED_FOLDERS:
-            waiting += self.top(home, path)
+            waiting += self.check_managed(home, path)
         done = 0
         while done < len(waiting) < SHARED_FOLDERS:
             path, place = waiting[done]
@@ -863,8 +1228,9 @@ class Sweep:
         if done < len(waiting):
             self.share(home, waiting[done:])
 
-    def top(self, home: Folder, path: str) -> list[tuple[str, Place]]:
-        """Check one managed folder's entries; return its folders. A link or a file in its place is said and left alone."""
+    def check_managed(self, home: Folder, path: str) -> list[tuple[str, MountId]]:
+        """Check one managed folder's entries; return its folders. A link or a file in its place is said and left
+        alone."""
         parent = os.path.dirname(path)
         try:
             if parent:
@@ -877,22 +1243,22 @@ class Sweep:
         except FileNotFoundError:
             return []  # made later, by hermes
         except OSError as error:
-            warn(f"{path} on the volume {fault(error)}; its owners were not checked; put a plain folder there")
+            warn(f"{path} on the volume {described(error)}; its owners were not checked; put a plain folder there")
             return []
 
-    def opened(self, folder: Folder) -> list[tuple[str, Place]]:
+    def opened(self, folder: Folder) -> list[tuple[str, MountId]]:
         """Check an open folder's entries and close it; return its folders, and where they must be."""
         with folder:
             place = self.place(folder.fd)
             return [(name, place) for name in self.entries(folder.fd)]
 
-    def below(self, home: Folder, path: str, place: Place, action) -> list[tuple[str, Place]]:
-        """Open a folder anew and take an action on it; return the folders it names, as volume() wants them. Whatever became of the
-        folder since we saw it is counted."""
+    def below(self, home: Folder, path: str, place: MountId, action) -> list[tuple[str, MountId]]:
+        """Open a folder anew and take an action on it; return the folders it names, as volume() wants them. Whatever
+        became of the folder since we saw it is counted."""
         parent, _, name = path.rpartition("/")
         try:
             with home.folder(parent) as above:
-                folder = self.enter(above.fd, name, place)
+                folder = self.open_folder(above.fd, name, place)
             found = action(folder) if folder else None
             return [(f"{path}/{name}", place) for name, place in found or ()]
         except FileNotFoundError:
@@ -901,7 +1267,7 @@ class Sweep:
             self.fail(path, home.fd, error)
             return []
 
-    def share(self, home: Folder, folders: list[tuple[str, Place]]) -> None:
+    def share(self, home: Folder, folders: list[tuple[str, MountId]]) -> None:
         """Check folders in as many processes as there are cores; each takes the next group by a byte from a pipe."""
         groups = min(256, len(folders))
         tokens, filled = os.pipe()
@@ -951,14 +1317,16 @@ class Sweep:
     def report(self, boot: Boot) -> None:
         """Say what was mended, what could not be, and what was left alone for safety."""
         if self.changed:
-            boot.does(f"give {self.changed} of {self.checked} entries on {shown(boot.home)} to {self.uid}:{self.gid}")
+            boot.announce(
+                f"give {self.changed} of {self.checked} entries on {shown(boot.home)} to {self.uid}:{self.gid}"
+            )
         if self.failed:
             warn(
                 f"{self.failed} entries on {shown(boot.home)} could not be given to {self.uid}:{self.gid}, the first: {self.failure};"
                 " going on, since a rootless engine, NFS, a NAS or a read-only mount may refuse that and still work"
             )
         if self.left_behind:
-            warn(f"{USER} was another user before; {foreign_text(boot.home, self.left_behind, boot.owner)}")
+            warn(f"{USER} was another user before; {foreign_fault(boot.home, self.left_behind, boot.owner)}")
         if self.linked:
             warn(
                 f"{self.linked} files on {shown(boot.home)} have hard links and another owner, so they were left alone;"
@@ -966,10 +1334,10 @@ class Sweep:
             )
 
 
-def foreign_text(home: str, names: list[str], owner: Owner) -> str:
+def foreign_fault(home: str, names: list[str], owner: Owner) -> Fault:
     """Return what there is to say of entries at the top of the volume that are not hermes's, nor ours to give to it."""
     first = f"{len(names)} entries at the top of {shown(home)} stay whose they are, the first: {shown(min(names))}"
-    return f"{first}; those that are the agent's: chown -hR {owner[0]}:{owner[1]} {shown(home)}/NAME"
+    return Fault(first, f"those that are the agent's: chown -hR {owner[0]}:{owner[1]} {shown(home)}/NAME")
 
 
 def path_in(folder: int, name: str) -> str:
@@ -984,7 +1352,8 @@ def replace_fd(old: int, new: int) -> int:
 
 
 def mount_points() -> list[tuple[str, str]]:
-    """Return where something is mounted, as a path that ends with a slash, and the kind of file system, of every mount. See proc(5)."""
+    """Return where something is mounted, as a path that ends with a slash, and the kind of file system, of every
+    mount. See proc(5)."""
     result = []
     with open("/proc/self/mountinfo", "rb") as file:
         for line in file:
@@ -1000,48 +1369,60 @@ def holding_mount(path: str, mounts: list[tuple[str, str]]) -> tuple[str, str]:
     """Return the mount that a path is on."""
     real = os.path.realpath(path).rstrip("/") + "/"
     return max(
-        (mount for mount in reversed(mounts) if real.startswith(mount[0])), key=lambda mount: len(mount[0]), default=("/", "unknown")
+        (mount for mount in reversed(mounts) if real.startswith(mount[0])),
+        key=lambda mount: len(mount[0]),
+        default=("/", "unknown"),
     )
 
 
 def has_mounts_beside(home: str) -> bool:
-    """Say whether something is mounted below the mount that holds a folder: hermes may be able to move it, by a folder above."""
+    """Return whether something is mounted below the mount that holds a folder: hermes may be able to move it, by a
+    folder above."""
     mounts = mount_points()
     holder = holding_mount(home, mounts)[0]
     return any(point != holder and point.startswith(holder) for point, _ in mounts)
 
 
 def own_volume(boot: Boot) -> None:
-    """Hand HERMES_HOME itself, the managed folders and the managed top-level files to hermes. All else there is the user's."""
-    if not os.path.isdir(boot.home) and not boot.does(f"make {shown(boot.home)}"):
+    """Hand HERMES_HOME itself, the managed folders and the managed top-level files to hermes. All else there is the
+    user's."""
+    if not os.path.isdir(boot.home) and not boot.announce(f"make {shown(boot.home)}"):
         return
     make_home(boot)
     try:
         sweep = sweep_volume(boot)
     except PermissionError as error:
-        warn(f"{shown(boot.home)} cannot be looked into by root here ({reason(error)}), so owners stay as they are; hermes may be able to")
+        warn(
+            f"{shown(boot.home)} cannot be looked into by root here ({reason(error)}), so owners stay as they are; hermes may be able to"
+        )
     except OSError as error:
-        raise Fatal(f"HERMES_HOME={boot.home!r} {fault(error)}; every folder on the way to it must be a plain one") from error
+        raise Fatal(
+            f"HERMES_HOME={boot.home!r} {described(error)}; every folder on the way to it must be a plain one"
+        ) from error
     else:
         sweep.report(boot)
 
 
 def sweep_volume(boot: Boot) -> Sweep:
-    """Check all that hermes manages on the volume, and change wrong owners unless it is a dry run. Who the volume belongs to until
-    then is who hermes was before, root excepted."""
+    """Check all that hermes manages on the volume, and change wrong owners unless it is a dry run. Who the volume
+    belongs to until then is who hermes was before, root excepted."""
     with trusted_folder(boot.home) as home:
         former = os.fstat(home.fd).st_uid or -1
         sweep = Sweep(boot, former=former, mounted=has_mounts_beside(boot.home))
         with os.scandir(home.fd) as listing:
             entries = list(listing)
-        files = [entry.name for entry in entries if is_managed_file(entry.name) and entry.is_file(follow_symlinks=False)]
+        files = [
+            entry.name for entry in entries if is_managed_file(entry.name) and entry.is_file(follow_symlinks=False)
+        ]
         others = [entry for entry in entries if not is_managed(entry.name)]
         sweep.checked += 1 + len(files)
         for name in files:
             sweep.claim(name, home.fd, writable=True)
         sweep.volume(home)
         sweep.claim(".", home.fd)  # last: until then it tells, at the next boot too, who hermes was
-        sweep.left_behind = [entry.name for entry in others if owner_in(entry) == former] if former not in (-1, sweep.uid) else []
+        sweep.left_behind = (
+            [entry.name for entry in others if owner_in(entry) == former] if former not in (-1, sweep.uid) else []
+        )
     return sweep
 
 
@@ -1052,7 +1433,9 @@ def make_home(boot: Boot) -> None:
     try:
         os.close(trusted_folder(boot.home, make=True).fd)
     except OSError as error:
-        raise Fatal(f"HERMES_HOME={boot.home!r} cannot be made a folder: {reason(error)}; mount a volume there") from error
+        raise Fatal(
+            f"HERMES_HOME={boot.home!r} cannot be made a folder: {reason(error)}; mount a volume there"
+        ) from error
 
 
 def owner_in(entry: os.DirEntry) -> int:
@@ -1064,49 +1447,30 @@ def owner_in(entry: os.DirEntry) -> int:
 
 
 def is_managed(name: str) -> bool:
-    """Say whether an entry at the top of the volume is one that hermes keeps."""
+    """Return whether an entry at the top of the volume is one that hermes keeps."""
     return name in MANAGED_TOPS or is_managed_file(name)
 
 
 def is_managed_file(name: str) -> bool:
-    """Say whether a top-level file is one that hermes keeps."""
+    """Return whether a top-level file is one that hermes keeps."""
     return name in MANAGED_FILES or name.startswith(MANAGED_PREFIXES)
 
 
-def own_static_services(boot: Boot, scandir: Folder, *, whole: bool) -> None:
-    """Let hermes see and control the image's static services, as it does its slots: s6 made their supervise folders for root alone.
-
-    Who owns such a folder can make s6-supervise, which is root, write through a link; so where hermes has no scandir, and with it not
-    all that root has, it gets no more than the control file.
-    """
-    sweep = Sweep(boot)
-    try:
-        names = [name for name in os.listdir(STATIC_SERVICES) if os.path.exists(f"{STATIC_SERVICES}/{name}/run")]
-    except FileNotFoundError:
-        return
-    for name in names:
-        for place in (lambda: Folder(f"/run/s6-rc/servicedirs/{name}"), lambda: scandir.folder(name)):
-            try:
-                with place() as service, service.folder("supervise") as supervise:
-                    sweep.claim("control", supervise.fd)
-                    if not whole:
-                        os.fchmod(supervise.fd, 0o755)
-                        continue
-                    for path, folder in (("event", service), ("supervise", service), ("event", supervise)):
-                        sweep.claim(path, folder.fd)
-            except OSError:
-                continue  # not supervised here, or s6-rc's link to the other folder
-
-
 # Seeding
-
+# --------------------------------------------------------------------------------------------------------------------
 
 BUILT_IN = {
     "SOUL.md": "You are Hermes, a helpful, curious and honest assistant. Edit this file to make the persona your own.\n",
     ".env": "# Secrets of Hermes Agent, one NAME=value a line. `hermes setup` fills this in.\n",
     "config.yaml": "# Configuration of Hermes Agent. `hermes setup` fills this in; `hermes config` shows all of it.\n",
 }
-TEMPLATES = ((".env", 0o600, ".env.example"), ("config.yaml", 0o640, "cli-config.yaml.example"), ("SOUL.md", 0o644, "docker/SOUL.md"))
+TEMPLATES = (
+    (".env", 0o600, ".env.example"),
+    ("config.yaml", 0o640, "cli-config.yaml.example"),
+    ("SOUL.md", 0o644, "docker/SOUL.md"),
+)
+STATE_FILE = "gateway_state.json"
+PROBE = "hermes-write-test"
 
 
 def seeds(boot: Boot) -> list[tuple[str, int, bytes]]:
@@ -1143,7 +1507,8 @@ def open_home(boot: Boot) -> Folder:
 
 
 def seed(boot: Boot) -> int:
-    """As hermes: try the volume, make the managed folders, put missing files in place. Never overwrites. Fatal if not writable."""
+    """As hermes: try the volume, make the managed folders, put missing files in place. Never overwrites. Fatal if
+    not writable."""
     with open_home(boot) as home:
         if not boot.dry_run:
             try_volume(boot, home)
@@ -1157,19 +1522,27 @@ def seed(boot: Boot) -> int:
     return 0
 
 
+def probe(home: Folder) -> None:
+    """Write a small file on the volume, safely, and remove it. Raises OSError."""
+    os.unlink(home.write_beside(PROBE, b"hermes\n", 0o600), dir_fd=home.fd)
+
+
 def try_volume(boot: Boot, home: Folder) -> None:
     """Write a file as hermes. A full disk is only said: gateways may still run. A volume that refuses is Fatal."""
-    probe = "hermes-write-test"
     try:
-        with Lock(home, probe, STATE_FILE, VERSION_STAMP, "auth.json", *BUILT_IN):
-            os.unlink(home.write_beside(probe, b"hermes\n", 0o600), dir_fd=home.fd)
+        with Lock(home, PROBE, STATE_FILE, VERSION_STAMP, "auth.json", *BUILT_IN):
+            probe(home)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             warn(f"{shown(boot.home)}: {reason(error)}; free some space, or gateways will not start well")
             return
         status = os.fstat(home.fd)
-        advice = f"start with HERMES_UID={status.st_uid} HERMES_GID={status.st_gid}" if status.st_uid else "chown it on the host"
-        if os.geteuid() not in (0, status.st_uid) and boot.owner != wrapper.account():
+        advice = (
+            f"start with HERMES_UID={status.st_uid} HERMES_GID={status.st_gid}"
+            if status.st_uid
+            else "chown it on the host"
+        )
+        if os.geteuid() not in (0, status.st_uid) and boot.owner != account():
             advice = "give it to group 0 (chgrp -R 0, chmod -R g+rwX)"
         if error.errno == errno.EROFS:
             advice = "mount it writable"
@@ -1186,17 +1559,17 @@ def seed_folder(boot: Boot, home: Folder, path: str) -> None:
     try:
         if boot.dry_run:
             if not os.path.isdir(f"{boot.home}/{path}"):
-                boot.does(f"make the folder {path}")
+                boot.announce(f"make the folder {path}")
             return
         with home.make(path):
             pass
     except OSError as error:
-        warn(f"{path} on the volume {fault(error)}; put a plain folder there")
+        warn(f"{path} on the volume {described(error)}; put a plain folder there")
 
 
 def seed_file(boot: Boot, home: Folder, name: str, mode: int, content: bytes) -> None:
     """Put a file in place unless something has its name, be that a dangling link."""
-    if home.stat(name) or not boot.does(f"seed {name}"):
+    if home.stat(name) or not boot.announce(f"seed {name}"):
         return
     try:
         home.write(name, content, mode, replace=False)
@@ -1209,9 +1582,16 @@ def sync_skills(boot: Boot) -> None:
     bundled = boot.setting("HERMES_BUNDLED_SKILLS") or f"{IMAGE}/skills"
     if not os.path.isdir(bundled):
         return
-    environment = wrapper.program_environment(boot.environment) | {"HERMES_BUNDLED_SKILLS": bundled}
-    script = next((path for path in (f"{IMAGE}/tools/skills_sync.py", *installed("tools/skills_sync.py")) if os.path.exists(path)), "")
-    if not script or not boot.does("sync the bundled skills"):
+    environment = program_environment(boot.environment) | {"HERMES_BUNDLED_SKILLS": bundled}
+    script = next(
+        (
+            path
+            for path in (f"{IMAGE}/tools/skills_sync.py", *installed("tools/skills_sync.py"))
+            if os.path.exists(path)
+        ),
+        "",
+    )
+    if not script or not boot.announce("sync the bundled skills"):
         return
     if code := run_helper([f"{VENV}/bin/python", script], environment):
         warn(f"skills sync ended with code {code}; run it again with `{VENV}/bin/python {script}`")
@@ -1220,7 +1600,11 @@ def sync_skills(boot: Boot) -> None:
 def installed(pattern: str) -> list[str]:
     """Return a path in each site-packages of the venv."""
     try:
-        return [f"{VENV}/lib/{name}/site-packages/{pattern}" for name in os.listdir(f"{VENV}/lib") if name.startswith("python3")]
+        return [
+            f"{VENV}/lib/{name}/site-packages/{pattern}"
+            for name in os.listdir(f"{VENV}/lib")
+            if name.startswith("python3")
+        ]
     except OSError:
         return []
 
@@ -1251,22 +1635,25 @@ def version_key(version: str) -> list[int]:
 def migrate_config(boot: Boot, *, fresh: bool) -> None:
     """Run `hermes config migrate` when the image's agent is newer than the one that last ran on this volume.
 
-    Which that was is kept in a file on the volume; a fresh volume has nothing to migrate. A failure is tried again at the next boot.
+    Which that was is kept in a file on the volume; a fresh volume has nothing to migrate. A failure is tried again at
+    the next boot.
     """
     version = image_version()
-    if not version or truthy(boot.setting("HERMES_SKIP_CONFIG_MIGRATION")):
+    if not version or switch(boot.setting("HERMES_SKIP_CONFIG_MIGRATION")):
         return
     last = volume_version(boot)
     if version_key(version) <= version_key(last):
         return
     if not fresh:
-        if not boot.does(f"migrate the configuration from {shown(last) if last else 'an unknown version'} to {version}"):
+        if not boot.announce(
+            f"migrate the configuration from {shown(last) if last else 'an unknown version'} to {version}"
+        ):
             return
         if as_owner(boot.owner, back_up_config, boot):
             warn("the configuration was not migrated, since it could not be backed up")
             return
-        environment = wrapper.program_environment(boot.environment)
-        if code := run_helper([wrapper.HERMES, "config", "migrate"], environment):
+        environment = program_environment(boot.environment)
+        if code := run_helper([HERMES, "config", "migrate"], environment):
             warn(f"config migration ended with code {code}; run `hermes config migrate` by hand")
             return
     if not boot.dry_run:
@@ -1282,7 +1669,7 @@ def back_up_config(boot: Boot) -> int:
                 if home.stat(name):
                     backups.write(f"{name}.{date}", home.read(name, 16 << 20), 0o600, replace=True)
     except OSError as error:
-        warn(f"{name} {fault(error)}; mend that")
+        warn(f"{name} {described(error)}; fix that")
         return 1
     return 0
 
@@ -1298,21 +1685,27 @@ def stamp_version(boot: Boot, version: str) -> int:
 
 
 # Profiles and their state
+# --------------------------------------------------------------------------------------------------------------------
+
+STATE_LIMIT = 512 << 10  # bytes; real ones have a few hundred
+STALE_FILES = ("gateway.pid", "processes.json")  # of a dead container's processes
+PROFILE_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
+SLOT_PREFIX, SLOT_NAME_LIMIT = "gateway-", 251
 
 
 class Profile:
     """What the reconciler found of one profile, and what it makes of that."""
 
-    __slots__ = ("name", "prior_state", "action", "why")
+    __slots__ = ("name", "prior_state", "action", "fault")
 
-    def __init__(self, name: str, prior_state: str | None, action: str, why: str = "") -> None:
-        self.name, self.prior_state, self.action, self.why = name, prior_state, action, why
+    def __init__(self, name: str, prior_state: str | None, action: str, fault: Fault | None = None) -> None:
+        self.name, self.prior_state, self.action, self.fault = name, prior_state, action, fault
 
     def line(self) -> str:
         """Return the profile's line for the boot log."""
         date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         state = "none" if self.prior_state is None else shown(self.prior_state)
-        why = f' reason="{self.why}"' if self.why else ""
+        why = f' reason="{self.fault}"' if self.fault else ""
         return f"{date} profile={shown(self.name)} prior_state={state} action={self.action}{why}\n"
 
 
@@ -1321,20 +1714,23 @@ def profile_folder(home: Folder, profile: str) -> Folder:
     return home.folder("." if profile == "default" else f"profiles/{profile}")
 
 
-def name_fault(name: str) -> str:
-    """Return what keeps a name from being a profile's, "" when nothing does."""
+def name_fault(name: str) -> Fault | None:
+    """Return what keeps a name from being a profile's."""
     if not set(name) <= PROFILE_NAME or name[:1] in ("", "-", "_"):
-        return "a profile's name has only a-z 0-9 _ and -, and begins with a letter or digit; rename the folder"
+        return Fault(
+            "a profile's name has only a-z 0-9 _ and -, and begins with a letter or digit", "rename the folder"
+        )
     if len(SLOT_PREFIX + name) > SLOT_NAME_LIMIT:
-        return f"the name is longer than {SLOT_NAME_LIMIT - len(SLOT_PREFIX)} characters; rename the folder"
-    return ""
+        return Fault(f"the name is longer than {SLOT_NAME_LIMIT - len(SLOT_PREFIX)} characters", "rename the folder")
+    return None
 
 
 def load_state(data: bytes) -> dict[str, object]:
     """Return a state file's object; ValueError when it is not one."""
-    text = data.decode("utf-8-sig").strip(" \t\n\r")
+    import json  # 7 ms, so only where there is a state to read
+
     try:
-        state = parsed(text)
+        state = json.loads(data.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     if not isinstance(state, dict):
@@ -1342,133 +1738,108 @@ def load_state(data: bytes) -> dict[str, object]:
     return state
 
 
-def parsed(text: str) -> object:
-    """Return what json.loads would, by the parser it uses itself where that finds nothing to object to.
-
-    Importing json takes 8 ms, as long as Python itself, for regular expressions that only its slow path needs. (That parser's own
-    complaint, when json is not imported, is a SystemError in Python 3.11.)
-    """
+def read_state(folder: Folder) -> tuple[dict[str, object], Fault | None]:
+    """Return a profile's state, empty when it has none, and what is wrong with the file."""
+    advice = "remove it and start the gateway again"
     try:
-        from _json import make_scanner
-
-        value, end = make_scanner(JsonRules)(text, 0)
-        if end == len(text):
-            return value
-    except (ImportError, StopIteration, SystemError, ValueError):
-        pass  # json.loads has the last word
-    import json
-
-    return json.loads(text)
-
-
-class JsonRules:
-    """What json.loads tells its parser."""
-
-    strict, object_hook, object_pairs_hook, parse_float, parse_int, memo = True, None, None, float, int, {}
-    parse_constant = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}.__getitem__
-
-
-def json_text(value: object) -> str:
-    """Return what json.dumps would for a value that load_state gave."""
-    from _json import encode_basestring_ascii
-
-    if isinstance(value, str):
-        return encode_basestring_ascii(value)
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{encode_basestring_ascii(key)}: {json_text(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(json_text, value)) + "]"
-    return {"None": "null", "True": "true", "False": "false", "nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}.get(
-        repr(value), repr(value)
-    )
-
-
-def read_state(folder: Folder) -> tuple[dict[str, object], str]:
-    """Return a profile's state, empty when it has none, and what is wrong with the file ("" when nothing is)."""
-    try:
-        return load_state(folder.read(STATE_FILE, STATE_LIMIT)), ""
+        return load_state(folder.read(STATE_FILE, STATE_LIMIT)), None
     except FileNotFoundError:
-        return {}, ""
+        return {}, None
     except OSError as error:
-        return {}, f"{STATE_FILE} {fault(error)}; remove it and start the gateway again"
+        return {}, Fault(f"{STATE_FILE} {described(error)}", advice)
     except ValueError:
-        return {}, f"{STATE_FILE} is not a JSON object; remove it and start the gateway again"
+        return {}, Fault(f"{STATE_FILE} is not a JSON object", advice)
 
 
-def prior_state(folder: Folder) -> tuple[str | None, str]:
-    """Return the state a gateway should be in by its state file, and what is wrong with that file ("" when nothing is)."""
-    state, why = read_state(folder)
-    return (None, why) if why else intent_of(state)
+def prior_state(folder: Folder) -> tuple[str | None, Fault | None]:
+    """Return the state a gateway should be in by its state file, and what is wrong with that file."""
+    state, fault = read_state(folder)
+    return (None, fault) if fault else intent_of(state)
 
 
-def intent_of(state: dict[str, object]) -> tuple[str | None, str]:
-    """Return the state that a gateway should be in, and what is wrong with it ("" when nothing is).
+def intent_of(state: dict[str, object]) -> tuple[str | None, Fault | None]:
+    """Return the state that a gateway should be in, and what is wrong with it.
 
-    desired_state is the operator's intent and wins; gateway_state is the gateway's own word, in which draining and degraded are ways
-    of running.
+    desired_state is the operator's intent and wins; gateway_state is the gateway's own word, in which draining and
+    degraded are ways of running.
     """
     intent = state.get("desired_state")
     if intent is None:
         intent = state.get("gateway_state")
         if intent in ("draining", "degraded"):
             intent = "running"
-    if intent is not None and not isinstance(intent, str):
-        return None, f"{STATE_FILE} has a state that is no string; start or stop the gateway to set it"
-    return intent, ""
+    if intent is None or isinstance(intent, str):
+        return intent, None
+    return None, Fault(f"{STATE_FILE} has a state that is no string", "start or stop the gateway to set it")
 
 
-def soul_fault(folder: Folder) -> str:
-    """Return why a folder is not a profile by its SOUL.md, "" when it is one."""
+def soul_fault(folder: Folder) -> Fault | None:
+    """Return why a folder is not a profile by its SOUL.md."""
     status = folder.stat("SOUL.md")
     if status is None:
-        return "no SOUL.md, so not a profile"
+        return Fault("no SOUL.md, so not a profile")
     if stat.S_ISLNK(status.st_mode):
         try:
             status = folder.stat("SOUL.md", follow=True)
         except OSError:
             status = None
-    return "" if status and stat.S_ISREG(status.st_mode) else "SOUL.md is not a file; make it one, or remove it if this is no profile"
+    regular = status and stat.S_ISREG(status.st_mode)
+    return None if regular else Fault("SOUL.md is not a file", "make it one, or remove it if this is no profile")
 
 
-def container_command() -> list[str]:
+def container_words() -> list[str]:
     """Return the words of hermes's command line that the container was started with.
 
-    Cont-init scripts do not see them; they follow the wrapper on the command line of rc.init, of PID 1 where that runs it, or of what
-    stands in for s6-overlay.
+    Cont-init scripts do not see them; they follow the wrapper on the command line of rc.init, a child of PID 1's, of
+    PID 1 where that runs the wrapper, or of the fallback init.
     """
-    stand_in = wrapper.noted_process(wrapper.SUPERVISOR_PROCESS)  # among others' processes, in a shared PID namespace
-    for process in [stand_in] if stand_in else sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+    fallback = read_pid_file(SUPERVISOR_PROCESS)  # among others' processes, in a shared PID namespace
+    for process in [fallback] if fallback else [1, *children_of(1)]:
         try:
-            with open(f"/proc/{process}/cmdline", "rb") as file:
-                words = [os.fsdecode(word) for word in file.read().split(b"\0")[:-1]]
+            words = [os.fsdecode(word) for word in content(f"/proc/{process}/cmdline").split(b"\0")[:-1]]
         except OSError:
             continue  # ended meanwhile, or not ours to read
         names = [os.path.basename(word) for word in words]
-        launcher = 0 if process in (1, stand_in) else names.index("rc.init") if "rc.init" in names else len(names)
+        launcher = 0 if process in (1, fallback) else names.index("rc.init") if "rc.init" in names else len(names)
         for index, name in enumerate(names[launcher:], launcher):
             if name in ("main-wrapper.sh", "main_wrapper.py"):
                 return words[index + 2 :] if words[index + 1 : index + 2] == [USER] else words[index + 1 :]
     return []
 
 
+def children_of(parent: int) -> list[int]:
+    """Return a process's children of this moment. Not every kernel has /proc/PID/task/TID/children."""
+    result = []
+    for name in os.listdir("/proc"):
+        try:
+            if name.isdigit() and parent_of(int(name)) == parent:
+                result.append(int(name))
+        except OSError:
+            continue  # ended meanwhile
+    return result
+
+
 def is_dashboard(command: list[str]) -> bool:
-    """Say whether the container is there for the dashboard: two containers with slots on one volume fight for its log folders."""
-    return wrapper.profile_option(command)[1][:1] == ["dashboard"]
+    """Return whether the container is there for the dashboard: two containers with slots on one volume fight for its
+    log folders."""
+    return profile_option(command)[1][:1] == ["dashboard"]
 
 
 def run_profile(boot: Boot, command: list[str], home: Folder) -> str | None:
-    """Return the profile whose gateway the container was started to run, in the manner from before there was a supervisor."""
-    option, words = wrapper.profile_option(command)
-    supervised = "--no-supervise" not in words and not truthy(boot.setting("HERMES_GATEWAY_NO_SUPERVISE"))
+    """Return the profile whose gateway the container was started to run, in the manner from before there was a
+    supervisor."""
+    option, words = profile_option(command)
+    supervised = "--no-supervise" not in words and not switch(boot.setting("HERMES_GATEWAY_NO_SUPERVISE"))
     return chosen_profile(option, boot.environment, home) if words[:2] == ["gateway", "run"] and supervised else None
 
 
 def chosen_profile(option: str | None, environment: dict[str, str], home: Folder | None) -> str:
-    """Return the profile a `hermes` command is about: -p, else HERMES_HOME=<root>/profiles/<name>, else active_profile, else default."""
+    """Return the profile a `hermes` command is about: -p, else HERMES_HOME=<root>/profiles/<name>, else
+    active_profile, else default."""
     if option is not None:
         return option
-    path = (setting(environment, "HERMES_HOME") or HOME).rstrip("/")
-    if path != wrapper.root_home(environment).rstrip("/"):
+    path = (environment.get("HERMES_HOME", "") or HOME).rstrip("/")
+    if path != root_home(environment).rstrip("/"):
         return os.path.basename(path)
     try:
         first = home.read("active_profile", 4096).decode("utf-8", "replace").splitlines() if home else []
@@ -1477,77 +1848,98 @@ def chosen_profile(option: str | None, environment: dict[str, str], home: Folder
     return (first[0].strip() if first else "") or "default"
 
 
-def survey(boot: Boot, home: Folder, running: str | None) -> list[Profile]:
-    """Return every profile of the volume with what to do about it: default first, then the folders of profiles/ in name order.
+def is_multiplexed(environment: dict[str, str], name: str) -> bool:
+    """Return whether a profile's gateway is left to the default one, which serves all profiles."""
+    return name != "default" and switch(environment.get("GATEWAY_MULTIPLEX_PROFILES", "")) is True
 
-    running is the profile that the container's command starts, should it have no state yet.
+
+def list_profiles(boot: Boot, home: Folder, running: str | None) -> list[Profile]:
+    """Return every profile of the volume with what to do about it: default first, then the folders of profiles/ in name
+    order.
+
+    running is the profile that the container command starts, should it have no state yet.
     """
-    return [profile for profile, _ in profiles_of(boot, home, running)]
+    return [profile for profile, _ in open_profiles(boot, home, running)]
 
 
-def profiles_of(boot: Boot, home: Folder, running: str | None):
-    """Yield what survey returns, one by one, each with its folder, open as long as it is looked at (None when it is skipped)."""
-    multiplex = truthy(boot.setting("GATEWAY_MULTIPLEX_PROFILES"))
-    yield judge(home, "default", running, multiplex=False), home
+def open_profiles(boot: Boot, home: Folder, running: str | None):
+    """Yield what list_profiles returns, one by one, each with its folder, open as long as it is looked at (None when
+    it is skipped)."""
+    yield decide(boot, home, "default", running), home
     try:
         with home.folder("profiles") as profiles:
             for name in sorted(os.listdir(profiles.fd), key=os.fsencode):
-                if found := entry_of(profiles, name, running, multiplex):
+                if found := inspect(boot, profiles, name, running):
                     yield found
                     if found[1]:
                         os.close(found[1].fd)
     except FileNotFoundError:
         pass
     except OSError as error:
-        warn(f"profiles on the volume {fault(error)}, so no profile but default has a gateway; put a plain folder there")
+        warn(
+            f"profiles on the volume {described(error)}, so no profile but default has a gateway; put a plain folder there"
+        )
 
 
-def entry_of(profiles: Folder, name: str, running: str | None, multiplex: bool) -> tuple[Profile, Folder | None] | None:
-    """Return one entry of profiles/ with its folder, open unless it is skipped; None for a file, which is nobody's profile."""
+def inspect(boot: Boot, profiles: Folder, name: str, running: str | None) -> tuple[Profile, Folder | None] | None:
+    """Return one entry of profiles/ with its folder, open unless it is skipped; None for a file, which is nobody's
+    profile."""
     folder = None
     try:
         status = profiles.stat(name)
         if status is None or not (stat.S_ISDIR(status.st_mode) or stat.S_ISLNK(status.st_mode)):
             return None
-        if not (why := name_fault(name)):
+        if not (fault := name_fault(name)):
             folder = Folder(name, profiles.fd)
-            why = soul_fault(folder) or ("the name is reserved for the root profile; rename profiles/default" if name == "default" else "")
-            if not why:
-                return judge(folder, name, running, multiplex=multiplex), folder
+            fault = soul_fault(folder)
+            if not fault and name == "default":
+                fault = Fault("the name is reserved for the root profile", "rename profiles/default")
+            if not fault:
+                return decide(boot, folder, name, running), folder
     except OSError as error:
-        why = f"profiles/{shown(name)} {fault(error)}; mend or remove it"
+        fault = Fault(f"profiles/{shown(name)} {described(error)}", "fix or remove it")
     if folder:
         os.close(folder.fd)
-    return Profile(name, None, "skipped", why), None
+    return Profile(name, None, "skipped", fault), None
 
 
-def judge(folder: Folder, name: str, running: str | None, *, multiplex: bool) -> Profile:
+def decide(boot: Boot, folder: Folder, name: str, running: str | None) -> Profile:
     """Decide from a profile's state file whether its gateway starts: only `running` does."""
-    state, why = prior_state(folder)
-    if state is None and not why and name == running:
+    state, fault = prior_state(folder)
+    if state is None and not fault and name == running:
         state = "running"
-    start = state == "running" and not multiplex
-    why = why or ("GATEWAY_MULTIPLEX_PROFILES leaves it to the default gateway" if state == "running" and multiplex else "")
-    return Profile(name, state, "started" if start else "registered", why)
+    left = state == "running" and is_multiplexed(boot.environment, name)
+    if left:
+        fault = Fault("GATEWAY_MULTIPLEX_PROFILES leaves it to the default gateway")
+    return Profile(name, state, "started" if state == "running" and not left else "registered", fault)
 
 
-def clean_profile(folder: Folder) -> str:
-    """Remove what a dead container's processes left in a profile; return what could not be removed, "" when all could."""
+def clean_profile(folder: Folder) -> Fault | None:
+    """Remove what a dead container's processes left in a profile; return what could not be removed."""
     for name in STALE_FILES:
         try:
             os.unlink(name, dir_fd=folder.fd)
         except FileNotFoundError:
             continue
         except OSError as error:
-            return f"{name} {fault(error)}; remove it"
-    return ""
+            return Fault(f"{name} {described(error)}", "remove it")
+    return None
 
 
 # Slots
+# --------------------------------------------------------------------------------------------------------------------
+
+BOOT = "/opt/hermes/bin/hermes-boot"
+SLOT_LIMIT = 490  # s6-svscan takes 500 services with loggers, in no order of ours, and the image has some of its own
+FULL = Fault(f"s6-svscan takes no more than {SLOT_LIMIT} gateways", "use another container")
+EX_CONFIG = 78
+STOP_TIMEOUT = 30  # seconds until SIGKILL, unless HERMES_GATEWAY_STOP_TIMEOUT says otherwise
+BACK_OFF_LIMIT = 60  # seconds
 
 
 def shell_word(path: str) -> str:
-    """Return a path as one word of a shell, for people to paste: every byte that may mean something, there or to a terminal, escaped."""
+    """Return a path as one word of a shell, for people to paste: every byte that may mean something, there or to a
+    terminal, escaped."""
     if path.isascii() and path.isprintable():
         return quoted(path)
     plain = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-")
@@ -1563,17 +1955,23 @@ FIND_HOME = (  # in shell, what root_home does
     'home="${HERMES_HOME:-' + HOME + '}"',
     'case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac',
 )
-
-
-# s6-log makes its stdout non-blocking, for all who share it: so not the CMD's stderr itself, but the same file opened once more.
+# s6-log makes its stdout non-blocking, for all who share it: so not the container command's stderr itself, but the same
+# file opened anew.
 OWN_STDERR = "if [ -w /proc/self/fd/2 ] && [ ! -S /proc/self/fd/2 ]; then exec 1>>/proc/self/fd/2; else exec 1>&2; fi"
 
 
-def run_script(profile: str, extra_env: dict[str, str] | None = None) -> str:
-    """Return a slot's run: the gateway of a profile, as hermes. Root does nothing here but drop; hermes can restart it at will.
+def dropping(command: str) -> list[str]:
+    """Return the last lines of a slot's script: exec a command as hermes, which is who we are where the container
+    has no root."""
+    return [f'[ "$(id -u)" = 0 ] || exec {command}', f"exec s6-setuidgid {USER} {command}"]
 
-    HERMES_S6_SUPERVISED_CHILD keeps hermes-agent from handing the gateway to s6 once more, and a sticky active_profile from
-    capturing the slot. The API_SERVER_ variables are one gateway's, the default's: two on one port would loop.
+
+def run_script(profile: str, extra_env: dict[str, str] | None = None) -> str:
+    """Return a slot's run: the gateway of a profile, as hermes. Root does nothing here but drop; hermes can restart it
+    at will.
+
+    HERMES_S6_SUPERVISED_CHILD keeps hermes-agent from handing the gateway to s6 once more, and a sticky active_profile
+    from capturing the slot. The API_SERVER_ variables are one gateway's, the default's: two on one port would loop.
     """
     arguments = "gateway run --replace" if profile == "default" else f"-p {profile} gateway run --replace"
     lines = [
@@ -1586,52 +1984,30 @@ def run_script(profile: str, extra_env: dict[str, str] | None = None) -> str:
     if profile != "default":
         lines.append("unset $(awk 'BEGIN { for (name in ENVIRON) if (name ~ /^API_SERVER_[A-Z0-9_]+$/) print name }')")
     lines += [f"export {name}={quoted(value)}" for name, value in sorted((extra_env or {}).items())]
-    lines += [f'[ "$(id -u)" = 0 ] || exec hermes {arguments}', f"exec s6-setuidgid {USER} hermes {arguments}"]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *dropping(f"hermes {arguments}")]) + "\n"
 
 
-# A slot's finish: park after EX_CONFIG; after five deaths in a minute, wait 2, 4, 8 ... BACK_OFF_LIMIT seconds. A back-off ends when a
-# run has lasted a minute longer than the wait, and at once when somebody opens the FIFO `back-off` for writing.
-FINISH_SCRIPT = f"""#!/bin/sh
-# $1: the exit code of run, or 256 when signal $2 ended it. s6-svdt lists the deaths: @ and the TAI64N time in hexadecimal.
-[ "$1" != {EX_CONFIG} ] || exit {PERMANENT_FAILURE}
-delay=0
-set -- 0 0 0 0
-for death in $(s6-svdt . | cut -c 10-17); do
-  now=$((0x$death))
-  if [ "$delay" -gt 0 ] && [ $((now - $4)) -le $((delay + 60)) ]; then
-    delay=$((delay < {BACK_OFF_LIMIT // 2} ? delay * 2 : {BACK_OFF_LIMIT}))
-  elif [ $((now - $1)) -le 60 ]; then
-    delay=2
-  else
-    delay=0
-  fi
-  set -- "$2" "$3" "$4" "$now"
-done
-[ "$delay" -gt 0 ] || exit 0
-[ "$(s6-svstat -o wantedup .)" = true ] || exit 0
-echo "gateway: died too often, waiting $delay s before the next start" >&2
-drop=
-[ "$(id -u)" != 0 ] || drop="s6-setuidgid {USER}"
-$drop timeout "$delay" cat back-off >/dev/null
-exit 0
-"""
+def finish_script(profile: str) -> str:
+    """Return a slot's finish: hermes_boot.py as hermes, see finish()."""
+    return "\n".join(["#!/bin/sh", *dropping(f'{BOOT} finish {profile} "$@"')]) + "\n"
 
 
 def log_run_script(profile: str, *, to_folder: bool = True) -> str:
-    """Return a slot's log/run: each line to the container's stderr, and with a timestamp to the profile's log folder."""
+    """Return a slot's log/run: each line to the container's stderr, and with a timestamp to the profile's log
+    folder."""
     logger = "s6-log 1" + (f' n10 s1000000 T "$home/logs/gateways/{profile}"' if to_folder else "")
-    lines = ["#!/command/with-contenv sh", OWN_STDERR, *FIND_HOME]
-    lines += [f'[ "$(id -u)" = 0 ] || exec {logger}', f"exec s6-setuidgid {USER} {logger}"]
-    return "\n".join(lines) + "\n"
+    return "\n".join(["#!/command/with-contenv sh", OWN_STDERR, *FIND_HOME, *dropping(logger)]) + "\n"
 
 
-def slot_files(profile: str, stop_timeout: int, extra_env: dict[str, str] | None, *, to_folder: bool) -> dict[str, tuple[str, int]]:
-    """Return path, content and mode of every regular file of a slot but `down`. Boot and run-time registration both use it."""
+def slot_files(
+    profile: str, stop_timeout: int, extra_env: dict[str, str] | None, *, to_folder: bool
+) -> dict[str, tuple[str, int]]:
+    """Return path, content and mode of every regular file of a slot but `down`. Boot and run-time registration both
+    use it."""
     return {
         "type": ("longrun\n", 0o644),
         "run": (run_script(profile, extra_env), 0o755),
-        "finish": (FINISH_SCRIPT, 0o755),
+        "finish": (finish_script(profile), 0o755),
         "timeout-kill": (f"{stop_timeout * 1000}\n", 0o644),
         "timeout-finish": (f"{(BACK_OFF_LIMIT + 5) * 1000}\n", 0o644),
         "log/run": (log_run_script(profile, to_folder=to_folder), 0o755),
@@ -1646,7 +2022,8 @@ def put(folder: Folder, name: str, content: str, mode: int) -> None:
 
 
 def make_skeleton(folder: Folder, path: str) -> None:
-    """Make what s6-supervise would make for root alone: found ready and ours, it stays ours, so hermes can control its slots."""
+    """Make what s6-supervise would make for root alone: found ready and ours, it stays ours, so hermes can control
+    its slots."""
     os.mkdir(f"{path}supervise", 0o755, dir_fd=folder.fd)
     for name in ("event", "supervise/event"):
         os.mkdir(path + name, dir_fd=folder.fd)
@@ -1655,7 +2032,9 @@ def make_skeleton(folder: Folder, path: str) -> None:
     os.chmod(f"{path}supervise/control", 0o660, dir_fd=folder.fd)
 
 
-def publish(scandir: Folder, name: str, found: os.stat_result | None, files: dict[str, tuple[str, int]], *, start: bool) -> None:
+def publish(
+    scandir: Folder, name: str, found: os.stat_result | None, files: dict[str, tuple[str, int]], *, start: bool
+) -> None:
     """Put a slot into the scandir. One that was found there, and perhaps runs, keeps its folder and its process."""
     if found and stat.S_ISDIR(found.st_mode):
         refresh(scandir, name, files, start=start)
@@ -1705,120 +2084,340 @@ def refresh(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, st
             os.mkfifo("back-off", 0o600, dir_fd=slot.fd)
 
 
-def is_watched(scandir: str) -> bool:
-    """Say whether the scandir is an s6-svscan's."""
-    return os.path.exists(f"{scandir}/.s6-svscan/control")
-
-
-def rescan(scandir: str, option: str = "-a") -> None:
-    """Let s6-svscan take up new slots (-an: and let go of removed ones), where one watches this scandir."""
-    if is_watched(scandir):
-        code, text = s6("s6-svscanctl", option, scandir)
-        if code:
-            warn(f"s6-svscanctl {option} {scandir} failed ({text}); run it again as root, or restart the container")
-
-
-# What s6 knows
-
-
-TAI_OFFSET = (1 << 62) + 37  # s6 counts TAI seconds since 1970, 37 ahead of UTC since 2017
-RESTART_WINDOW = 60  # seconds in which deaths count as one crash loop
-START_GRACE = 10  # seconds that a wanted gateway may be down, and after which one that is up has come up to stay
-S6_TIMEOUT = 5  # seconds for an s6 program, each of which does what it does at once
-AT_ONCE = 64  # s6 programs that run at the same time, each with an open file of ours
-
-
-class S6Command:
-    """A running s6 program. What it prints, a line at most, waits in a pipe."""
-
-    __slots__ = ("pid", "output", "failure")
-
-    def __init__(self, program: str, *arguments: str) -> None:
-        """Start it."""
-        self.output, printed = os.pipe()
-        actions = [(os.POSIX_SPAWN_DUP2, printed, 1), (os.POSIX_SPAWN_DUP2, printed, 2)]
-        try:
-            self.pid = os.posix_spawn(wrapper.s6_program(program), [program, *arguments], os.environ, file_actions=actions)
-        except OSError as error:
-            self.pid, self.failure = 0, f"{program}: {reason(error)}"
-        os.close(printed)
-
-    def result(self) -> tuple[int, str]:
-        """Wait for its end; return its code (127 when there is no such program) and what it printed. It waits for ever on a FIFO of
-        hermes's that nobody reads, so it is killed after S6_TIMEOUT seconds."""
-        import select
-
-        text, deadline = b"", time.monotonic() + S6_TIMEOUT
-        while ready := select.select([self.output], [], [], max(0, deadline - time.monotonic()))[0]:
-            if not (part := os.read(self.output, 4096)):
-                break
-            text += part
-        os.close(self.output)
-        if not self.pid:
-            return 127, self.failure
-        if not ready:
-            send(self.pid, SIGKILL)
-            text = f"did not end within {S6_TIMEOUT} s".encode()
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), text.decode(errors="replace").strip()
-
-
-def s6(program: str, *arguments: str) -> tuple[int, str]:
-    """Run an s6 program; return its code and what it printed."""
-    return S6Command(program, *arguments).result()
-
-
-def tell_slots(slots: list[str], option: str) -> list[tuple[int, str]]:
-    """Run s6-svc on many slots, some at a time; return of each its code and what it printed."""
-    results = []
-    for start in range(0, len(slots), AT_ONCE):
-        commands = [S6Command("s6-svc", option, slot) for slot in slots[start : start + AT_ONCE]]
-        results += [command.result() for command in commands]
-    return results
-
-
-def until(condition, timeout: float) -> bool:
-    """Poll a condition that s6 has no event for; say whether it came to hold within timeout seconds."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.005)
-    return True
-
-
-def opens_for_writing(path: str) -> bool:
-    """Say whether somebody reads from a FIFO."""
+def tell(fifo: str, letters: bytes) -> None:
+    """Write control letters to a FIFO that s6-supervise or s6-svscan reads, as s6-svc and s6-svscanctl do, never
+    blocking. Raises OSError: ENXIO when nobody reads it."""
+    fd = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW))
+        if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "is not a FIFO")
+        os.write(fd, letters)
+    finally:
+        os.close(fd)
+
+
+def has_reader(fifo: str) -> bool:
+    """Return whether somebody reads a FIFO that we may write."""
+    try:
+        tell(fifo, b"")
     except OSError:
         return False
     return True
 
 
-def supervisor_answers(scandir: str) -> bool:
-    """Say whether an s6-svscan watches the scandir; a control FIFO that we may not open, where there are no gateways, says nothing."""
+def is_watched(scandir: str) -> bool:
+    """Return whether the scandir is an s6-svscan's."""
+    return os.path.exists(f"{scandir}/.s6-svscan/control")
+
+
+def rescan(scandir: str, letters: bytes = b"a") -> None:
+    """Let s6-svscan take up new slots (b"an": and let go of removed ones), where one watches this scandir."""
+    if is_watched(scandir):
+        try:
+            tell(f"{scandir}/.s6-svscan/control", letters)
+        except OSError as error:
+            warn(f"s6-svscan does not take up what changed on {scandir} ({reason(error)}); restart the container")
+
+
+def make_log_folder(home: Folder, profile: str) -> Fault | None:
+    """Make the folder that s6-log writes a profile's log to; return why it cannot be used. A logger that never comes
+    up would stop its gateway, once the pipe between them is full."""
+    path = f"logs/gateways/{profile}"
     try:
-        os.close(os.open(f"{scandir}/.s6-svscan/control", os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW))
+        with home.make(path) as folder:
+            if not os.access(".", os.W_OK | os.X_OK, dir_fd=folder.fd):
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+            for name in ("current", "lock", "state"):
+                status = folder.stat(name)
+                if status and not stat.S_ISREG(status.st_mode):
+                    path += f"/{name}"
+                    raise OSError(errno.EINVAL, "is not a regular file")
+    except OSError as error:
+        return Fault(f"{path} {described(error)}, so its log goes to the container's alone", "put plain folders there")
+    return None
+
+
+# Setup and reconcile
+# --------------------------------------------------------------------------------------------------------------------
+
+SETUP_FAILED = "/run/hermes-setup.failed"
+STATIC_SERVICES = "/etc/s6-overlay/s6-rc.d"
+BOOT_LOG, BOOT_LOG_LIMIT = "container-boot.log", 256 << 10
+# By their number in capabilities(7). Without CHOWN, FOWNER and KILL less works; the README says what.
+NEEDED_CAPABILITIES = {1: "DAC_OVERRIDE", 6: "SETGID", 7: "SETUID"}
+
+
+def missing_capabilities() -> list[str]:
+    """Return the capabilities that root lacks here and without which no gateway can run."""
+    with open("/proc/self/status", "rb") as file:
+        effective = next((int(line.split()[1], 16) for line in file if line.startswith(b"CapEff:")), -1)
+    return [name for number, name in NEEDED_CAPABILITIES.items() if not effective >> number & 1]
+
+
+def setup(boot: Boot) -> int:
+    """Remap, own, seed and migrate. Raises Fatal for what the boot cannot work around."""
+    euid, image_owner = os.geteuid(), boot.owner
+    if euid == 0 and (missing := missing_capabilities()):
+        raise Fatal(
+            f"root lacks {' and '.join(missing)}; add with --cap-add, or start with `--user {boot.owner[0]}:{boot.owner[1]}`"
+        )
+    if euid not in (0, boot.owner[0]):
+        raise Fatal(
+            f"started as UID {euid}, which is not {USER}'s; drop `--user` and set HERMES_UID={euid} HERMES_GID={os.getegid()},"
+            f" or use `--user {boot.owner[0]}`, or any UID with GID 0 on a volume that group 0 may write"
+        )
+    check_switches(boot)
+    remap(boot)
+    boot.announce(f"run as {boot.owner[0]}:{boot.owner[1]}")
+    if euid == 0:
+        if fault := exposed_path(boot):
+            warn(fault)
+        join_groups(boot)
+        own_volume(boot)
+    elif not boot.dry_run:
+        who = f"{USER} itself" if boot.owner == account() else f"UID {euid} with GID 0"
+        boot.announce(f"started as {who}, so owners, groups and services stay as they are")
+        make_home(boot)
+    if not os.path.isdir(boot.home):
+        return 0  # dry run on a volume that is still to be made
+    fresh = not os.path.lexists(f"{boot.home}/config.yaml")
+    reader = image_owner if boot.dry_run else boot.owner  # a dry run has not given the volume to the new one
+    if code := as_owner(reader, seed, boot):
+        return code
+    sync_skills(boot)
+    migrate_config(boot, fresh=fresh)
+    return 0
+
+
+def setup_phase(boot: Boot) -> int:
+    """Run the setup, and leave word for the reconciler until it has done well: s6-overlay runs every cont-init
+    script regardless."""
+    if boot.dry_run or not supervised():  # nothing of ours is written outside of a container of ours
+        return guarded(setup, boot)
+    if not read_pid_file(COMMAND_PROCESS):  # at a boot, not by `docker exec`
+        mark_setup(failed=True)
+    code = guarded(setup, boot)
+    if code == 0:
+        mark_setup(failed=False)
+    return code
+
+
+def mark_setup(*, failed: bool) -> None:
+    """Make or remove the file that keeps the reconciler from giving a gateway the wrong owner."""
+    try:
+        if failed:
+            os.close(os.open(SETUP_FAILED, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
+        elif os.path.lexists(SETUP_FAILED):
+            os.unlink(SETUP_FAILED)
+    except OSError as error:
+        warn(f"{SETUP_FAILED} {described(error)}; make /run writable")
+
+
+def no_gateways(boot: Boot, command: list[str]) -> str:
+    """Return why this container has no gateways, "" when it has."""
+    if switch(boot.setting("HERMES_RECONCILE")) is False:
+        return "HERMES_RECONCILE is off"
+    return "this one's command is the dashboard" if is_dashboard(command) else ""
+
+
+def reconcile_phase(boot: Boot) -> int:
+    """Give every profile a slot, as hermes, after handing it the scandir."""
+    if supervised() and os.path.exists(SETUP_FAILED):
+        if os.path.basename(sys.argv[0]) not in ROLES:  # at a boot the setup has just said why
+            say(
+                "error",
+                f"the last setup has failed ({SETUP_FAILED}); run `hermes-boot setup`, or restart the container",
+            )
+        return 1
+    command = container_words()
+    if why := no_gateways(boot, command):
+        if boot.announce(f"leave the gateways alone, since {why}") and os.geteuid() == 0:
+            try:
+                with trusted_folder(boot.scandir) as scandir:
+                    own_static_services(boot, scandir, whole=False)
+            except OSError:
+                pass  # no s6 here, so no services
+        return 0
+    if not os.path.isdir(boot.home):
+        if boot.dry_run:
+            return 0  # setup would make it first
+        raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; run the setup first, or set it right")
+    if not boot.dry_run:
+        own_services(boot)
+    return as_owner(boot.owner, reconcile, boot, command)
+
+
+def own_services(boot: Boot) -> None:
+    """Hand the scandir and s6-svscan's control FIFO to hermes, which publishes slots at run time, and the static
+    services' control."""
+    try:
+        folder = trusted_folder(boot.scandir, make=True)
+    except OSError as error:
+        raise Fatal(
+            f"the scandir {shown(boot.scandir)} {described(error)}, so no gateway can run; make it a writable folder"
+        ) from error
+    with folder as scandir:
+        if os.geteuid() != 0:
+            return
+        sweep = Sweep(boot)
+        sweep.claim(".", scandir.fd)
+        try:
+            with scandir.folder(".s6-svscan") as control:
+                sweep.claim(".", control.fd)
+                sweep.claim("control", control.fd)
+        except FileNotFoundError:
+            pass  # no s6-svscan watches it
+        except OSError as error:
+            warn(f"the scandir's .s6-svscan {described(error)}, so no gateway can be added; restart the container")
+        own_static_services(boot, scandir, whole=True)
+
+
+def own_static_services(boot: Boot, scandir: Folder, *, whole: bool) -> None:
+    """Let hermes see and control the image's static services, as it does its slots: s6 made their supervise folders for
+    root alone.
+
+    Who owns such a folder can make s6-supervise, which is root, write through a link; so where hermes has no scandir,
+    and with it not all that root has, it gets no more than the control file.
+    """
+    sweep = Sweep(boot)
+    try:
+        names = [name for name in os.listdir(STATIC_SERVICES) if os.path.exists(f"{STATIC_SERVICES}/{name}/run")]
+    except FileNotFoundError:
+        return
+    for name in names:
+        for place in (lambda: Folder(f"/run/s6-rc/servicedirs/{name}"), lambda: scandir.folder(name)):
+            try:
+                with place() as service, service.folder("supervise") as supervise:
+                    sweep.claim("control", supervise.fd)
+                    if not whole:
+                        os.fchmod(supervise.fd, 0o755)
+                        continue
+                    for path, folder in (("event", service), ("supervise", service), ("event", supervise)):
+                        sweep.claim(path, folder.fd)
+            except OSError:
+                continue  # not supervised here, or s6-rc's link to the other folder
+
+
+def reconcile(boot: Boot, command: list[str]) -> int:
+    """As hermes: find the profiles, publish their slots, say and log a line for each."""
+    with open_home(boot) as home:
+        running = run_profile(boot, command, home)
+        if boot.dry_run:
+            for profile in list_profiles(boot, home, running):
+                verb = "skip" if profile.action == "skipped" else "publish"
+                boot.announce(f"{verb}: {profile.line().split(' ', 1)[1].rstrip()}")
+            return 0
+        lines, chosen = [], most_wanted(boot, home, running)
+        with Folder(boot.scandir, follow=True) as scandir:
+            timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
+            for profile, folder in open_profiles(boot, home, running):
+                if folder and (chosen is None or profile.name in chosen):
+                    register(home, folder, scandir, profile, timeout)
+                elif folder:
+                    profile.action, profile.fault = "skipped", FULL
+                lines.append(profile.line())
+        log_boot(boot, home, lines)
+        rescan(boot.scandir)
+    return 0
+
+
+def most_wanted(boot: Boot, home: Folder, running: str | None) -> set[str] | None:
+    """Return the profiles that have a gateway where there are more than s6-svscan takes: default, those that start,
+    then the others in name order. None when there is room for all."""
+    if not is_watched(boot.scandir):
+        return None
+    try:
+        with home.folder("profiles") as profiles:
+            if len(os.listdir(profiles.fd)) < SLOT_LIMIT:
+                return None
+    except OSError:
+        return None
+    found = [profile for profile in list_profiles(boot, home, running) if profile.action != "skipped"]
+    found.sort(key=lambda profile: (profile.name != "default", profile.action != "started"))
+    return {profile.name for profile in found[:SLOT_LIMIT]}
+
+
+def register(home: Folder, folder: Folder, scandir: Folder, profile: Profile, timeout: int) -> None:
+    """Publish one profile's slot; what is in the way of that, or of its log, becomes the profile's own reason."""
+    try:
+        name = SLOT_PREFIX + profile.name
+        found = scandir.stat(name)
+        status = slot_status(f"/proc/self/fd/{scandir.fd}/{name}") if found else None
+        if not (status and status.up):  # else these files are a living process's
+            profile.fault = clean_profile(folder) or profile.fault
+        log_fault = make_log_folder(home, profile.name)
+        profile.fault = profile.fault or log_fault
+        files = slot_files(profile.name, timeout, None, to_folder=not log_fault)
+        publish(scandir, name, found, files, start=profile.action == "started")
+    except OSError as error:
+        profile.action = "skipped"
+        profile.fault = Fault(
+            f"its slot could not be made ({reason(error)})", "make the scandir writable for hermes, with space left"
+        )
+
+
+def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
+    """Write the boot's lines to stderr and to logs/container-boot.log, which is rotated once it is over
+    BOOT_LOG_LIMIT bytes."""
+    try:
+        if not boot.quiet:
+            sys.stderr.write("".join(lines))
+            sys.stderr.flush()
+    except OSError:
+        pass  # nobody reads it, and the volume has it too
+    try:
+        with home.make("logs") as logs:
+            found = logs.stat(BOOT_LOG)
+            if found and stat.S_ISREG(found.st_mode) and found.st_size >= BOOT_LOG_LIMIT:
+                os.rename(BOOT_LOG, f"{BOOT_LOG}.1", src_dir_fd=logs.fd, dst_dir_fd=logs.fd)
+            fd = os.open(
+                BOOT_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644, dir_fd=logs.fd
+            )
+            with open(fd, "wb") as file:
+                file.write("".join(lines).encode())
+    except OSError as error:
+        warn(f"logs/{BOOT_LOG} {described(error)}; this boot is only on stderr")
+
+
+# ====================================================================================================================
+# RUNNING
+# ====================================================================================================================
+
+
+# What s6 knows
+# --------------------------------------------------------------------------------------------------------------------
+
+TAI_OFFSET = (1 << 62) + 37  # s6 counts TAI seconds since 1970, 37 ahead of UTC since 2017
+RESTART_WINDOW = 60  # seconds in which deaths count as one crash loop
+PERMANENT_FAILURE = 125  # s6's word from a finish script for "do not restart"
+START_GRACE = 10  # seconds that a wanted gateway may be down, and after which one that is up has come up to stay
+
+
+def supervisor_answers(scandir: str) -> bool:
+    """Return whether an s6-svscan watches the scandir; a control FIFO that we may not open, where there are no
+    gateways, says nothing."""
+    try:
+        tell(f"{scandir}/.s6-svscan/control", b"")
     except PermissionError:
-        return wrapper.supervised()
+        return supervised()
     except OSError:
         return False
     return True
 
 
 def is_supervised(slot: str) -> bool:
-    """Say whether an s6-supervise reads a slot's control FIFO."""
-    return opens_for_writing(f"{slot}/supervise/control")
+    """Return whether an s6-supervise reads a slot's control FIFO."""
+    return has_reader(f"{slot}/supervise/control")
 
 
 def end_back_off(slot: str) -> None:
-    """Wake a finish script that waits before the next start: opening its FIFO is the signal."""
-    opens_for_writing(f"{slot}/back-off")
+    """Wake a finish that waits before the next start: opening its FIFO is the signal."""
+    has_reader(f"{slot}/back-off")
 
 
 class SlotStatus:
-    """What s6-supervise says of a slot: the process (0: none), whether that is finish, whether s6 wants it up, since when (seconds
-    since 1970), and, while it is not up, how it ended (a wait status, see wait(2))."""
+    """What s6-supervise says of a slot: the process (0: none), whether that is finish, whether s6 wants it up, since
+    when (seconds since 1970), and, while it is not up, how it ended (a wait status, see wait(2))."""
 
     __slots__ = ("pid", "finishing", "wanted", "since", "ended")
 
@@ -1827,15 +2426,15 @@ class SlotStatus:
 
     @property
     def up(self) -> bool:
-        """Say whether the gateway itself runs."""
+        """Return whether the gateway itself runs."""
         return self.pid != 0 and not self.finishing
 
 
 def slot_status(slot: str) -> SlotStatus | None:
     """Return what s6 knows of a slot, None when no s6-supervise watches it.
 
-    Read from supervise/status, as s6-svstat does (s6 2.12 put a process group into it): a process for each of hundreds of slots
-    would take half a second. A layout that is none of these is left to s6-svstat itself.
+    Read from supervise/status, as s6-svstat does: a process for each of hundreds of slots would take half a second. s6
+    2.12 put a process group in between; what is read here has kept its place, from the start and from the end.
     """
     if not is_supervised(slot):
         return None
@@ -1843,32 +2442,11 @@ def slot_status(slot: str) -> SlotStatus | None:
         data = read_small(f"{slot}/supervise/status")
     except OSError:
         return None
-    if len(data) not in (35, 43):
-        return asked_status(slot)
+    if len(data) < 35:
+        return None
     flags = data[-1]
     since = int.from_bytes(data[:8]) - TAI_OFFSET + int.from_bytes(data[8:12]) / 1e9
     return SlotStatus(int.from_bytes(data[24:32]), bool(flags & 2), bool(flags & 4), since, int.from_bytes(data[-3:-1]))
-
-
-def asked_status(slot: str) -> SlotStatus | None:
-    """Return what s6-svstat says of a slot."""
-    code, text = s6("s6-svstat", "-o", "up,pid,wantedup,updownfor,exitcode,signum", slot)
-    if code:
-        return None
-    up, pid, wanted, seconds_ago, exit_code, signal_number = text.split()
-    ended = int(signal_number) if int(signal_number) > 0 else max(0, int(exit_code)) << 8
-    return SlotStatus(max(0, int(pid)), up != "true" and int(pid) > 0, wanted == "true", time.time() - int(seconds_ago), ended)
-
-
-def read_small(path: str) -> bytes:
-    """Return the first 4 KiB of a file of s6's, never blocking."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "is not a regular file")  # on which s6's own programs would wait
-        return os.read(fd, 4096)
-    finally:
-        os.close(fd)
 
 
 def deaths(slot: str) -> list[tuple[float, int]]:
@@ -1878,17 +2456,26 @@ def deaths(slot: str) -> list[tuple[float, int]]:
     except OSError:
         return []
     records = [data[start : start + 14] for start in range(0, len(data) - 13, 14)]
-    return [(int.from_bytes(record[:8]) - TAI_OFFSET, record[12] << 8 | record[13]) for record in records]
+    return [
+        (int.from_bytes(record[:8]) - TAI_OFFSET + int.from_bytes(record[8:12]) / 1e9, record[12] << 8 | record[13])
+        for record in records
+    ]
 
 
 def death_times(slot: str) -> list[float]:
-    """Return when the last deaths in a slot were, oldest first, in seconds since 1970."""
-    return [moment for moment, _ in deaths(slot)]
+    """Return when the last deaths in a slot were, in seconds since 1970, since an operator has started it: an end that the
+    operator asked for is no sign of a crash loop. The manager leaves the time of a start on the FIFO back-off."""
+    try:
+        started = os.stat(f"{slot}/back-off", follow_symlinks=False).st_mtime
+    except OSError:
+        started = 0.0  # a logger's, or a slot that hermes-agent made
+    return [moment for moment, _ in deaths(slot) if moment > started]
 
 
 def back_off(times: list[float]) -> int:
-    """Return how long finish waits after the last of these deaths, in seconds: the rule of FINISH_SCRIPT, for those who look on."""
-    delay, last = 0, [0.0] * 4
+    """Return how long finish waits after the last of these deaths, in seconds: 2, 4, 8 ... BACK_OFF_LIMIT from the
+    fifth death in a minute on, until a run has lasted a minute longer than the wait before it."""
+    delay, last = 0, [float("-inf")] * 4
     for now in times:
         if delay and now - last[3] <= delay + RESTART_WINDOW:
             delay = min(delay * 2, BACK_OFF_LIMIT)
@@ -1899,13 +2486,32 @@ def back_off(times: list[float]) -> int:
 
 
 def is_looping(status: SlotStatus, times: list[float]) -> bool:
-    """Say whether a gateway with these deaths is in a crash loop at this moment; one that has come up to stay, after many a restart, is
-    not."""
+    """Return whether a gateway with these deaths is in a crash loop at this moment; one that has come up to stay,
+    after many a restart, is not."""
     delay, now = back_off(times), time.time()
-    return delay > 0 and now - times[-1] <= delay + RESTART_WINDOW and not (status.up and now - status.since > START_GRACE)
+    return (
+        delay > 0 and now - times[-1] <= delay + RESTART_WINDOW and not (status.up and now - status.since > START_GRACE)
+    )
+
+
+def finish(profile: str, code: str) -> int:
+    """Be a slot's finish, as hermes, in the slot: park after EX_CONFIG, wait after many deaths, else return at once.
+
+    profile is a name for the log; code is the exit code of run, 256 when a signal ended it. The wait is that of a
+    process which reads the FIFO back-off, so whoever opens that for writing ends it.
+    """
+    if code == str(EX_CONFIG):
+        return PERMANENT_FAILURE
+    status, delay = slot_status("."), back_off(death_times("."))
+    if not delay or status is None or not status.wanted:
+        return 0
+    print(f"{profile}: died too often, waiting {delay} s before the next start", flush=True)
+    wait = f"timeout {delay} cat back-off >/dev/null; exit 0"
+    return execute(["/bin/sh", "-c", wait], process_environment())
 
 
 # The service manager
+# --------------------------------------------------------------------------------------------------------------------
 
 
 class GatewayError(Exception):
@@ -1931,11 +2537,11 @@ class InvalidName(GatewayError, ValueError):
 
 
 class CommandFailed(GatewayError):
-    """An s6 program failed, or what it was to bring about did not come about in time. The message has its stderr."""
+    """What s6 was to bring about did not come about in time."""
 
 
 def was_stopped(manager: S6ServiceManager, profile: str) -> bool:
-    """Say whether the operator wants a gateway down."""
+    """Return whether the operator wants a gateway down."""
     try:
         with manager.profile_folder(profile) as folder:
             return read_state(folder)[0].get("desired_state") == "stopped"
@@ -1946,16 +2552,18 @@ def was_stopped(manager: S6ServiceManager, profile: str) -> bool:
 class S6ServiceManager:
     """Starts, stops, publishes and removes the gateways' slots, as hermes.
 
-    scandir is s6-svscan's, home the root HERMES_HOME; both default to the container's. Names of services may have the prefix
-    `gateway-` or not. Works on slots of its own and on those that hermes-agent's manager made.
+    scandir is s6-svscan's, home the root HERMES_HOME; both default to the container's. Names of services may have the
+    prefix `gateway-` or not. Works on slots of its own and on those that hermes-agent's manager made.
     """
 
     kind = "s6"
 
-    def __init__(self, scandir: str | None = None, home: str | None = None, *, environment: dict[str, str] | None = None) -> None:
-        environment = wrapper.container_environment() if environment is None else environment
+    def __init__(
+        self, scandir: str | None = None, home: str | None = None, *, environment: dict[str, str] | None = None
+    ) -> None:
+        environment = container_environment() if environment is None else environment
         self.environment = environment
-        self.home = home or wrapper.root_home(environment)
+        self.home = home or root_home(environment)
         self.scandir = str(scandir or scandir_of(environment))
         self.stop_timeout = seconds(environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
 
@@ -1970,14 +2578,17 @@ class S6ServiceManager:
         return path
 
     def valid(self, name: str) -> str:
-        """Return the profile that a service's name is about. Raises InvalidName."""
-        profile = name.removeprefix(SLOT_PREFIX)
-        if why := name_fault(profile):
-            raise InvalidName(f"{shown(profile)}: {why.partition(';')[0]}")
+        """Return the profile that a name is about: itself where it has a slot, else what follows `gateway-`. Raises
+        InvalidName."""
+        exact = os.path.isdir(f"{self.scandir}/{SLOT_PREFIX}{name}") and not name_fault(name)
+        profile = name if exact else name.removeprefix(SLOT_PREFIX)
+        if fault := name_fault(profile):
+            raise InvalidName(f"{shown(profile)}: {fault.text}")
         return profile
 
     def unknown(self, profile: str) -> str:
-        """Return the message for a profile without a slot, with what to do: register it, or mean the name that is nearest to it."""
+        """Return the message for a profile without a slot, with what to do: register it, or mean the name that is
+        nearest to it."""
         import difflib
 
         names = self.list_profile_gateways()
@@ -1994,7 +2605,8 @@ class S6ServiceManager:
         return f"no such gateway: {profile}; {advice}"
 
     def list_profile_gateways(self) -> list[str]:
-        """Return the profiles that have a slot, in name order. hermes can put folders of any name into the scandir; these are none."""
+        """Return the profiles that have a slot, in name order. hermes can put folders of any name into the scandir;
+        these are none."""
         try:
             names = os.listdir(self.scandir)
         except OSError:
@@ -2011,11 +2623,14 @@ class S6ServiceManager:
         return status
 
     def is_running(self, name: str) -> bool:
-        """Say whether a gateway's process is up, by s6. Raises NotRegistered, CommandFailed."""
+        """Return whether a gateway's process is up, by s6. Raises NotRegistered, CommandFailed."""
         return self.status(name).up
 
     def record(self, name: str, desired: str) -> None:
-        """Write the operator's intent to a profile's state file, keeping every other key. Raises InvalidName, CommandFailed."""
+        """Write the operator's intent to a profile's state file, keeping every other key. Raises InvalidName,
+        CommandFailed."""
+        import json
+
         profile = self.valid(name)
 
         def edit(data: bytes | None) -> bytes:
@@ -2023,24 +2638,26 @@ class S6ServiceManager:
                 state = load_state(data) if data else {}
             except ValueError:
                 folder.replace(f"{STATE_FILE}.bad", data or b"", 0o600)
-                warn(f"{STATE_FILE} of {profile} was no JSON object that can be read and starts anew; the old one is {STATE_FILE}.bad")
+                warn(
+                    f"{STATE_FILE} of {profile} was no JSON object that can be read and starts anew; the old one is {STATE_FILE}.bad"
+                )
                 state = {}
             if state.get("desired_state") == desired and data:
                 return data
             try:
-                return json_text(state | {"desired_state": desired}).encode() + b"\n"
+                return json.dumps(state | {"desired_state": desired}).encode() + b"\n"
             except RecursionError:
                 raise OSError(errno.EINVAL, "is nested too deeply") from None
 
         try:
-            folder = self.profile_folder(profile)
+            with self.profile_folder(profile) as folder:
+                folder.update(STATE_FILE, edit, STATE_LIMIT)
         except FileNotFoundError:
             return  # a slot whose profile is gone has no intent to keep
-        try:
-            with folder:
-                folder.update(STATE_FILE, edit, STATE_LIMIT)
         except OSError as error:
-            raise CommandFailed(f"{profile}: done, but {STATE_FILE} {fault(error)}, so the next boot will not know of it") from error
+            raise CommandFailed(
+                f"{profile}: done, but {STATE_FILE} {described(error)}, so the next boot will not know of it"
+            ) from error
 
     def profile_folder(self, profile: str) -> Folder:
         """Open a profile's folder."""
@@ -2048,14 +2665,22 @@ class S6ServiceManager:
             return profile_folder(home, profile)
 
     def announce_stop(self, profile: str) -> None:
-        """Tell the gateway that the SIGTERM to come is meant: hermes-agent then ends with code 0 and says so in its log."""
+        """Tell the gateway that the SIGTERM to come is meant: hermes-agent then ends with code 0 and says so in its
+        log."""
+        import json
+
         try:
             pid = self.status(profile).pid
-            started = int(wrapper.start_time(pid))
+            started = int(start_time(pid))
             written = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
-            marker = {"target_pid": pid, "target_start_time": started, "stopper_pid": os.getpid(), "written_at": written}
+            marker = {
+                "target_pid": pid,
+                "target_start_time": started,
+                "stopper_pid": os.getpid(),
+                "written_at": written,
+            }
             with self.profile_folder(profile) as folder:
-                folder.write(".gateway-planned-stop.json", json_text(marker).encode(), 0o644, replace=True)
+                folder.write(".gateway-planned-stop.json", json.dumps(marker).encode(), 0o644, replace=True)
         except (OSError, ValueError, GatewayError):
             pass  # not up, or no profile: then there is nobody to tell
 
@@ -2066,15 +2691,17 @@ class S6ServiceManager:
         self.raise_first(self.start_all([name], timeout=timeout))
 
     def stop(self, name: str, *, timeout: float | None = None) -> None:
-        """Stop one gateway and record that; s6 sends SIGKILL after the slot's own timeout-kill. Raises as start does."""
+        """Stop one gateway and record that; s6 sends SIGKILL after the slot's own timeout-kill. Raises as start
+        does."""
         self.raise_first(self.stop_all([name], timeout=timeout))
 
     def restart(self, name: str, *, timeout: float | None = None) -> None:
         """Stop and start one gateway, recording that it should run. Raises as start does."""
         self.raise_first(self.restart_all([name], timeout=timeout))
 
-    def patience(self, timeout: float | None) -> float:
-        """Return how long to wait for an end: as asked for, else a little longer than s6 waits before it kills."""
+    def default_timeout(self, timeout: float | None) -> float:
+        """Return how long to wait for a gateway to end: as asked for, else a little longer than s6 waits before it
+        kills."""
         return self.stop_timeout + 5 if timeout is None else timeout
 
     def raise_first(self, failures: dict[str, GatewayError]) -> None:
@@ -2088,25 +2715,52 @@ class S6ServiceManager:
 
     def stop_all(self, names: list[str], *, timeout: float | None = None) -> dict[str, GatewayError]:
         """Stop gateways, all at once; return what failed, by name."""
-        return self.carry_out(names, "stopped", ((False, self.patience(timeout)),))
+        return self.carry_out(names, "stopped", ((False, self.default_timeout(timeout)),))
 
     def restart_all(self, names: list[str], *, timeout: float | None = None) -> dict[str, GatewayError]:
         """Stop and start gateways, all at once; return what failed, by name."""
-        return self.carry_out(names, "running", ((False, self.patience(timeout)), (True, 10)))
+        return self.carry_out(names, "running", ((False, self.default_timeout(timeout)), (True, 10)))
 
-    def carry_out(self, names: list[str], desired: str, steps: tuple[tuple[bool, float], ...]) -> dict[str, GatewayError]:
-        """Record the intent and take the steps, each (up, timeout); return what failed, by name. The intent is written once more at
-        the end: the agent writes the same file without our lock, and may have put back what it read before. An intent that cannot be
-        written is a failure, but the steps are taken all the same."""
+    def carry_out(
+        self, names: list[str], desired: str, steps: tuple[tuple[bool, float], ...]
+    ) -> dict[str, GatewayError]:
+        """Take the steps, each (up, timeout), and record the intent; return what failed, by name.
+
+        One command at a time works on a gateway, so the intent is the last one's. It is written once more at the end:
+        the agent writes the same file without our lock, and may have put back what it read before. An intent that
+        cannot be written is a failure, but the steps are taken all the same.
+        """
         failures: dict[str, GatewayError] = {}
-        known = [name for name in names if self.tried(failures, name, self.slot)]
-        self.record_all(known, desired)
-        for up, patience in steps:
-            failures |= self.bring([name for name in known if name not in failures], up=up, timeout=patience)
-        return failures | self.record_all([name for name in known if name not in failures], desired)
+        known = [name for name in dict.fromkeys(names) if self.tried(failures, name, self.slot)]
+        locks = self.lock_all(known, sum(patience for _, patience in steps), failures)
+        try:
+            known = [name for name in known if name not in failures]
+            self.record_all(known, desired)
+            for up, patience in steps:
+                failures |= self.bring([name for name in known if name not in failures], up=up, timeout=patience)
+            return failures | self.record_all([name for name in known if name not in failures], desired)
+        finally:
+            for lock in locks:
+                lock.__exit__()
+
+    def lock_all(self, names: list[str], timeout: float, failures: dict[str, GatewayError]) -> list[Lock]:
+        """Keep other commands from gateways; return the locks. Who has waited in vain for timeout seconds fails."""
+        locks, deadline = [], time.monotonic() + timeout
+        for name in sorted(names):
+            try:
+                with Folder(self.slot(name)) as slot:
+                    locks.append(Lock(slot, timeout=max(0, deadline - time.monotonic())).__enter__())
+            except (OSError, GatewayError) as error:
+                failures[name] = CommandFailed(f"{name}: its slot cannot be used: {error}")
+                continue
+            if not locks[-1].held:
+                failures[name] = CommandFailed(
+                    f"{name}: another command has been at work on it for {timeout:g} s; try again"
+                )
+        return locks
 
     def tried(self, failures: dict[str, GatewayError], name: str, action, *arguments) -> bool:
-        """Say whether an action on a gateway succeeds; keep what it raises."""
+        """Return whether an action on a gateway succeeds; keep what it raises."""
         try:
             action(name, *arguments)
         except GatewayError as error:
@@ -2121,37 +2775,54 @@ class S6ServiceManager:
         return failures
 
     def bring(self, names: list[str], *, up: bool, timeout: float) -> dict[str, GatewayError]:
-        """Tell s6 to bring slots up or down, all in parallel, and wait until it has; return what failed, by name."""
-        slots = {name: self.slot(name) for name in names}
-        if not up:
-            for name in names:
-                self.announce_stop(self.valid(name))
+        """Tell s6 to bring slots up or down, all in parallel, and wait until it has, timeout seconds at most; return
+        what failed, by name. A supervisor that is not there yet is waited for: s6-svscan takes seconds to start
+        hundreds of them."""
+        waiting = {name: self.slot(name) for name in names}
+        untold = set(names)
         failures: dict[str, GatewayError] = {}
-        told, deadline = time.time(), time.monotonic() + timeout
-        for name, (code, text) in zip(slots, tell_slots([*slots.values()], "-u" if up else "-d")):
-            if code:
-                failures[name] = CommandFailed(f"{name}: {text}; restart the container if no supervisor answers")
-        waiting = [name for name in names if name not in failures]
+        began, deadline = time.time(), time.monotonic() + timeout
+        for name in names if not up else ():
+            self.announce_stop(self.valid(name))
         while waiting:
-            for name in waiting:
-                end_back_off(slots[name])
-            s6("s6-svwait", "-u" if up else "-D", "-t", "200", *(slots[name] for name in waiting))
-            waiting = [name for name in waiting if not self.settled(name, up, told, failures)]
-            if time.monotonic() > deadline:
-                verb = "come up" if up else "end"
-                failures |= {name: CommandFailed(f"{name}: did not {verb} within {timeout:g} s") for name in waiting}
+            for name, slot in [*waiting.items()]:
+                end_back_off(slot)
+                if name in untold and self.told(slot, up):
+                    untold.discard(name)
+                if name not in untold and self.settled(name, up, began, failures):
+                    del waiting[name]
+            if time.monotonic() > deadline or (untold and not supervisor_answers(self.scandir)):
                 break
+            time.sleep(0.005 if len(waiting) < 20 else 0.05)
+        for name in waiting:
+            unwatched = f"no supervisor answers within {timeout:g} s; run `hermes-boot doctor`"
+            overdue = f"did not {'come up' if up else 'end'} within {timeout:g} s"
+            failures[name] = CommandFailed(f"{name}: {unwatched if name in untold else overdue}")
         return failures
 
-    def settled(self, name: str, up: bool, told: float, failures: dict[str, GatewayError]) -> bool:
-        """Say whether a slot is where it was told to be, or will not get there, which is a failure; told is when, in seconds since
-        1970."""
+    def told(self, slot: str, up: bool) -> bool:
+        """Tell a slot's s6-supervise what to do from here on, its own restart included; return whether one was there
+        to be told."""
+        try:
+            if up:
+                os.utime(f"{slot}/back-off", follow_symlinks=False)  # what died until now is no crash loop
+        except OSError:
+            pass  # hermes-agent's own slots have no back-off
+        try:
+            tell(f"{slot}/supervise/control", b"U" if up else b"D")
+        except OSError:
+            return False
+        return True
+
+    def settled(self, name: str, up: bool, began: float, failures: dict[str, GatewayError]) -> bool:
+        """Return whether a slot is where it was told to be, or will not get there, which is a failure; began is when
+        it was told, in seconds since 1970."""
         try:
             status = self.status(name)
         except GatewayError as error:
             failures[name] = error
             return True
-        if up and not status.up and not status.wanted and status.since >= told:
+        if up and not status.up and not status.wanted and status.since >= began:
             advice = f"`hermes-boot logs -p {name} -n 20` says why"
             failures[name] = CommandFailed(f"{name}: ended at once with {ending(status.ended)} and is parked; {advice}")
             return True
@@ -2159,11 +2830,13 @@ class S6ServiceManager:
 
     # Registration
 
-    def register_profile_gateway(self, profile: str, *, extra_env: dict[str, str] | None = None, start_now: bool = True) -> None:
+    def register_profile_gateway(
+        self, profile: str, *, extra_env: dict[str, str] | None = None, start_now: bool = True
+    ) -> None:
         """Publish a profile's slot, whole or not at all, and wait until s6 supervises it.
 
-        extra_env is exported to the gateway; without start_now the slot waits for `start`. Raises InvalidName, AlreadyRegistered,
-        CommandFailed.
+        extra_env is exported to the gateway; without start_now the slot waits for `start`. Raises InvalidName,
+        AlreadyRegistered, CommandFailed.
         """
         self.valid(profile)
         for name, value in (extra_env or {}).items():
@@ -2171,7 +2844,7 @@ class S6ServiceManager:
                 raise InvalidName(f"extra_env: {name!r} cannot be a variable; use letters, digits and _")
         name = SLOT_PREFIX + profile
         if is_watched(self.scandir) and len(self.list_profile_gateways()) >= SLOT_LIMIT:
-            raise CommandFailed(f"{profile}: {FULL}; use another container")
+            raise CommandFailed(f"{profile}: {FULL}")
         try:
             with Folder(self.home, follow=True) as home:
                 log_fault = make_log_folder(home, profile)
@@ -2195,7 +2868,7 @@ class S6ServiceManager:
         Raises NotRegistered, InvalidName, CommandFailed; when it does not end in time, its slot stays.
         """
         if is_supervised(self.slot(profile)):
-            self.raise_first(self.bring([profile], up=False, timeout=self.patience(timeout)))
+            self.raise_first(self.bring([profile], up=False, timeout=self.default_timeout(timeout)))
         self.withdraw(profile)
 
     def withdraw(self, profile: str) -> None:
@@ -2206,7 +2879,7 @@ class S6ServiceManager:
             with Folder(self.scandir, follow=True) as scandir:
                 with Lock(scandir):
                     os.rename(name, removed, src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
-                rescan(self.scandir, "-an")
+                rescan(self.scandir, b"an")
                 path = f"{self.scandir}/{removed}"
                 if not until(lambda: not is_supervised(path) and not is_supervised(f"{path}/log"), 10):
                     raise CommandFailed(f"{profile}: its supervisors did not end within 10 s")
@@ -2217,18 +2890,7 @@ class S6ServiceManager:
             raise CommandFailed(f"{profile}: its slot could not be removed: {reason(error)}") from error
 
 
-def become_hermes() -> None:
-    """Drop root for good: what the manager writes belongs to hermes, and nothing on the volume can use root. Fatal if that fails."""
-    owner = wrapper.account()
-    if os.geteuid() == 0 and owner:
-        drop_root(owner)
-
-
-def answer_gateway_request(action: str, profile: str | None, every: bool, environment: dict[str, str]) -> int:
-    """Be `hermes [-p NAME] gateway start|stop|restart [--all]`; return the exit code."""
-    sys.argv = [USER]
-    os.umask(0o022)
-    return guarded(control, action, profile, every, environment)
+DONE = {"start": "started", "stop": "stopped", "restart": "restarted"}
 
 
 def control(action: str, profile: str | None, every: bool, environment: dict[str, str]) -> int:
@@ -2265,8 +2927,8 @@ def register_one(manager: S6ServiceManager, profile: str) -> int:
     manager.valid(profile)
     try:
         with manager.profile_folder(profile) as folder:
-            if profile != "default" and (why := soul_fault(folder)):
-                raise NotRegistered(f"no such profile: {profile}: {why}")
+            if profile != "default" and (fault := soul_fault(folder)):
+                raise NotRegistered(f"no such profile: {profile}: {fault}")
             start = prior_state(folder)[0] == "running"
     except OSError:
         raise NotRegistered(f"no such profile: {profile}; make it with `hermes profile create {profile}`") from None
@@ -2280,9 +2942,6 @@ def unregister_one(manager: S6ServiceManager, profile: str) -> int:
     manager.unregister_profile_gateway(profile)
     print(f"{profile}: unregistered")
     return 0
-
-
-DONE = {"start": "started", "stop": "stopped", "restart": "restarted"}
 
 
 def gateway_command(boot: Boot, action: str, profile: str | None, every: bool, as_json: bool) -> int:
@@ -2320,225 +2979,22 @@ def to_json(value: object) -> str:
     return json.dumps(value, indent=2)
 
 
-# The phases
+# Shutdown
+# --------------------------------------------------------------------------------------------------------------------
 
-
-# By their number in capabilities(7). Without CHOWN, FOWNER and KILL less works; the README says what.
-NEEDED_CAPABILITIES = {1: "DAC_OVERRIDE", 6: "SETGID", 7: "SETUID"}
-
-
-def missing_capabilities() -> list[str]:
-    """Return the capabilities that root lacks here and without which no gateway can run."""
-    with open("/proc/self/status", "rb") as file:
-        effective = next((int(line.split()[1], 16) for line in file if line.startswith(b"CapEff:")), -1)
-    return [name for number, name in NEEDED_CAPABILITIES.items() if not effective >> number & 1]
-
-
-def setup(boot: Boot) -> int:
-    """Remap, own, seed and migrate. Raises Fatal for what the boot cannot work around."""
-    euid, image_owner = os.geteuid(), boot.owner
-    if euid == 0 and (missing := missing_capabilities()):
-        raise Fatal(f"root lacks {' and '.join(missing)}; add with --cap-add, or start with `--user {boot.owner[0]}:{boot.owner[1]}`")
-    if euid not in (0, boot.owner[0]):
-        raise Fatal(
-            f"started as UID {euid}, which is not {USER}'s; drop `--user` and set HERMES_UID={euid} HERMES_GID={os.getegid()},"
-            f" or use `--user {boot.owner[0]}`, or any UID with GID 0 on a volume that group 0 may write"
-        )
-    check_switches(boot)
-    remap(boot)
-    boot.does(f"run as {boot.owner[0]}:{boot.owner[1]}")
-    if euid == 0:
-        if why := exposed_path(boot):
-            warn(why)
-        join_groups(boot)
-        own_volume(boot)
-    elif not boot.dry_run:
-        who = f"{USER} itself" if boot.owner == wrapper.account() else f"UID {euid} with GID 0"
-        boot.does(f"started as {who}, so owners, groups and services stay as they are")
-        make_home(boot)
-    if not os.path.isdir(boot.home):
-        return 0  # dry run on a volume that is still to be made
-    fresh = not os.path.lexists(f"{boot.home}/config.yaml")
-    reader = image_owner if boot.dry_run else boot.owner  # a dry run has not given the volume to the new one
-    if code := as_owner(reader, seed, boot):
-        return code
-    sync_skills(boot)
-    migrate_config(boot, fresh=fresh)
-    return 0
-
-
-def setup_phase(boot: Boot) -> int:
-    """Run the setup, and leave word for the reconciler when it fails: s6-overlay runs every cont-init script regardless."""
-    code = guarded(setup, boot)
-    try:
-        if code and not boot.dry_run and not wrapper.noted_process(wrapper.COMMAND_PROCESS):  # at a boot, not by `docker exec`
-            os.close(os.open(SETUP_FAILED, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
-        elif not code and not boot.dry_run and os.path.lexists(SETUP_FAILED):
-            os.unlink(SETUP_FAILED)
-    except OSError:
-        pass  # not in a container of ours: then nobody reads it either
-    return code
-
-
-def no_gateways(boot: Boot, command: list[str]) -> str:
-    """Return why this container has no gateways, "" when it has."""
-    if boot.setting("HERMES_RECONCILE").lower() in ("0", "false", "no", "off"):
-        return "HERMES_RECONCILE is off"
-    return "this one's command is the dashboard" if is_dashboard(command) else ""
-
-
-def reconcile_phase(boot: Boot) -> int:
-    """Give every profile a slot, as hermes, after handing it the scandir."""
-    if os.path.exists(SETUP_FAILED):  # a gateway with the wrong owner would do harm
-        if os.path.basename(sys.argv[0]) not in ROLES:  # at a boot the setup has just said why
-            say("error", f"the last setup has failed ({SETUP_FAILED}); run `hermes-boot setup`, or restart the container")
-        return 1
-    command = container_command()
-    if why := no_gateways(boot, command):
-        if boot.does(f"leave the gateways alone, since {why}") and os.geteuid() == 0:
-            try:
-                with trusted_folder(boot.scandir) as scandir:
-                    own_static_services(boot, scandir, whole=False)
-            except OSError:
-                pass  # no s6 here, so no services
-        return 0
-    if not os.path.isdir(boot.home):
-        if boot.dry_run:
-            return 0  # setup would make it first
-        raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; run the setup first, or set it right")
-    if not boot.dry_run:
-        own_services(boot)
-    return as_owner(boot.owner, reconcile, boot, command)
-
-
-def own_services(boot: Boot) -> None:
-    """Hand the scandir and s6-svscan's control FIFO to hermes, which publishes slots at run time, and the static services' control."""
-    try:
-        folder = trusted_folder(boot.scandir, make=True)
-    except OSError as error:
-        raise Fatal(f"the scandir {shown(boot.scandir)} {fault(error)}, so no gateway can run; make it a writable folder") from error
-    with folder as scandir:
-        if os.geteuid() != 0:
-            return
-        sweep = Sweep(boot)
-        sweep.claim(".", scandir.fd)
-        try:
-            with scandir.folder(".s6-svscan") as control:
-                sweep.claim(".", control.fd)
-                sweep.claim("control", control.fd)
-        except FileNotFoundError:
-            pass  # no s6-svscan watches it
-        except OSError as error:
-            warn(f"the scandir's .s6-svscan {fault(error)}, so no gateway can be added; restart the container")
-        own_static_services(boot, scandir, whole=True)
-
-
-def reconcile(boot: Boot, command: list[str]) -> int:
-    """As hermes: find the profiles, publish their slots, say and log a line for each."""
-    with open_home(boot) as home:
-        running = run_profile(boot, command, home)
-        if boot.dry_run:
-            for profile in survey(boot, home, running):
-                verb = "skip" if profile.action == "skipped" else "publish"
-                boot.does(f"{verb}: {profile.line().split(' ', 1)[1].rstrip()}")
-            return 0
-        lines, chosen = [], most_wanted(boot, home, running)
-        with Folder(boot.scandir, follow=True) as scandir:
-            timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
-            for profile, folder in profiles_of(boot, home, running):
-                if folder and (chosen is None or profile.name in chosen):
-                    register(home, folder, scandir, profile, timeout)
-                elif folder:
-                    profile.action, profile.why = "skipped", f"{FULL}; use another container"
-                lines.append(profile.line())
-        log_boot(boot, home, lines)
-        rescan(boot.scandir)
-    return 0
-
-
-def most_wanted(boot: Boot, home: Folder, running: str | None) -> set[str] | None:
-    """Return the profiles that have a gateway where there are more than s6-svscan takes: default, those that start, then the others
-    in name order. None when there is room for all."""
-    if not is_watched(boot.scandir):
-        return None
-    try:
-        with home.folder("profiles") as profiles:
-            if len(os.listdir(profiles.fd)) < SLOT_LIMIT:
-                return None
-    except OSError:
-        return None
-    found = [profile for profile in survey(boot, home, running) if profile.action != "skipped"]
-    found.sort(key=lambda profile: (profile.name != "default", profile.action != "started"))
-    return {profile.name for profile in found[:SLOT_LIMIT]}
-
-
-def register(home: Folder, folder: Folder, scandir: Folder, profile: Profile, timeout: int) -> None:
-    """Publish one profile's slot; what is in the way of that, or of its log, becomes the profile's own reason."""
-    try:
-        name = SLOT_PREFIX + profile.name
-        found = scandir.stat(name)
-        status = slot_status(f"/proc/self/fd/{scandir.fd}/{name}") if found else None
-        if not (status and status.up):  # else these files are a living process's
-            profile.why = clean_profile(folder) or profile.why
-        log_fault = make_log_folder(home, profile.name)
-        profile.why = profile.why or log_fault
-        files = slot_files(profile.name, timeout, None, to_folder=not log_fault)
-        publish(scandir, name, found, files, start=profile.action == "started")
-    except OSError as error:
-        profile.action = "skipped"
-        profile.why = f"its slot could not be made ({reason(error)}); make the scandir writable for hermes, with space left"
-
-
-def make_log_folder(home: Folder, profile: str) -> str:
-    """Make the folder that s6-log writes a profile's log to; return why it cannot be used, "" when it can. A logger that never comes
-    up would stop its gateway, once the pipe between them is full."""
-    path = f"logs/gateways/{profile}"
-    try:
-        with home.make(path) as folder:
-            if not os.access(".", os.W_OK | os.X_OK, dir_fd=folder.fd):
-                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-            for name in ("current", "lock", "state"):
-                status = folder.stat(name)
-                if status and not stat.S_ISREG(status.st_mode):
-                    path += f"/{name}"
-                    raise OSError(errno.EINVAL, "is not a regular file")
-    except OSError as error:
-        return f"{path} {fault(error)}, so its log goes to the container's alone; put plain folders there"
-    return ""
-
-
-def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
-    """Write the boot's lines to stderr and to logs/container-boot.log, which is rotated once it is over BOOT_LOG_LIMIT bytes."""
-    try:
-        if not boot.quiet:
-            sys.stderr.write("".join(lines))
-            sys.stderr.flush()
-    except OSError:
-        pass  # nobody reads it, and the volume has it too
-    try:
-        with home.make("logs") as logs:
-            found = logs.stat(BOOT_LOG)
-            if found and stat.S_ISREG(found.st_mode) and found.st_size >= BOOT_LOG_LIMIT:
-                os.rename(BOOT_LOG, f"{BOOT_LOG}.1", src_dir_fd=logs.fd, dst_dir_fd=logs.fd)
-            fd = os.open(BOOT_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644, dir_fd=logs.fd)
-            with open(fd, "wb") as file:
-                file.write("".join(lines).encode())
-    except OSError as error:
-        warn(f"logs/{BOOT_LOG} {fault(error)}; this boot is only on stderr")
-
-
-# The end
+SHUTDOWN_TIMEOUT = 8  # seconds for all when the container ends, unless HERMES_SHUTDOWN_TIMEOUT says otherwise
 
 
 def shut_down(boot: Boot) -> int:
-    """End every gateway and the CMD, all at once, and return when the last is gone or HERMES_SHUTDOWN_TIMEOUT seconds are over.
+    """End every gateway and the CMD, all at once, and return when the last is gone or HERMES_SHUTDOWN_TIMEOUT seconds
+    are over.
 
-    Run by s6-overlay from cont-finish.d, before its final kill. No intent is recorded, so what ran comes back at the next boot. The
-    work is a child's, as hermes: hermes could stop that for good, so root looks after the time.
+    Run by s6-overlay from cont-finish.d, before its final kill. No intent is recorded, so what ran comes back at the
+    next boot. The work is a child's, as hermes: hermes could stop that for good, so root looks after the time.
     """
     patience = seconds(boot.environment, "HERMES_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT, 0)
     deadline = time.monotonic() + patience
-    if command := wrapper.noted_process(wrapper.COMMAND_PROCESS):
+    if command := read_pid_file(COMMAND_PROCESS):
         send(command, SIGTERM)  # while we are root: it may not be hermes yet
     child = os.fork()
     if child == 0:
@@ -2549,31 +3005,29 @@ def shut_down(boot: Boot) -> int:
 
 
 def end_gateways(boot: Boot, deadline: float) -> int:
-    """As hermes: bring all slots down and wait for their gateways and the CMD, until the deadline on the monotonic clock."""
+    """As hermes: bring all slots down and wait for their gateways and the container command, until the deadline on
+    the monotonic clock."""
     become_hermes()
     manager = S6ServiceManager(environment=boot.environment)
     slots = [f"{manager.scandir}/{SLOT_PREFIX}{name}" for name in manager.list_profile_gateways()]
-    slots = [slot for slot in slots if is_supervised(slot)]
-    tell_slots(slots, "-d")
-    while slots and time.monotonic() < deadline:
-        for slot in slots:
-            end_back_off(slot)
-        s6("s6-svwait", "-D", "-t", "100", *slots)
-        slots = [slot for slot in slots if (status := slot_status(slot)) and status.pid]
-    until(lambda: not wrapper.noted_process(wrapper.COMMAND_PROCESS), deadline - time.monotonic())
+    for slot in slots:
+        try:
+            tell(f"{slot}/supervise/control", b"d")
+        except OSError:
+            continue  # no supervisor, or not ours
+
+    def ended(slot: str) -> bool:
+        end_back_off(slot)
+        status = slot_status(slot)
+        return status is None or status.pid == 0
+
+    until(lambda: all([ended(slot) for slot in slots]), deadline - time.monotonic())
+    until(lambda: not read_pid_file(COMMAND_PROCESS), deadline - time.monotonic())
     return 0
 
 
-def send(process: int, number: int) -> None:
-    """Send a signal to a process, unless it has ended, or is not ours to signal, as for root without the capability KILL."""
-    try:
-        os.kill(process, number)
-    except OSError:
-        pass
-
-
-# Where s6-overlay cannot start
-
+# Fallback init: where s6-overlay cannot start
+# --------------------------------------------------------------------------------------------------------------------
 
 CONT_INIT, CONT_FINISH = "/etc/cont-init.d", "/etc/cont-finish.d"
 STATIC_FILES = {"run": 0o755, "finish": 0o755} | dict.fromkeys(
@@ -2581,106 +3035,14 @@ STATIC_FILES = {"run": 0o755, "finish": 0o755} | dict.fromkeys(
 )
 
 
-class Children:
-    """Our child processes, the container's orphans among them, reaped as they end; the codes of those that we started; and whether
-    somebody has asked for the end, by SIGTERM."""
-
-    __slots__ = ("codes", "signals", "asked_to_end")
-
-    def __init__(self) -> None:
-        """Make this process the one that orphans come to, and take signals one by one from here on."""
-        import signal
-
-        names = "SIGTERM SIGINT SIGHUP SIGQUIT SIGUSR1 SIGUSR2 SIGWINCH SIGCHLD SIGTTOU SIGTTIN".split()
-        self.signals = {getattr(signal, name) for name in names}
-        self.codes: dict[int, int | None] = {}  # None: it runs
-        self.asked_to_end = False
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
-        try:
-            import ctypes
-
-            ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER, see prctl(2)
-        except (ImportError, OSError):
-            warn("this Python has no ctypes, so orphans go to PID 1, which may not reap them")
-
-    def start(self, argv: list[str], environment: dict[str, str]) -> int:
-        """Start a program in a process group of its own, with signals as it expects them; return its pid. Raises OSError."""
-        pid = os.posix_spawnp(argv[0], argv, environment, setpgroup=0, setsigmask=(), setsigdef=(wrapper.SIGPIPE, wrapper.SIGXFSZ))
-        self.codes[pid] = None
-        return pid
-
-    def reap(self) -> None:
-        """Bury all that have ended."""
-        try:
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                if ended[0] in self.codes:
-                    self.codes[ended[0]] = os.waitstatus_to_exitcode(ended[1])
-        except ChildProcessError:
-            pass  # none is left
-
-    def wait(self, *pids: int, command: int = 0, timeout: float = float("inf")) -> int:
-        """Wait until one of these has ended, or timeout seconds; return the pid, or 0. While a command runs, SIGTERM ends the wait too,
-        and other signals are passed on to it."""
-        import signal
-
-        deadline = time.monotonic() + timeout
-        while True:
-            self.reap()
-            for pid in pids:
-                if self.codes.get(pid) is not None:
-                    return pid
-            received = signal.sigtimedwait(self.signals, max(0, min(60, deadline - time.monotonic())))
-            if received is None and time.monotonic() > deadline:
-                return 0
-            number = received.si_signo if received else signal.SIGCHLD
-            self.asked_to_end = self.asked_to_end or number == signal.SIGTERM
-            if command and self.asked_to_end:
-                return 0
-            if command and number not in (signal.SIGCHLD, signal.SIGTTOU, signal.SIGTTIN):
-                send(command, number)
-
-    def left(self) -> list[int]:
-        """Return our children of this moment. Not every kernel has /proc/PID/task/TID/children."""
-        result = []
-        for name in os.listdir("/proc"):
-            try:
-                if name.isdigit() and parent_of(int(name)) == os.getpid():
-                    result.append(int(name))
-            except OSError:
-                continue  # ended meanwhile
-        return result
-
-    def end_all(self, grace: float) -> None:
-        """End every process that is left below us, and nobody else's: SIGTERM to each as it comes to us, SIGKILL once grace seconds are
-        over; 5 seconds later the rest is the kernel's."""
-        deadline, told = time.monotonic() + grace, set()
-        while time.monotonic() < deadline + 5:
-            self.reap()
-            if not (left := self.left()):
-                return
-            for pid in left:
-                if time.monotonic() >= deadline:
-                    send(pid, SIGKILL)
-                elif pid not in told:
-                    send(pid, SIGTERM)
-                told.add(pid)
-                self.codes[pid] = None
-            self.wait(*left, timeout=0.05)
-
-
-def parent_of(process: int) -> int:
-    """Return a process's parent; OSError when it has ended. See proc(5)."""
-    return int(wrapper.content(f"/proc/{process}/stat").rpartition(b")")[2].split()[1])
-
-
-def stand_in_for_init(words: list[str], environment: dict[str, str], why: str) -> int:
-    """Be what s6-overlay is where that cannot start: set up, supervise, run the CMD, end as it ended; return the exit code.
+def fallback_init(why: str, words: list[str]) -> int:
+    """Be what s6-overlay is where that cannot start: set up, supervise, run the container command, end as it ended;
+    return the exit code. why says what keeps s6-overlay from starting.
 
     s6-svscan itself needs no PID 1 and no folder of its own. The order, the scripts and their meaning are the same.
     """
     sys.argv = ["/init"]
-    os.umask(0o022)
-    return guarded(supervise, words or [f"{IMAGE}/docker/main-wrapper.sh"], environment, why)
+    return supervise(words or [f"{IMAGE}/docker/main-wrapper.sh"], process_environment(), why)
 
 
 def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
@@ -2690,20 +3052,24 @@ def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
     children = Children()
     environment = environment | {"PATH": f"/command:{environment.get('PATH') or os.defpath}"}
     try:
-        svscan = children.start([wrapper.s6_program("s6-svscan"), boot.scandir], environment)
+        svscan = children.start([s6_program("s6-svscan"), boot.scandir], environment)
     except OSError as error:
         raise Fatal(f"s6-svscan cannot be run: {reason(error)}; use the image as it was built") from error
-    until(lambda: opens_for_writing(f"{boot.scandir}/.s6-svscan/control"), 5)
+    until(lambda: has_reader(f"{boot.scandir}/.s6-svscan/control"), 5)
     services = publish_static_services(boot)
     if not boot.quiet:
         say("info", f"s6-svscan runs as PID {svscan}, without s6-overlay ({why}); gateways are supervised all the same")
-    failed = [script for script in scripts_in(CONT_INIT) if not children.asked_to_end and run_to_end(children, script, environment)]
+    failed = [
+        script
+        for script in scripts_in(CONT_INIT)
+        if not children.asked_to_end and run_to_end(children, script, environment)
+    ]
     if children.asked_to_end:
         command, code = 0, -SIGTERM
     elif failed and boot.setting("S6_BEHAVIOUR_IF_STAGE2_FAILS") == "2":
         command, code = 0, 1
     else:
-        as_owner(wrapper.account() or boot.owner, start_services, services)
+        as_owner(account() or boot.owner, start_services, services)
         command, code = start_command(children, words, environment)
     if command and children.wait(command, svscan, command=command) == svscan:
         say("error", "s6-svscan has died; the container ends, so that the engine can start it anew")
@@ -2720,34 +3086,36 @@ def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
 
 
 def lay_out_run(boot: Boot) -> None:
-    """Make /run as s6-overlay's start leaves it: an empty scandir, and the environment, one file a variable, for hermes to read.
-    Fatal when it cannot be written."""
-    gid = number_in(boot.setting("HERMES_GID") or boot.setting("PGID"), 1, MAX_ID) or boot.owner[1]  # hermes's, after the setup
+    """Make /run as s6-overlay's start leaves it: an empty scandir, and the environment, one file a variable, for
+    hermes to read. Fatal when it cannot be written."""
+    gid = (
+        number_in(boot.setting("HERMES_GID") or boot.setting("PGID"), 1, MAX_ID) or boot.owner[1]
+    )  # hermes's, after the setup
     try:
-        parent, _, name = wrapper.CONTAINER_ENVIRONMENT.rpartition("/")
+        parent, _, name = CONTAINER_ENVIRONMENT.rpartition("/")
         os.makedirs(parent, 0o755, exist_ok=True)
         with Folder(parent) as folder:
             folder.remove(name)
             os.mkdir(name, 0o755, dir_fd=folder.fd)
         for name, value in boot.environment.items():
             if boot.setting("S6_KEEP_ENV") != "1" and "/" not in name:
-                fd = os.open(f"{wrapper.CONTAINER_ENVIRONMENT}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
+                fd = os.open(f"{CONTAINER_ENVIRONMENT}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
                 if os.geteuid() == 0:
                     os.fchown(fd, 0, gid)
                 with open(fd, "wb") as file:
-                    file.write(os.fsencode(value))
+                    file.write(os.fsencode(value) + b"\n")
         with trusted_folder(boot.scandir, make=True) as scandir:
             empty_scandir(boot, scandir)
     except OSError as error:
         raise Fatal(
             f"/run cannot be written ({reason(error)}); give it a tmpfs (--tmpfs /run:exec), with `--user` one of that UID"
         ) from error
-    wrapper.note_process(wrapper.SUPERVISOR_PROCESS)
+    write_pid_file(SUPERVISOR_PROCESS)
 
 
 def empty_scandir(boot: Boot, scandir: Folder) -> None:
-    """Remove what an earlier start of the container left in the scandir; of one that is not the image's own, only what is s6's or ours.
-    hermes may look into s6-svscan's folder, as it may under s6-overlay."""
+    """Remove what an earlier start of the container left in the scandir; of one that is not the image's own, only
+    what is s6's or ours. hermes may look into s6-svscan's folder, as it may under s6-overlay."""
     for name in os.listdir(scandir.fd):
         if boot.scandir == SCANDIR or name.startswith((SLOT_PREFIX, f".{SLOT_PREFIX}", ".s6-svscan")):
             scandir.remove(name)
@@ -2755,8 +3123,8 @@ def empty_scandir(boot: Boot, scandir: Folder) -> None:
 
 
 def publish_static_services(boot: Boot) -> list[str]:
-    """Put the image's static services into the scandir, down until the boot is over; return their paths. They are started without
-    s6-rc and so in no order; s6 restarts what needs another one first."""
+    """Put the image's static services into the scandir, down until the boot is over; return their paths. They are
+    started without s6-rc and so in no order; s6 restarts what needs another one first."""
     try:
         names = os.listdir(f"{STATIC_SERVICES}/user/contents.d")
     except OSError:
@@ -2767,7 +3135,7 @@ def publish_static_services(boot: Boot) -> list[str]:
             files = {}
             for file, mode in STATIC_FILES.items():
                 try:
-                    files[file] = (os.fsdecode(wrapper.content(f"{STATIC_SERVICES}/{name}/{file}")), mode)
+                    files[file] = (os.fsdecode(content(f"{STATIC_SERVICES}/{name}/{file}")), mode)
                 except OSError:
                     continue  # a bundle, or a service without that file
             if "run" not in files:
@@ -2786,7 +3154,11 @@ def publish_static_services(boot: Boot) -> list[str]:
 
 def start_services(slots: list[str]) -> int:
     """As hermes, whose they are by then: start static services."""
-    tell_slots(slots, "-u")
+    for slot in slots:
+        try:
+            tell(f"{slot}/supervise/control", b"u")
+        except OSError as error:
+            warn(f"the service {os.path.basename(slot)} could not be started: {reason(error)}")
     return 0
 
 
@@ -2811,12 +3183,13 @@ def run_to_end(children: Children, script: str, environment: dict[str, str]) -> 
 
 
 def start_command(children: Children, words: list[str], environment: dict[str, str]) -> tuple[int, int]:
-    """Start the container's command, in the foreground of its terminal; return its pid, or 0 and the exit code that stands for why."""
+    """Start the container's command, in the foreground of its terminal; return its pid, or 0 and the exit code that
+    stands for why."""
     try:
         command = children.start(words, environment)
     except OSError as error:
         say("error", f"cannot run {words[0]!r}: {reason(error)}")
-        return 0, wrapper.NOT_FOUND if isinstance(error, FileNotFoundError) else wrapper.NOT_EXECUTABLE
+        return 0, NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
     try:
         os.tcsetpgrp(0, command)
         os.kill(command, SIGCONT)  # it may have asked for the terminal before it had it
@@ -2825,40 +3198,51 @@ def start_command(children: Children, words: list[str], environment: dict[str, s
     return command, 0
 
 
-def hold_gateway(words: list[str], environment: dict[str, str]) -> bool:
-    """See to the gateway that the CMD `gateway run` asks for, and say whether the container is just to wait from here on.
+def dashboard(environment: dict[str, str]) -> int:
+    """Be the static service dashboard: the agent's where HERMES_DASHBOARD is on, else a process that only waits."""
+    if not switch(environment.get("HERMES_DASHBOARD", "")):
+        return execute(["/bin/sleep", "infinity"], environment)
+    environment = program_environment(environment)
+    environment["HERMES_HOME"] = home = root_home(environment)
+    try:
+        os.chdir(home)
+    except OSError:
+        os.chdir("/")  # the agent says what it thinks of that
+    address = environment.get("HERMES_DASHBOARD_HOST") or "127.0.0.1"
+    port = environment.get("HERMES_DASHBOARD_PORT") or "9119"
+    return execute(as_hermes([HERMES, "dashboard", "--host", address, "--port", port, "--no-open"]), environment)
 
-    One that was stopped stays so, while hermes-agent would start it. Any other is hermes-agent's to start, by s6 where that is PID 1;
-    below another one it does not see s6, so we do it.
+
+def gateway_run(words: list[str], environment: dict[str, str]) -> int:
+    """Be the container command `hermes [-p NAME] gateway run` where s6 keeps the gateways: see to the gateway, then
+    only wait.
+
+    One that was stopped stays so, while hermes-agent would start it. Any other is hermes-agent's to start, by s6 where
+    that is PID 1; below another one it does not see s6, so we do it.
     """
-    option, rest = wrapper.profile_option(words)
-    if "--no-supervise" in rest or truthy(setting(environment, "HERMES_GATEWAY_NO_SUPERVISE")):
-        return False
-
-    def hold() -> int:
-        sys.argv = [USER]
-        os.umask(0o022)
-        os.dup2(2, 1)  # stdout is the program's
-        become_hermes()
+    option, rest = profile_option(words)
+    become_hermes()
+    sys.stdout = sys.stderr  # stdout is the program's
+    if "--no-supervise" not in rest and not switch(environment.get("HERMES_GATEWAY_NO_SUPERVISE", "")):
         manager = S6ServiceManager(environment=environment)
         profile = named_profile(manager, option)
-        if profile not in manager.list_profile_gateways():
-            return 1
-        if was_stopped(manager, profile):
-            say("info", f"{profile} was stopped and stays so; start it with `hermes -p {profile} gateway start`")
-            return 0
-        return 1 if wrapper.s6_is_pid_1() else control("start", profile, False, environment)
+        if profile in manager.list_profile_gateways():
+            stopped = was_stopped(manager, profile)
+            if stopped:
+                say("info", f"{profile} was stopped and stays so; start it with `hermes -p {profile} gateway start`")
+            if stopped or (not s6_is_pid_1() and control("start", profile, False, environment) == 0):
+                return execute(["/bin/sleep", "infinity"], environment)
+    return execute([HERMES, *words], environment)
 
-    return in_child(hold) == 0
 
-
-# What operators see: status
+# Status
+# --------------------------------------------------------------------------------------------------------------------
 
 
 class Row:
     """What `status` says of one gateway; the fields are its columns."""
 
-    __slots__ = ("name", "state", "since", "pid", "restarts", "wanted", "last_exit", "autostart", "why", "port", "last_line")
+    __slots__ = ("name", "state", "since", "pid", "restarts", "wanted", "last_exit", "autostart", "why", "last_line")
 
     def as_dict(self) -> dict[str, object]:
         """Return the row for JSON; times are seconds since 1970."""
@@ -2866,37 +3250,40 @@ class Row:
 
 
 START_SECONDS = 3  # a gateway up for less is still starting, unless it has said more
-API_SERVER_PORT = 8642  # hermes-agent's default
 
 
 def rows_of(boot: Boot) -> list[Row]:
     """Return a row for every profile of the volume and for every slot, default first."""
     manager = S6ServiceManager(boot.scandir, boot.home, environment=boot.environment)
-    multiplex = truthy(boot.setting("GATEWAY_MULTIPLEX_PROFILES"))
     with open_home(boot) as home:
-        names = {"default", *manager.list_profile_gateways(), *(p.name for p in survey(boot, home, None) if p.action != "skipped")}
-        return [row_of(boot, home, name, multiplex) for name in sorted(names, key=lambda name: (name != "default", name))]
+        names = {
+            "default",
+            *manager.list_profile_gateways(),
+            *(p.name for p in list_profiles(boot, home, None) if p.action != "skipped"),
+        }
+        return [row_of(boot, home, name) for name in sorted(names, key=lambda name: (name != "default", name))]
 
 
-def row_of(boot: Boot, home: Folder, name: str, multiplex: bool) -> Row:
+def row_of(boot: Boot, home: Folder, name: str) -> Row:
     """Return what there is to say of one gateway."""
     row, slot = Row(), f"{boot.scandir}/{SLOT_PREFIX}{name}"
     status, tally = slot_status(slot), deaths(slot)
-    row.name, row.port, row.autostart, row.why = name, None, False, "no such profile"
+    row.name, row.autostart, row.why = name, False, "no such profile"
     state: dict[str, object] = {}
     try:
         with profile_folder(home, name) as folder:
-            state, fault_text = read_state(folder)
-            row.autostart, row.why = autostart(name, state, fault_text, multiplex)
-            row.port = port_of(boot, folder, name)
+            state, fault = read_state(folder)
+            row.autostart, row.why = autostart(boot, name, state, fault)
     except OSError:
         pass  # a slot whose profile is gone
-    times = [time_of_death for time_of_death, _ in tally]
+    times = death_times(slot)
     row.state = state_of(status, state, times, os.path.isdir(slot))
     row.since = round(status.since, 3) if status else None
     row.pid = status.pid if status and status.up else None
     recent = sum(1 for moment in times if time.time() - moment <= RESTART_WINDOW)
-    row.restarts = recent - 1 if recent and status and not status.wanted else recent  # after the last death no start followed
+    row.restarts = (
+        recent - 1 if recent and status and not status.wanted else recent
+    )  # after the last death no start followed
     row.wanted = status.wanted if status else None
     row.last_exit = ending(tally[-1][1]) if tally else None
     row.last_line = (last_lines(home, name, 1) or [""])[0]
@@ -2922,12 +3309,12 @@ def state_of(status: SlotStatus | None, state: dict[str, object], times: list[fl
     return "parked" if parked else "down"
 
 
-def autostart(name: str, state: dict[str, object], fault_text: str, multiplex: bool) -> tuple[bool, str]:
+def autostart(boot: Boot, name: str, state: dict[str, object], fault: Fault | None) -> tuple[bool, str]:
     """Return whether a gateway starts at the next boot, and why."""
-    intent, why = (None, fault_text) if fault_text else intent_of(state)
-    if why:
-        return False, why
-    if intent == "running" and multiplex and name != "default":
+    intent, fault = (None, fault) if fault else intent_of(state)
+    if fault:
+        return False, fault.text
+    if intent == "running" and is_multiplexed(boot.environment, name):
         return False, "GATEWAY_MULTIPLEX_PROFILES leaves it to the default gateway"
     return intent == "running", "never started" if intent is None else shown(intent)
 
@@ -2948,62 +3335,7 @@ def ending(wait_status: int) -> str:
         return f"signal {-code}"
 
 
-def port_of(boot: Boot, folder: Folder, name: str) -> int | None:
-    """Return the port of a profile's API server, None when it has none: hermes-agent's rule, from .env, config.yaml and, for the
-    default gateway, the container's variables."""
-    values = {key: value for key, value in boot.environment.items() if key.startswith("API_SERVER_")} if name == "default" else {}
-    values |= dotenv(text_of(folder, ".env"))
-    config = text_of(folder, "config.yaml")
-    configured = yaml_value(config, "platforms", "api_server", "extra", "port")
-    by_environment = truthy(values.get("API_SERVER_ENABLED", "")) or values.get("API_SERVER_KEY", "") != ""
-    if not by_environment and not truthy(yaml_value(config, "platforms", "api_server", "enabled")):
-        return None
-    ports = (values.get("API_SERVER_PORT", ""), configured) if by_environment else (configured, values.get("API_SERVER_PORT", ""))
-    return next((number for port in ports if (number := number_in(port, 1, 65535))), API_SERVER_PORT)
-
-
-def text_of(folder: Folder, name: str) -> str:
-    """Return a configuration file's text, "" when it cannot be had."""
-    try:
-        return folder.read(name, 1 << 20).decode(errors="replace")
-    except OSError:
-        return ""
-
-
-def dotenv(text: str) -> dict[str, str]:
-    """Return the API_SERVER_ variables of a .env file; nothing else of it is kept, since it is full of secrets."""
-    result = {}
-    for line in text.splitlines():
-        name, equals, value = line.strip().removeprefix("export ").partition("=")
-        if equals and name.strip().startswith("API_SERVER_"):
-            result[name.strip()] = value.strip().strip("'\"")
-    return result
-
-
-def yaml_value(text: str, *path: str) -> str:
-    """Return the scalar under nested keys of a YAML file in block style, "" when there is none. For two known keys, no more: the
-    standard library has no YAML, and what is not found here only leaves a column empty."""
-    parents: list[int] = []  # indents of the keys matched so far
-    children = 0  # indent of the keys below the last of them, -1 until the first is seen
-    for line in text.splitlines():
-        word = line.strip()
-        if not word or word.startswith("#"):
-            continue
-        indent = len(line) - len(line.lstrip(" "))
-        while parents and indent <= parents[-1]:
-            children = parents.pop()
-        children = indent if children < 0 else children
-        key, _, value = word.partition(":")
-        if indent != children or key.strip("'\"") != path[len(parents)]:
-            continue
-        if len(parents) == len(path) - 1:
-            return value.partition(" #")[0].strip().strip("'\"")
-        parents.append(indent)
-        children = -1
-    return ""
-
-
-COLUMNS = ("PROFILE", "STATE", "SINCE", "PID", "RESTARTS/MIN", "WANTED", "LAST EXIT", "NEXT BOOT", "PORT", "LAST LOG LINE")
+COLUMNS = ("PROFILE", "STATE", "SINCE", "PID", "RESTARTS/MIN", "WANTED", "LAST EXIT", "NEXT BOOT", "LAST LOG LINE")
 COLOURS = {"up": 32, "starting": 33, "stopping": 33, "crash loop": 31, "parked": 31, "no slot": 31, "no supervisor": 31}
 
 
@@ -3017,8 +3349,7 @@ def cells(row: Row) -> tuple[str, ...]:
         str(row.restarts),
         {True: "up", False: "down", None: "-"}[row.wanted],
         row.last_exit or "-",
-        f"{'starts' if row.autostart else 'stays down'} ({row.why.partition(';')[0]})",
-        str(row.port or "-"),
+        f"{'starts' if row.autostart else 'stays down'} ({row.why})",
         row.last_line,
     )
 
@@ -3047,7 +3378,9 @@ def table(rows: list[Row]) -> str:
         colour = COLOURS.get(line[1]) if terminal and not os.environ.get("NO_COLOR") else None
         start = widths[0] + 2
         result.append(
-            f"{text[:start]}\033[{colour}m{text[start : start + len(line[1])]}\033[0m{text[start + len(line[1]) :]}" if colour else text
+            f"{text[:start]}\033[{colour}m{text[start : start + len(line[1])]}\033[0m{text[start + len(line[1]) :]}"
+            if colour
+            else text
         )
     return "\n".join(result)
 
@@ -3058,8 +3391,10 @@ def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | N
     while True:
         rows = [row for row in rows_of(boot) if profile in (None, row.name)]
         if not rows:
-            return report_failures({"": NotRegistered(f"no such profile: {shown(profile or '')}; `hermes-boot status` lists them")})
-        if not as_json and (why := no_gateways(boot, container_command())):
+            return report_failures(
+                {"": NotRegistered(f"no such profile: {shown(profile or '')}; `hermes-boot status` lists them")}
+            )
+        if not as_json and (why := no_gateways(boot, container_words())):
             warn(f"this container has no gateways, since {why}")
         elif not as_json and not supervisor_answers(boot.scandir):
             warn(f"no supervisor answers on {boot.scandir}; `hermes-boot doctor` says why")
@@ -3070,14 +3405,17 @@ def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | N
         time.sleep(watch)
 
 
-# What operators see: health
+# Health
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def health(environment: dict[str, str], live: bool) -> int:
-    """Return 0 when the supervisor answers and every gateway that should be up is, or is about to be; else 1, after one line why.
+    """Return 0 when the supervisor answers and every gateway that should be up is, or is about to be; else 1, after one
+    line why.
 
-    For HEALTHCHECK and probes, so it takes no more than it must: no JSON unless a gateway is down, no command line parser. With live,
-    the supervisor alone counts: whoever restarts the container upon it would take good gateways down for a bad one.
+    For HEALTHCHECK and probes, so it takes no more than it must: no JSON unless a gateway is down, no command line
+    parser. With live, the supervisor alone counts: whoever restarts the container upon it would take good gateways down
+    for a bad one.
     """
     become_hermes()
     boot = Boot(environment)
@@ -3088,14 +3426,20 @@ def health(environment: dict[str, str], live: bool) -> int:
         print("live: the supervisor answers")
         return 0
     manager = S6ServiceManager(boot.scandir, boot.home, environment=environment)
-    statuses = {profile: slot_status(f"{boot.scandir}/{SLOT_PREFIX}{profile}") for profile in manager.list_profile_gateways()}
-    ill = [f"{profile}: {why}" for profile, status in statuses.items() if (why := illness(manager, profile, status))]
+    statuses = {
+        profile: slot_status(f"{boot.scandir}/{SLOT_PREFIX}{profile}") for profile in manager.list_profile_gateways()
+    }
+    ill = [
+        f"{profile}: {why}"
+        for profile, status in statuses.items()
+        if (why := unhealthy_reason(manager, profile, status))
+    ]
     wanted = sum(1 for status in statuses.values() if status and status.wanted)
     print(f"unhealthy: {'; '.join(ill)}" if ill else f"healthy: {wanted} up, {len(statuses) - wanted} not wanted")
     return int(bool(ill))
 
 
-def illness(manager: S6ServiceManager, profile: str, status: SlotStatus | None) -> str:
+def unhealthy_reason(manager: S6ServiceManager, profile: str, status: SlotStatus | None) -> str:
     """Return why a gateway that should be up is not, "" when it is, or need not be, or has just been told to start."""
     if status is None:
         return "no supervisor"
@@ -3108,8 +3452,8 @@ def illness(manager: S6ServiceManager, profile: str, status: SlotStatus | None) 
     return f"down for {duration(down)}" if not status.up and down > START_GRACE else ""
 
 
-# What operators see: logs
-
+# Logs
+# --------------------------------------------------------------------------------------------------------------------
 
 LINE_LIMIT = 64 << 10  # bytes; s6-log's own lines have 8 KiB
 MOST_ARCHIVES = 100  # files; s6-log keeps ten
@@ -3130,8 +3474,8 @@ def open_log(logs: Folder, name: str):
 def unread_logs(logs: Folder, last: int) -> list:
     """Open the log files from the one with the inode last on (0: from the oldest), oldest first.
 
-    current is opened before the archives are listed: when s6-log rotates in between, it is found among them, and what is newer
-    comes with the next call. So nothing is read twice or missed.
+    current is opened before the archives are listed: when s6-log rotates in between, it is found among them, and what
+    is newer comes with the next call. So nothing is read twice or missed.
     """
     current = open_log(logs, "current")
     archived = [name for name in sorted(os.listdir(logs.fd)) if name.startswith("@")][-MOST_ARCHIVES:]
@@ -3146,7 +3490,8 @@ def unread_logs(logs: Folder, last: int) -> list:
 
 
 def log_lines(logs: Folder, *, follow: bool):
-    """Yield a log's lines as bytes, archives and current in order; with follow, go on for ever, over rotations, with None in pauses."""
+    """Yield a log's lines as bytes, archives and current in order; with follow, go on for ever, over rotations, with
+    None in pauses."""
     last = None
     while True:
         inode = os.fstat(last.fileno()).st_ino if last else 0
@@ -3175,7 +3520,8 @@ def whole_lines(file):
 
 
 def last_lines(home: Folder, profile: str, count: int) -> list[str]:
-    """Return the last lines of a gateway's current log that say something, without timestamps, fit for one line of a terminal each."""
+    """Return the last lines of a gateway's current log that say something, without timestamps, fit for one line of a
+    terminal each."""
     try:
         with home.folder(f"logs/gateways/{profile}") as logs:
             file = open_log(logs, "current")
@@ -3186,7 +3532,10 @@ def last_lines(home: Folder, profile: str, count: int) -> list[str]:
     with file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
         lines = file.read(4096).decode(errors="replace").splitlines()
-    texts = ["".join(letter if letter.isprintable() else " " for letter in line.partition("  ")[2]).strip()[:200] for line in lines]
+    texts = [
+        "".join(letter if letter.isprintable() else " " for letter in line.partition("  ")[2]).strip()[:200]
+        for line in lines
+    ]
     return [text for text in texts if text][-count:]
 
 
@@ -3227,7 +3576,9 @@ def show_logs(boot: Boot, profile: str | None, count: int | None, since: str | N
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise
-        return report_failures({"": CommandFailed(f"logs/gateways/{name} {fault(error)}; `hermes-boot doctor` looks further")})
+        return report_failures(
+            {"": CommandFailed(f"logs/gateways/{name} {described(error)}; `hermes-boot doctor` looks further")}
+        )
     return 0
 
 
@@ -3237,78 +3588,93 @@ def write_lines(lines) -> None:
     sys.stdout.buffer.flush()
 
 
-# What operators see: doctor
-
+# Doctor
+# --------------------------------------------------------------------------------------------------------------------
 
 SLOW_WRITE = 0.5  # seconds for a small file, synced
 
 
 class Check:
-    """One line of `doctor`: pass, warn or fail, what was looked at, what was found, and the command that mends it."""
+    """One line of `doctor`: pass, warn or fail, what was looked at, what was found, and the command that fixes it."""
 
-    __slots__ = ("level", "what", "found", "mend", "fix")
+    __slots__ = ("level", "what", "found", "fix", "repair")
 
-    def __init__(self, level: str, what: str, found: str, mend: str = "", fix=None) -> None:
-        """fix is what --fix calls, where mending is safe; it returns what it did, in words."""
-        self.level, self.what, self.found, self.mend, self.fix = level, what, found, mend, fix
+    def __init__(self, level: str, what: str, found: str, fix: str = "", repair=None) -> None:
+        """repair is what --fix calls, where fixing is safe; it returns what it did, in words."""
+        self.level, self.what, self.found, self.fix, self.repair = level, what, found, fix, repair
 
     def as_dict(self) -> dict[str, str]:
         """Return the check for JSON."""
-        return {"level": self.level, "check": self.what, "found": self.found, "mend": self.mend}
+        return {"level": self.level, "check": self.what, "found": self.found, "fix": self.fix}
 
 
 def doctor(boot: Boot, *, as_json: bool, fix: bool) -> int:
-    """Look at everything that goes wrong in such a container; return 1 when a check fails. With fix, mend what is safe to mend first.
+    """Look at everything that goes wrong in such a container; return 1 when a check fails. With fix, fix what is safe
+    to fix first.
 
-    Only owners need root, to be seen and to be mended, so they come first; all else is done as hermes.
+    Only owners need root, to be seen and to be fixed, so they come first; all else is done as hermes.
     """
     if fix and os.geteuid() == 0:
         fix_owners(boot)
     owners = owner_checks(boot)
     become_hermes()
     checks = all_checks(boot)
-    fixes = [check for check in checks if fix and check.fix]
-    for check in fixes:
+    repairs = [check for check in checks if fix and check.repair]
+    for check in repairs:
         try:
-            say("fixed", f"{check.what}: {check.fix()}")
+            say("fixed", f"{check.what}: {check.repair()}")
         except OSError as error:
             say("error", f"{check.what}: could not be fixed: {reason(error)}")
-    checks = [*supervisor_checks(boot), *owners, *(all_checks(boot) if fixes else checks)]
+    checks = [*supervisor_checks(boot), *owners, *(all_checks(boot) if repairs else checks)]
     if as_json:
         print(to_json([check.as_dict() for check in checks]))
     for check in [] if as_json else checks:
-        print(f"{check.level:4}  {check.what}: {check.found}{f'; {check.mend}' if check.mend else ''}")
+        print(f"{check.level:4}  {check.what}: {Fault(check.found, check.fix)}")
     return int(any(check.level == "fail" for check in checks))
 
 
 def all_checks(boot: Boot) -> list[Check]:
     """Return the checks that need no root."""
-    checks = [*volume_checks(boot), *version_checks(boot), *path_checks()]
+    checks = [*volume_checks(boot), *version_checks(boot), *path_checks(), *group_checks(boot)]
     try:
         with Folder(boot.home, follow=True) as home:
             rows = rows_of(boot)
-            checks += [*profile_checks(boot, home), *secret_checks(home, rows), *port_checks(rows)]
+            checks += [*profile_checks(boot, home), *secret_checks(home, rows)]
             if not supervisor_answers(boot.scandir):
                 return checks  # the supervisor's own check says it all
             checks += dashboard_checks(boot)
-            if why := no_gateways(boot, container_command()):
+            if why := no_gateways(boot, container_words()):
                 return [*checks, Check("pass", "gateways", f"none here, since {why}")]
             full = sum(row.state != "no slot" for row in rows) >= SLOT_LIMIT
             for row in rows:
                 checks += [gateway_check(boot, home, row, full), *logger_checks(boot, home, row.name)]
     except OSError as error:
-        checks.append(Check("fail", "volume", f"{shown(boot.home)} cannot be read: {reason(error)}", "mount it, or set HERMES_HOME right"))
+        checks.append(
+            Check(
+                "fail",
+                "volume",
+                f"{shown(boot.home)} cannot be read: {reason(error)}",
+                "mount it, or set HERMES_HOME right",
+            )
+        )
     return checks
+
+
+def group_checks(boot: Boot) -> list[Check]:
+    """Look for groups that the container was given and hermes is not in."""
+    missing = join_groups(boot, look=True)
+    found = f"{USER} is not in all of the groups {' '.join(map(str, missing))}"
+    return [Check("warn", "groups", found, "restart the container with a writable /etc")] if missing else []
 
 
 def supervisor_checks(boot: Boot) -> list[Check]:
     """Look for the supervisor."""
     if not supervisor_answers(boot.scandir):
-        mend = "start the container with the image's ENTRYPOINT, not with a platform's own in its place"
-        return [Check("fail", "supervisor", f"no s6-svscan answers on {boot.scandir}", mend)]
-    if wrapper.s6_is_pid_1():
+        fix = "start the container with the image's ENTRYPOINT, not with a platform's own in its place"
+        return [Check("fail", "supervisor", f"no s6-svscan answers on {boot.scandir}", fix)]
+    if s6_is_pid_1():
         return [Check("pass", "supervisor", "s6 is PID 1")]
-    if wrapper.noted_process(wrapper.SUPERVISOR_PROCESS) == 1:
+    if read_pid_file(SUPERVISOR_PROCESS) == 1:
         return [Check("pass", "supervisor", "s6-svscan runs below our own PID 1")]
     try:
         with open("/proc/1/comm") as file:
@@ -3316,19 +3682,24 @@ def supervisor_checks(boot: Boot) -> list[Check]:
     except OSError:
         first = "something else"
     found = f"s6-svscan answers on {boot.scandir}, below another PID 1 ({shown(first)}), which works too"
-    return [Check("warn", "supervisor", found, "drop `--init` (compose: `init: true`) where you can, so that s6 is PID 1")]
+    return [
+        Check("warn", "supervisor", found, "drop `--init` (compose: `init: true`) where you can, so that s6 is PID 1")
+    ]
 
 
 def fix_owners(boot: Boot) -> None:
     """As root: hand over what the boot hands over. What keeps it from that, the checks say."""
-    if not no_gateways(boot, container_command()):
+    if not no_gateways(boot, container_words()):
         own_services(boot)
     try:
         sweep = sweep_volume(boot)
     except OSError:
         return
     if sweep.changed:
-        say("fixed", f"owners: gave {sweep.changed} entries to {boot.owner[0]}:{boot.owner[1]}, the first: {sweep.first}")
+        say(
+            "fixed",
+            f"owners: gave {sweep.changed} entries to {boot.owner[0]}:{boot.owner[1]}, the first: {sweep.first}",
+        )
 
 
 def owner_checks(boot: Boot) -> list[Check]:
@@ -3339,8 +3710,8 @@ def owner_checks(boot: Boot) -> list[Check]:
         return []  # the volume's own check says it
     checks = []
     if (uid, gid) != boot.owner:
-        mend = f"start with HERMES_UID={uid} HERMES_GID={gid}, or restart the container to give it to hermes"
-        checks.append(Check("warn", "owner", f"{shown(boot.home)} belongs to {uid}:{gid}, hermes is {ours}", mend))
+        fix = f"start with HERMES_UID={uid} HERMES_GID={gid}, or restart the container to give it to hermes"
+        checks.append(Check("warn", "owner", f"{shown(boot.home)} belongs to {uid}:{gid}, hermes is {ours}", fix))
     boot.dry_run = True
     try:
         sweep = sweep_volume(boot)
@@ -3349,15 +3720,16 @@ def owner_checks(boot: Boot) -> list[Check]:
     finally:
         boot.dry_run = False
     if names := foreign_entries(boot):
-        found, _, mend = foreign_text(boot.home, names, boot.owner).partition("; ")
-        checks.append(Check("warn", "owner", found, mend))
-    mend = "restart the container, or run `hermes-boot doctor --fix` as root"
+        fault = foreign_fault(boot.home, names, boot.owner)
+        checks.append(Check("warn", "owner", fault.text, fault.fix))
+    fix = "restart the container, or run `hermes-boot doctor --fix` as root"
     if sweep.changed:
-        checks.append(
-            Check("fail", "owners", f"{sweep.changed} of {sweep.checked} entries are not hermes's, the first: {sweep.first}", mend)
-        )
+        found = f"{sweep.changed} of {sweep.checked} entries are not hermes's, the first: {sweep.first}"
+        checks.append(Check("fail", "owners", found, fix))
     if sweep.failed:
-        checks.append(Check("fail", "owners", f"{sweep.failed} folders cannot be read, the first: {sweep.failure}", mend))
+        checks.append(
+            Check("fail", "owners", f"{sweep.failed} folders cannot be read, the first: {sweep.failure}", fix)
+        )
     return checks or [Check("pass", "owners", f"{sweep.checked} entries are {ours}'s")]
 
 
@@ -3365,7 +3737,11 @@ def foreign_entries(boot: Boot) -> list[str]:
     """Return the entries at the top of the volume that nobody manages and that are neither hermes's nor root's."""
     try:
         with os.scandir(boot.home) as listing:
-            return [entry.name for entry in listing if not is_managed(entry.name) and owner_in(entry) not in (0, boot.owner[0])]
+            return [
+                entry.name
+                for entry in listing
+                if not is_managed(entry.name) and owner_in(entry) not in (0, boot.owner[0])
+            ]
     except OSError:
         return []  # the volume's own check says it
 
@@ -3375,28 +3751,41 @@ def volume_checks(boot: Boot) -> list[Check]:
     try:
         free = os.statvfs(boot.home)
     except OSError as error:
-        return [Check("fail", "volume", f"{shown(boot.home)}: {reason(error)}", "mount a volume there, or set HERMES_HOME right")]
+        return [
+            Check(
+                "fail",
+                "volume",
+                f"{shown(boot.home)}: {reason(error)}",
+                "mount a volume there, or set HERMES_HOME right",
+            )
+        ]
     space, kind, checks = free.f_bavail * free.f_frsize, holding_mount(boot.home, mount_points())[1], []
     if space < 64 << 20:
         largest = f"du -xh {quoted(boot.home)} | sort -h | tail"
         checks.append(Check("warn", "volume", f"only {space >> 20} MiB are free", f"free some; the largest: {largest}"))
     if free.f_files and free.f_favail < 1000:
         most = f"du -x --inodes {quoted(boot.home)} | sort -n | tail"
-        checks.append(
-            Check("warn", "volume", f"only {free.f_favail} more files fit (inodes)", f"remove some; most are where this says: {most}")
-        )
+        fix = f"remove some; most are where this says: {most}"
+        checks.append(Check("warn", "volume", f"only {free.f_favail} more files fit (inodes)", fix))
     started = time.monotonic()
     try:
         with Folder(boot.home, follow=True) as home:
-            os.unlink(home.write_beside("hermes-write-test", b"hermes\n", 0o600), dir_fd=home.fd)
+            probe(home)
     except OSError as error:
-        mend = {errno.EROFS: "mount it writable", errno.ENOSPC: "free some space"}.get(error.errno, "`hermes-boot doctor --fix` as root")
-        return [*checks, Check("fail", "volume", f"{shown(boot.home)} ({kind}) cannot be written: {reason(error)}", mend)]
+        fix = {errno.EROFS: "mount it writable", errno.ENOSPC: "free some space"}.get(
+            error.errno, "`hermes-boot doctor --fix` as root"
+        )
+        return [
+            *checks,
+            Check("fail", "volume", f"{shown(boot.home)} ({kind}) cannot be written: {reason(error)}", fix),
+        ]
     took = time.monotonic() - started
     if took > SLOW_WRITE:
-        mend = "keep HERMES_HOME on a local volume; SQLite and logs suffer on a slow one"
-        checks.append(Check("warn", "volume", f"writing a file took {took * 1000:.0f} ms ({kind})", mend))
-    return checks or [Check("pass", "volume", f"{kind}, {space >> 20} MiB free, a file written in {took * 1000:.0f} ms")]
+        fix = "keep HERMES_HOME on a local volume; SQLite and logs suffer on a slow one"
+        checks.append(Check("warn", "volume", f"writing a file took {took * 1000:.0f} ms ({kind})", fix))
+    return checks or [
+        Check("pass", "volume", f"{kind}, {space >> 20} MiB free, a file written in {took * 1000:.0f} ms")
+    ]
 
 
 def version_checks(boot: Boot) -> list[Check]:
@@ -3405,23 +3794,30 @@ def version_checks(boot: Boot) -> list[Check]:
     if image and volume and version_key(image) < version_key(volume):
         found = f"hermes-agent {shown(volume)} has run on this volume, the image has {image}"
         return [Check("warn", "versions", found, f"use an image of {shown(volume)} or later")]
-    if image and volume != image and not truthy(boot.setting("HERMES_SKIP_CONFIG_MIGRATION")):
+    if image and volume != image and not switch(boot.setting("HERMES_SKIP_CONFIG_MIGRATION")):
         found = f"the configuration is of {shown(volume) if volume else 'an unknown version'}, the image has {image}"
-        return [Check("warn", "versions", found, "restart the container, which migrates it; its log says what hinders that")]
+        return [
+            Check("warn", "versions", found, "restart the container, which migrates it; its log says what hinders that")
+        ]
     return [
-        Check("pass", "versions", f"hermes-agent {image or 'missing'} in the image, {shown(volume) if volume else 'none'} on the volume")
+        Check(
+            "pass",
+            "versions",
+            f"hermes-agent {image or 'missing'} in the image, {shown(volume) if volume else 'none'} on the volume",
+        )
     ]
 
 
 def path_checks() -> list[Check]:
     """Look for the s6 programs, ours and people's, and for folders on PATH that endanger root."""
-    if why := exposed_path(Boot(wrapper.container_environment())):
-        found, _, mend = why.rpartition("; ")
-        return [Check("warn", "PATH", found, f"{mend}, with -e PATH=")]
-    program = wrapper.s6_program("s6-svc")
+    if fault := exposed_path(Boot(container_environment())):
+        return [Check("warn", "PATH", fault.text, fault.fix)]
+    program = s6_program("s6-svc")
     folder = os.path.dirname(program)
     if not os.access(program, os.X_OK):
-        return [Check("fail", "s6 programs", "s6-svc is neither in /command nor on PATH", "use the image as it was built")]
+        return [
+            Check("fail", "s6 programs", "s6-svc is neither in /command nor on PATH", "use the image as it was built")
+        ]
     if folder not in os.environ.get("PATH", "").split(":"):
         return [Check("warn", "s6 programs", f"{folder} is not on PATH", f"export PATH=$PATH:{folder}")]
     return [Check("pass", "s6 programs", f"in {folder}")]
@@ -3429,19 +3825,19 @@ def path_checks() -> list[Check]:
 
 def profile_checks(boot: Boot, home: Folder) -> list[Check]:
     """Look for folders of profiles/ that are no profiles."""
-    skipped = [profile for profile in survey(boot, home, None) if profile.action == "skipped"]
-    return [Check("warn", f"profiles/{shown(profile.name)}", *skipped_mend(boot, profile)) for profile in skipped]
+    skipped = [profile for profile in list_profiles(boot, home, None) if profile.action == "skipped"]
+    return [Check("warn", f"profiles/{shown(profile.name)}", *skipped_fix(boot, profile)) for profile in skipped]
 
 
-def skipped_mend(boot: Boot, profile: Profile) -> tuple[str, str]:
-    """Return why a folder is no profile, and the command that mends it."""
-    why, _, mend = profile.why.partition("; ")
+def skipped_fix(boot: Boot, profile: Profile) -> tuple[str, str]:
+    """Return why a folder is no profile, and the command that fixes it."""
+    fault = profile.fault or Fault("")
     path = shell_word(f"{boot.home}/profiles/{profile.name}")
-    if mend == "rename the folder":
-        return why, f"mv {path} {shell_word(f'{boot.home}/profiles/NEW-NAME')}"
-    if "no SOUL.md" in why:
-        return why, f"touch {path}/SOUL.md to make it one, else rm -r {path}"
-    return why, mend
+    if fault.fix == "rename the folder":
+        return fault.text, f"mv {path} {shell_word(f'{boot.home}/profiles/NEW-NAME')}"
+    if "no SOUL.md" in fault.text:
+        return fault.text, f"touch {path}/SOUL.md to make it one, else rm -r {path}"
+    return fault.text, fault.fix
 
 
 def secret_checks(home: Folder, rows: list[Row]) -> list[Check]:
@@ -3461,7 +3857,9 @@ def secret_checks(home: Folder, rows: list[Row]) -> list[Check]:
 
 def secret_check(home: Folder, profile: str, name: str) -> Check:
     """Return the check for one readable secret."""
-    path = os.path.normpath(f"{os.readlink(f'/proc/self/fd/{home.fd}')}/{'' if profile == 'default' else f'profiles/{profile}'}/{name}")
+    path = os.path.normpath(
+        f"{os.readlink(f'/proc/self/fd/{home.fd}')}/{'' if profile == 'default' else f'profiles/{profile}'}/{name}"
+    )
 
     def fix() -> str:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -3472,49 +3870,43 @@ def secret_check(home: Folder, profile: str, name: str) -> Check:
     return Check("warn", profile, f"{name} can be read by everyone", f"chmod 600 {quoted(path)}", fix)
 
 
-def port_checks(rows: list[Row]) -> list[Check]:
-    """Look for gateways that want the same port."""
-    ports: dict[int, list[str]] = {}
-    for row in rows:
-        if row.port and (row.wanted or row.autostart):
-            ports.setdefault(row.port, []).append(row.name)
-    return [
-        Check(
-            "fail", "ports", f"{' and '.join(names)} have the same port {port}", f"set another API_SERVER_PORT in profiles/{names[-1]}/.env"
-        )
-        for port, names in ports.items()
-        if len(names) > 1
-    ]
-
-
 CAUSES = (  # words of a log in small letters, what they mean, and what to do
     (("address already in use",), "its port is taken", "set another API_SERVER_PORT in its .env"),
     (("no space left",), "the volume is full", "free some space"),
     (("permission denied", "read-only file system"), "it may not use its files", "`hermes-boot doctor --fix` as root"),
-    (("api key", "api_key", "unauthorized", "credential", "no model", "provider"), "no model or authentication", "`hermes -p {} setup`"),
+    (
+        ("api key", "api_key", "unauthorized", "credential", "no model", "provider"),
+        "no model or authentication",
+        "`hermes -p {} setup`",
+    ),
 )
 
 
 def gateway_check(boot: Boot, home: Folder, row: Row, full: bool) -> Check:
-    """Return what a gateway's state means, and the way out of it; full says that there are as many slots as there can be."""
+    """Return what a gateway's state means, and the way out of it; full says that there are as many slots as there
+    can be."""
     name, start = row.name, f"`hermes -p {row.name} gateway start`"
     if row.why == "no such profile":
         return Check("warn", name, "has a slot, but its profile is gone", f"`hermes-boot gateway unregister -p {name}`")
     if row.state == "no slot" and full:
-        return Check("warn", name, f"has no slot, since {FULL}", "use another container for it")
+        return Check("warn", name, f"has no slot, since {FULL.text}", FULL.fix)
     if row.state in ("no slot", "no supervisor"):
         found = "it has no slot" if row.state == "no slot" else "s6-supervise is not running for it"
         return Check("fail", name, found, "hermes-boot doctor --fix", lambda: repair_slot(boot, name))
     if row.state in ("crash loop", "parked"):
         lines = last_lines(home, name, 20)
-        cause, mend = likely_cause(row, lines)
-        state = f"crash loop, {row.restarts} restarts in the last minute, last" if row.state == "crash loop" else "parked for good"
+        cause, fix = likely_cause(row, lines)
+        state = (
+            f"crash loop, {row.restarts} restarts in the last minute, last"
+            if row.state == "crash loop"
+            else "parked for good"
+        )
         said = "".join(f"\n      | {line}" for line in lines[-3:])
-        return Check("fail", name, f"{state} after {row.last_exit}; {cause}", f"{mend}, then {start}{said}")
+        return Check("fail", name, f"{state} after {row.last_exit}; {cause}", f"{fix}, then {start}{said}")
     if row.state == "down" and row.autostart:
         return Check("warn", name, "is down, though it should run", start)
     if row.state == "down":
-        return Check("pass", name, f"down, as it was left ({row.why.partition(';')[0]}); to have it up: {start}")
+        return Check("pass", name, f"down, as it was left ({row.why}); to have it up: {start}")
     return Check("pass", name, f"{row.state} for {duration(time.time() - (row.since or time.time()))}")
 
 
@@ -3523,9 +3915,9 @@ def likely_cause(row: Row, lines: list[str]) -> tuple[str, str]:
     if row.last_exit == "SIGKILL":
         return "most likely for want of memory", "raise the container's memory limit"
     text = "\n".join(lines).lower()
-    for words, cause, mend in CAUSES:
+    for words, cause, fix in CAUSES:
         if any(word in text for word in words):
-            return f"most likely {cause}", mend.format(row.name)
+            return f"most likely {cause}", fix.format(row.name)
     if row.last_exit == f"code {EX_CONFIG}":
         return "its configuration is wrong", f"`hermes -p {row.name} setup`"
     return "its log says why", f"`hermes-boot logs -p {row.name} -n 50`"
@@ -3533,14 +3925,14 @@ def likely_cause(row: Row, lines: list[str]) -> tuple[str, str]:
 
 def dashboard_checks(boot: Boot) -> list[Check]:
     """Look whether the dashboard runs, where it should."""
-    if not truthy(setting(wrapper.container_environment(), "HERMES_DASHBOARD")):
+    if not switch(container_environment().get("HERMES_DASHBOARD", "")):
         return []
     slot = f"{boot.scandir}/dashboard"
     status = slot_status(slot)
     if status and status.up and not is_looping(status, death_times(slot)):
         return [Check("pass", "dashboard", f"up for {duration(time.time() - status.since)}")]
-    mend = "`docker logs` says why (outside of the container it needs a login); then `s6-svc -u /run/service/dashboard`"
-    return [Check("fail", "dashboard", "does not run", mend)]
+    fix = "`docker logs` says why (outside of the container it needs a login); then `s6-svc -u /run/service/dashboard`"
+    return [Check("fail", "dashboard", "does not run", fix)]
 
 
 def repair_slot(boot: Boot, name: str) -> str:
@@ -3553,16 +3945,16 @@ def repair_slot(boot: Boot, name: str) -> str:
     with open_home(boot) as home, Folder(boot.scandir, follow=True) as scandir, profile_folder(home, name) as folder:
         if scandir.stat(slot):
             os.rename(slot, old, src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
-        profile = judge(folder, name, None, multiplex=name != "default" and truthy(boot.setting("GATEWAY_MULTIPLEX_PROFILES")))
+        profile = decide(boot, folder, name, None)
         timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
         register(home, folder, scandir, profile, timeout)
-        rescan(boot.scandir, "-an")
+        rescan(boot.scandir, b"an")
         try:
             scandir.remove(old)
         except OSError:
             pass  # some of it is root's; s6-svscan does not look at its name
     if profile.action == "skipped":
-        raise OSError(errno.EIO, profile.why)
+        raise OSError(errno.EIO, str(profile.fault))
     until(lambda: is_supervised(f"{boot.scandir}/{slot}"), 5)
     return f"published its slot ({profile.action})"
 
@@ -3575,13 +3967,20 @@ def logger_checks(boot: Boot, home: Folder, name: str) -> list[Check]:
         return []
     folder = f"logs/gateways/{name}"
     if log_is_locked(home, folder):
-        mend = "give each container a volume of its own, or all but one HERMES_RECONCILE=0"
-        return [Check("fail", name, f"{folder} is locked by another container", mend)]
-    return [Check("fail", name, "its logger dies again and again", f"make {folder} on the volume a plain folder that hermes can write")]
+        fix = "give each container a volume of its own, or all but one HERMES_RECONCILE=0"
+        return [Check("fail", name, f"{folder} is locked by another container", fix)]
+    return [
+        Check(
+            "fail",
+            name,
+            "its logger dies again and again",
+            f"make {folder} on the volume a plain folder that hermes can write",
+        )
+    ]
 
 
 def log_is_locked(home: Folder, folder: str) -> bool:
-    """Say whether a process holds s6-log's lock, without taking it."""
+    """Return whether a process holds s6-log's lock, without taking it."""
     import fcntl
     import struct
 
@@ -3599,44 +3998,61 @@ def log_is_locked(home: Folder, folder: str) -> bool:
 
 
 # Command line
-
+# --------------------------------------------------------------------------------------------------------------------
 
 ROLES = {
     "10-hermes-shutdown": "shutdown",
     "01-hermes-setup": "setup",
     "stage2-hook.sh": "setup",
     "02-reconcile-profiles": "reconcile",
-    "entrypoint.sh": "entrypoint",
+    "entrypoint.sh": "setup",
 }
 EXIT_CODES = "exit codes: 0 done, 1 failed, 2 wrong usage, 3 not running (gateway status), 4 no such gateway"
 
 
 def main(argv: list[str]) -> int:
-    """Run the phase that our name or the first argument asks for; return the exit code: 0 done, 1 failed, 2 wrong usage."""
+    """Run what our name or the first argument asks for; return the exit code: 0 done, 1 failed, 2 wrong usage."""
     sys.argv = argv
     os.umask(0o022)
     name, words = os.path.basename(argv[0]), argv[1:]
-    role = ROLES.get(name, "")
-    if role == "entrypoint":
+    if name in ROLES:
+        words = [ROLES[name]]
+    if name == "entrypoint.sh":
         warn("docker/entrypoint.sh is deprecated; use the image's ENTRYPOINT, /init")
-        role = "setup"
     if name == "hermes-boot":
         words = words or ["--help"]  # whoever types that wants to look, not to boot
-    if role or words in ([], ["setup"], ["reconcile"], ["shutdown"]):  # the boot's own calls pay for no parser
-        return guarded(run_phases, role or "".join(words), False)
+    return guarded(dispatch, words)
+
+
+def dispatch(words: list[str]) -> int:
+    """Run a command. What the image itself calls pays for no parser; people's commands get one."""
+    command, rest = words[0] if words else "", words[1:]
+    if words in ([], ["setup"], ["reconcile"], ["shutdown"]):
+        return run_phases(command, dry_run=False)
     if words in (["health"], ["health", "--live"]):
-        return guarded(health, exec_environment(), "--live" in words)
-    return guarded(run_command, parse(words))
+        return health(exec_environment(), bool(rest))
+    if command == "finish" and len(rest) >= 2:
+        return finish(rest[0], rest[1])
+    if command == "init" and rest:
+        return fallback_init(rest[0], rest[1:])
+    if command == "container-command":
+        return gateway_run(rest, process_environment())
+    if command == "dashboard" and not rest:
+        return dashboard(process_environment())
+    if command == "gateway" and rest[:1] and rest[0] in DONE and (rest[1:] in ([], ["--all"]) or rest[1:-1] == ["-p"]):
+        return control(rest[0], rest[2] if rest[2:] else None, rest[1:] == ["--all"], exec_environment())
+    return run_command(parse(words))
 
 
 def exec_environment() -> dict[str, str]:
-    """Return the environment of `docker exec`: the process's own, and where a login shell has scrubbed that, the container's."""
-    return wrapper.container_environment() | wrapper.process_environment()
+    """Return the environment of `docker exec`: the process's own, and where a login shell has scrubbed that, the
+    container's."""
+    return container_environment() | process_environment()
 
 
-def run_phases(role: str, dry_run: bool) -> int:
+def run_phases(role: str, *, dry_run: bool) -> int:
     """Run setup, reconcile or shutdown, or with an empty role setup and reconcile."""
-    boot = Boot(wrapper.container_environment(), dry_run=dry_run)
+    boot = Boot(container_environment(), dry_run=dry_run)
     if role == "shutdown":
         return shut_down(boot)
     code = setup_phase(boot) if role != "reconcile" else 0
@@ -3647,7 +4063,7 @@ def run_command(arguments) -> int:
     """Run an operator's command."""
     command = arguments.command or ""
     if command in ("", "setup", "reconcile", "shutdown"):
-        return run_phases(command, getattr(arguments, "dry_run", False))
+        return run_phases(command, dry_run=getattr(arguments, "dry_run", False))
     if command == "health":
         return health(exec_environment(), arguments.live)
     boot = Boot(exec_environment())
@@ -3672,13 +4088,17 @@ def parse(words: list[str]):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}, hermes-agent {image_version() or 'missing'}")
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {VERSION}, hermes-agent {image_version() or 'missing'}"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list what would change, change nothing")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     gateway = add_operators_commands(commands)
     for name, text in PHASES.items():
         phase = add_command(commands, name, text, f"{name} --dry-run")
-        phase.add_argument("--dry-run", action="store_true", default=argparse.SUPPRESS, help="list what would change, change nothing")
+        phase.add_argument(
+            "--dry-run", action="store_true", default=argparse.SUPPRESS, help="list what would change, change nothing"
+        )
     add_command(commands, "shutdown", "end every gateway and the container's command, as at the container's end")
     arguments = parser.parse_args(words)
     if arguments.dry_run and arguments.command not in (None, *PHASES):
@@ -3699,30 +4119,52 @@ def check_gateway_words(gateway, arguments) -> None:
 
 
 PHASES = {
-    "setup": "remap the hermes user, mend ownership on the volume, seed it, migrate its configuration",
+    "setup": "remap the hermes user, fix ownership on the volume, seed it, migrate its configuration",
     "reconcile": "give every profile on the volume a gateway slot",
 }
 
 
 def add_operators_commands(commands):
     """Add status, doctor, health, logs and gateway; return the last one's parser."""
-    status = add_command(commands, "status", "show every gateway in a table", "status", "status -p coder --json", "status --watch 5")
-    diagnosis = add_command(commands, "doctor", "look for everything that goes wrong in such a container", "doctor", "doctor --fix")
-    probe = add_command(commands, "health", "say whether every gateway that should be up is, for health checks", "health", "health --live")
-    probe.add_argument("--live", action="store_true", help="only whether the supervisor answers: for what restarts the container")
-    logs = add_command(commands, "logs", "print a gateway's log", "logs -p coder -f", "logs -p coder --since 10m", "logs -n 50")
+    status = add_command(
+        commands, "status", "show every gateway in a table", "status", "status -p coder --json", "status --watch 5"
+    )
+    diagnosis = add_command(
+        commands, "doctor", "look for everything that goes wrong in such a container", "doctor", "doctor --fix"
+    )
+    probe = add_command(
+        commands,
+        "health",
+        "tell whether every gateway that should be up is, for health checks",
+        "health",
+        "health --live",
+    )
+    probe.add_argument(
+        "--live", action="store_true", help="only whether the supervisor answers: for what restarts the container"
+    )
+    logs = add_command(
+        commands, "logs", "print a gateway's log", "logs -p coder -f", "logs -p coder --since 10m", "logs -n 50"
+    )
     examples = "gateway start -p coder", "gateway restart --all", "gateway list"
     gateway = add_command(commands, "gateway", "start, stop, publish or remove gateways", *examples)
     actions = [*DONE, "status", "list", "register", "unregister"]
-    gateway.add_argument("action", choices=actions, help="start, stop and restart wait, and are remembered; restart starts what is down")
-    gateway.add_argument("--all", action="store_true", help="every registered gateway, whatever its state; goes on past a failure")
+    gateway.add_argument(
+        "action", choices=actions, help="start, stop and restart wait, and are remembered; restart starts what is down"
+    )
+    gateway.add_argument(
+        "--all", action="store_true", help="every registered gateway, whatever its state; goes on past a failure"
+    )
     status.add_argument("-p", "--profile", metavar="NAME", help="this profile alone")
     for chosen in (logs, gateway):
-        chosen.add_argument("-p", "--profile", metavar="NAME", help="the profile; unless given, the active one (status: all)")
+        chosen.add_argument(
+            "-p", "--profile", metavar="NAME", help="the profile; unless given, the active one (status: all)"
+        )
     for reporting in (status, diagnosis, gateway):
         reporting.add_argument("--json", action="store_true", help="for programs")
-    status.add_argument("-w", "--watch", nargs="?", type=whole, const=2, metavar="SECONDS", help="again and again, every 2 seconds")
-    diagnosis.add_argument("--fix", action="store_true", help="mend what is safe to mend, saying each step")
+    status.add_argument(
+        "-w", "--watch", nargs="?", type=whole, const=2, metavar="SECONDS", help="again and again, every 2 seconds"
+    )
+    diagnosis.add_argument("--fix", action="store_true", help="fix what is safe to fix, saying each step")
     logs.add_argument("-f", "--follow", action="store_true", help="go on as the log grows")
     logs.add_argument("-n", "--lines", type=whole, metavar="N", help="the last N lines")
     logs.add_argument("--since", type=moment, metavar="TIME", help="30s, 10m, 2h, 1d ago, or a date")
@@ -3737,7 +4179,9 @@ def add_command(commands, name: str, text: str, *examples: str):
     epilog = (f"examples:\n{shown_examples}\n" if examples else "") + EXIT_CODES
     kind = argparse.RawDescriptionHelpFormatter
     description = f"{text[0].upper()}{text[1:]}."
-    return commands.add_parser(name, help=text, description=description, epilog=epilog, formatter_class=kind, allow_abbrev=False)
+    return commands.add_parser(
+        name, help=text, description=description, epilog=epilog, formatter_class=kind, allow_abbrev=False
+    )
 
 
 def whole(text: str) -> int:
@@ -3757,11 +4201,6 @@ def moment(text: str) -> str:
         return since_when(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def run() -> None:
-    """Be the script that the first line was given."""
-    raise SystemExit(main(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -1,38 +1,38 @@
-#!/usr/bin/python3 -IBScimport sys,os.path as p;sys.path[:0]=[p.realpath(sys.argv[1]+"/..")];import main_wrapper as m;m.run()
-"""The container's CMD, and under the name `hermes` the image's `hermes` command.
+#!/usr/bin/python3 -IBS
+"""The container's command, and under the name `hermes` the image's `hermes` command.
 
-Run as root by s6-overlay (CMD) or by whoever calls `docker exec` (hermes); ends as another program, run as the user hermes.
-It assumes only that /etc/passwd knows hermes and that s6-setuidgid exists. It guarantees that nothing of the program's is
-changed on the way: argv, environment and working directory arrive byte for byte; stdin, stdout, stderr, the TTY, signals and the
-exit code are the program's own, since this script execs and never waits.
+Run as root by s6-overlay (container command) or by whoever calls `docker exec` (hermes); ends as another program, run
+as the user hermes. It assumes only that /etc/passwd knows hermes and that s6-setuidgid exists. It guarantees that
+nothing of the program's is changed on the way: argv, environment and working directory arrive byte for byte, except for
+variables whose name is no identifier, which s6-overlay's shell has dropped; stdin, stdout, stderr, the TTY, signals and
+the exit code are the program's own, since this script execs and never waits.
 
-The first line imports this file in place of running it, so that Python finds its bytecode: 2 ms less at every `hermes`, and
-15 ms less at every call of hermes_boot.py. It is as short as it is because Linux before 5.1, as many a NAS has, and gVisor read no
-more than 127 bytes of it. `from __future__ import annotations` is left out, since here that import takes 0.4 ms of every `hermes`.
-hermes_boot.py takes the image's paths, environment, accounts and drop from this file.
+Where gateways or a fallback init are asked for, it execs hermes_boot.py, by its command line; neither script imports
+the other. What both need stands in both, as the same text. The image's names for this script are links to an entry stub
+of five lines, which imports it, so that Python finds its bytecode. `from __future__ import annotations` would cost 0.4
+ms of every `hermes`.
 """
 
 import os
 import sys
+
+# What both scripts need
 
 USER = "hermes"
 HOME = "/opt/data"  # of the user, and HERMES_HOME unless that is set
 VENV = "/opt/hermes/.venv"
 HERMES = f"{VENV}/bin/hermes"
 COMMAND_FOLDERS = ("/opt/hermes/bin", f"{VENV}/bin")
-COMMAND_PROCESS = "/run/hermes-command"  # pid and start time of the CMD, for its graceful end
-SUPERVISOR_PROCESS = "/run/hermes-supervisor"  # and of hermes_boot.py where it stands in for s6-overlay, which must be PID 1
-S6_INIT = "/init.s6-overlay"
+COMMAND_PROCESS = "/run/hermes-command"  # pid and start time of the container command, for its graceful shutdown
+SUPERVISOR_PROCESS = "/run/hermes-supervisor"  # and of the fallback init, hermes_boot.py where s6-overlay cannot start
 CONTAINER_ENVIRONMENT = "/run/s6/container_environment"
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 SIGPIPE, SIGXFSZ = 13, 25
 
 
-# Environment
-
-
 def content(path: str) -> bytes:
-    """Return a file's content, as open() would in three times the time: an environment is a file for each variable. Raises OSError."""
+    """Return a file's content, as open() would in three times the time: an environment is a file for each variable.
+    Raises OSError."""
     fd, parts = os.open(path, os.O_RDONLY), []
     try:
         while part := os.read(fd, 1 << 15):
@@ -54,8 +54,8 @@ def process_environment() -> dict[str, str]:
 def container_environment() -> dict[str, str]:
     """Return the environment that the container was given, for programs that s6-overlay starts with a scrubbed one.
 
-    One file per variable in /run/s6/container_environment, its content the value. With S6_KEEP_ENV=1 there is no such folder, and
-    the process's own environment is right as it is.
+    A file a variable: its value and one newline, which with-contenv takes off again. With S6_KEEP_ENV=1 there is no
+    such folder, and the process's own environment is right as it is.
     """
     environment = process_environment()
     try:
@@ -64,58 +64,38 @@ def container_environment() -> dict[str, str]:
         return environment
     for name in names:
         try:
-            environment[name] = os.fsdecode(content(f"{CONTAINER_ENVIRONMENT}/{name}"))
+            environment[name] = os.fsdecode(content(f"{CONTAINER_ENVIRONMENT}/{name}").removesuffix(b"\n"))
         except OSError:
             continue  # removed meanwhile, or not a file: not a variable
     return environment
 
 
-def setting(environment: dict[str, str], name: str) -> str:
-    """Return a variable that is addressed to us, "" when unset; the line end that `echo` leaves in s6's folder is not part of it."""
-    return environment.get(name, "").removesuffix("\n")
-
-
-def truthy(value: str) -> bool:
-    """Say whether a switch is on: 1, true, yes or on, in any case."""
-    return value.strip().lower() in ("1", "true", "yes", "on")
+def switch(value: str) -> bool | None:
+    """Return whether a switch is on (1, true, yes, on, in any case), None when it is neither that nor off (0, false,
+    no, off)."""
+    word = value.strip().lower()
+    return True if word in ("1", "true", "yes", "on") else False if word in ("0", "false", "no", "off") else None
 
 
 def root_home(environment: dict[str, str]) -> str:
-    """Return the root profile's HERMES_HOME: of <root>/profiles/<name>, as `hermes` sets it for a profile, that is <root>."""
-    home = setting(environment, "HERMES_HOME") or HOME
+    """Return the root profile's HERMES_HOME: of <root>/profiles/<name>, as `hermes` sets it for a profile, that is
+    <root>."""
+    home = environment.get("HERMES_HOME") or HOME
     parent = os.path.dirname(home.rstrip("/"))
     return os.path.dirname(parent) if os.path.basename(parent) == "profiles" else home
 
 
 def program_environment(environment: dict[str, str]) -> dict[str, str]:
-    """Return the environment for a program of the image: HOME, HERMES_HOME, VIRTUAL_ENV, and PATH with our folders on it."""
+    """Return the environment for a program of the image: HOME, HERMES_HOME, VIRTUAL_ENV, and PATH with our folders
+    on it."""
     path = environment.get("PATH") or os.defpath
     missing = [folder for folder in COMMAND_FOLDERS if folder not in path.split(":")]
     return environment | {
         "HOME": root_home(environment),
-        "HERMES_HOME": setting(environment, "HERMES_HOME") or HOME,
+        "HERMES_HOME": environment.get("HERMES_HOME") or HOME,
         "PATH": ":".join([*missing, path]),
         "VIRTUAL_ENV": VENV,
     }
-
-
-# Privilege
-
-
-def account(name: str = USER) -> tuple[int, int] | None:
-    """Return a user's UID and GID from /etc/passwd, None when it has no such user."""
-    for line in content("/etc/passwd").split(b"\n"):
-        fields = line.split(b":")
-        if fields[0] == name.encode() and len(fields) == 7:
-            return int(fields[2]), int(fields[3])
-    return None
-
-
-def drop(uid: int, gid: int) -> None:
-    """Become a user for good, as s6-setuidgid does: groups from /etc/group first, then GID, then UID. OSError if the kernel refuses."""
-    os.initgroups(USER, gid)
-    os.setresgid(gid, gid, gid)
-    os.setresuid(uid, uid, uid)
 
 
 def s6_program(name: str) -> str:
@@ -126,8 +106,27 @@ def s6_program(name: str) -> str:
     return f"/command/{name}"
 
 
+def as_hermes(argv: list[str]) -> list[str]:
+    """Return the argv that runs a program as hermes: by s6-setuidgid when we are root, else as it is."""
+    return [s6_program("s6-setuidgid"), USER, *argv] if os.geteuid() == 0 else argv
+
+
+def execute(argv: list[str], environment: dict[str, str]) -> int:
+    """Exec a program; return only when that fails: 127 not found, 126 not executable."""
+    import _signal  # `signal` itself would cost 5 ms for its enums
+
+    for number in (SIGPIPE, SIGXFSZ):  # Python ignores these from its start, and an exec'd program would inherit that
+        _signal.signal(number, _signal.SIG_DFL)
+    try:
+        os.execve(argv[0], argv, environment)
+    except OSError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: cannot run {argv[0]!r}: {error.strerror}", file=sys.stderr)
+        return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
+
+
 def s6_is_pid_1() -> bool:
-    """Say whether s6-overlay supervises this container; works without privilege, which reading /proc/1/exe would not."""
+    """Return whether s6-overlay supervises this container; works without privilege, which reading /proc/1/exe would
+    not."""
     try:
         return content("/proc/1/comm") == b"s6-svscan\n" and os.path.isdir("/run/s6/basedir")
     except OSError:
@@ -135,79 +134,8 @@ def s6_is_pid_1() -> bool:
 
 
 def supervised() -> bool:
-    """Say whether s6 keeps this container's gateways, as PID 1 or below another one."""
-    return s6_is_pid_1() or noted_process(SUPERVISOR_PROCESS) != 0
-
-
-def as_hermes(argv: list[str]) -> list[str]:
-    """Return the argv that runs a program as hermes: by s6-setuidgid when we are root, else as it is."""
-    return [s6_program("s6-setuidgid"), USER, *argv] if os.geteuid() == 0 else argv
-
-
-def run_as_hermes(argv: list[str], environment: dict[str, str], *, stay_root: bool = False) -> int:
-    """Exec a program, as hermes when we are root; return only when that fails: 127 not found, 126 not executable."""
-    argv = argv if stay_root else as_hermes(argv)
-    restore_signals()
-    try:
-        os.execve(argv[0], argv, environment)
-    except OSError as error:
-        print(f"main_wrapper: error: cannot run {argv[0]!r}: {error.strerror}", file=sys.stderr)
-        return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
-
-
-def restore_signals() -> None:
-    """Undo what Python does to signals at its start: an exec'd program would inherit SIGPIPE and SIGXFSZ ignored."""
-    import _signal  # `signal` itself would cost 5 ms for its enums
-
-    for number in (SIGPIPE, SIGXFSZ):
-        _signal.signal(number, _signal.SIG_DFL)
-
-
-# Routing
-
-
-def program_of(words: list[str], environment: dict[str, str]) -> list[str]:
-    """Return the argv that the CMD's words become: a program by path or on PATH as it is, anything else is hermes's arguments."""
-    word = words[0] if words else ""
-    if "/" in word:
-        return words
-    if word and word != USER and not word.startswith("-"):
-        for folder in environment["PATH"].split(":"):
-            path = os.path.join(folder, word)
-            if os.path.isfile(path) and os.access(path, os.X_OK):
-                return [path, *words[1:]]
-    return [HERMES, *(words[1:] if word == USER else words)]
-
-
-def profile_option(words: list[str]) -> tuple[str | None, list[str]]:
-    """Split a leading -p NAME, --profile NAME or --profile=NAME off hermes's arguments."""
-    if len(words) > 1 and words[0] in ("-p", "--profile"):
-        return words[1], words[2:]
-    if words and words[0].startswith("--profile="):
-        return words[0].removeprefix("--profile="), words[1:]
-    return None, words
-
-
-def gateway_request(words: list[str]) -> tuple[str, str | None, bool] | None:
-    """Return (action, profile, all) when hermes's arguments are exactly `[-p NAME] gateway start|stop|restart [--all]`, else None."""
-    profile, rest = profile_option(words)
-    if len(rest) < 2 or rest[0] != "gateway" or rest[1] not in ("start", "stop", "restart") or rest[2:] not in ([], ["--all"]):
-        return None
-    return rest[1], profile, rest[2:] == ["--all"]
-
-
-def hermes_command(words: list[str]) -> int:
-    """Be the `hermes` command: answer for the gateways that s6 supervises, hand everything else to the real program untouched."""
-    environment = process_environment()
-    if "HERMES_HOME" not in environment:  # a login shell's, by ssh
-        environment = container_environment()
-    request = gateway_request(words)
-    if request and supervised():
-        import hermes_boot
-
-        return hermes_boot.answer_gateway_request(*request, environment)
-    stay_root = truthy(environment.get("HERMES_DOCKER_EXEC_AS_ROOT", ""))
-    return run_as_hermes([HERMES, *words], environment if stay_root else program_environment(environment), stay_root=stay_root)
+    """Return whether s6 keeps this container's gateways, as PID 1 or below another one."""
+    return s6_is_pid_1() or read_pid_file(SUPERVISOR_PROCESS) != 0
 
 
 def start_time(pid: int) -> str:
@@ -215,9 +143,9 @@ def start_time(pid: int) -> str:
     return content(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19].decode()
 
 
-def note_process(path: str) -> None:
-    """Leave word of who we are, whole; exec keeps the pid. Only the container's end needs it, so no failure matters. /run may be
-    everybody's to write, so no file that is there already is written to."""
+def write_pid_file(path: str) -> None:
+    """Leave word of who we are, whole; exec keeps the pid. Only the shutdown needs it, so no failure matters. /run
+    may be everybody's to write, so no file that is there already is written to."""
     try:
         new = f"{path}.{os.getpid()}"
         if os.path.lexists(new):
@@ -230,9 +158,9 @@ def note_process(path: str) -> None:
         pass
 
 
-def noted_process(path: str) -> int:
-    """Return the pid that was left there, by root or by who we are, 0 when that process has ended; the start time tells it from a later
-    one of its number."""
+def read_pid_file(path: str) -> int:
+    """Return the pid that was left there, by root or by who we are, 0 when that process has ended; the start time
+    tells it from a later one of its number."""
     try:
         if os.lstat(path).st_uid not in (0, os.geteuid()):
             return 0
@@ -242,8 +170,78 @@ def noted_process(path: str) -> int:
         return 0
 
 
+def profile_option(words: list[str]) -> tuple[str | None, list[str]]:
+    """Split a leading -p NAME, --profile NAME or --profile=NAME off hermes's arguments."""
+    if len(words) > 1 and words[0] in ("-p", "--profile"):
+        return words[1], words[2:]
+    if words and words[0].startswith("--profile="):
+        return words[0].removeprefix("--profile="), words[1:]
+    return None, words
+
+
+# Routing
+
+BOOT = "/opt/hermes/bin/hermes-boot"
+WRAPPER = "/opt/hermes/docker/main-wrapper.sh"
+S6_INIT = "/init.s6-overlay"
+
+
+def program_of(words: list[str], environment: dict[str, str]) -> list[str]:
+    """Return the argv that the container command's words become: a program by path or on PATH as it is, anything
+    else is hermes's."""
+    word = words[0] if words else ""
+    if "/" in word:
+        return words
+    if word and word != USER and not word.startswith("-"):
+        for folder in environment["PATH"].split(":"):
+            path = os.path.join(folder, word)
+            if os.path.isfile(path) and os.access(path, os.X_OK):
+                return [path, *words[1:]]
+    return [HERMES, *(words[1:] if word == USER else words)]
+
+
+def gateway_request(words: list[str]) -> list[str]:
+    """Return hermes_boot's arguments for exactly `[-p NAME] gateway start|stop|restart [--all]`, none for anything
+    else."""
+    profile, rest = profile_option(words)
+    if (
+        len(rest) < 2
+        or rest[0] != "gateway"
+        or rest[1] not in ("start", "stop", "restart")
+        or rest[2:] not in ([], ["--all"])
+    ):
+        return []
+    return [*rest] if rest[2:] or profile is None else [*rest, "-p", profile]
+
+
+def hermes_command(words: list[str]) -> int:
+    """Be the `hermes` command: answer for the gateways that s6 supervises, hand everything else to the real program
+    untouched."""
+    environment = process_environment()
+    if "HERMES_HOME" not in environment:  # a login shell's, by ssh
+        environment = container_environment()
+    if (request := gateway_request(words)) and supervised():
+        return execute([BOOT, *request], environment)
+    if switch(environment.get("HERMES_DOCKER_EXEC_AS_ROOT", "")):
+        return execute([HERMES, *words], environment)
+    return execute(as_hermes([HERMES, *words]), program_environment(environment))
+
+
+def container_command(words: list[str]) -> int:
+    """Be the container command: a program as hermes; hermes_boot.py first where that is `gateway run` and s6 keeps
+    the gateways."""
+    environment = program_environment(container_environment())
+    program = program_of(words, environment)
+    if supervised():
+        if not read_pid_file(COMMAND_PROCESS):  # not somebody's call of this script in a running container
+            write_pid_file(COMMAND_PROCESS)
+        if program[0] == HERMES and profile_option(program[1:])[1][:2] == ["gateway", "run"]:
+            return execute([BOOT, "container-command", *program[1:]], environment)
+    return execute(as_hermes(program), environment)
+
+
 def tini_program(words: list[str]) -> list[str]:
-    """Return what /init is to run when an old template calls tini: its options gone, its entrypoint.sh the CMD's wrapper."""
+    """Return what /init is to run when an old template calls tini: its options gone, its entrypoint.sh the wrapper."""
     words = list(words)
     while words and words[0].startswith("-"):
         option = words.pop(0)
@@ -253,62 +251,44 @@ def tini_program(words: list[str]) -> list[str]:
             del words[:1]
     name = os.path.basename(words[0]) if words else "init"
     if name == "entrypoint.sh":
-        return [os.path.join(os.path.dirname(os.path.realpath(__file__)), "main-wrapper.sh"), *words[1:]]
+        return [WRAPPER, *words[1:]]
     return words[1:] if name == "init" else words
 
 
 def obstacle() -> str:
     """Return what keeps s6-overlay from starting, "" when nothing does.
 
-    It must be PID 1, and /run must be its user's: else it takes it, by a setuid program that needs the capability CHOWN (number 0),
-    which Kubernetes' no_new_privs and dropped capabilities forbid.
+    It must be PID 1, and /run must be its user's: else it takes it, by a setuid program that needs the capability CHOWN
+    (number 0), which Kubernetes' no_new_privs and dropped capabilities forbid.
     """
     if os.getpid() != 1:
         return "another process is PID 1"
     if os.geteuid() in (0, os.stat("/run").st_uid):
         return ""
     status = dict(line.split(b":\t", 1) for line in content("/proc/self/status").split(b"\n") if b":\t" in line)
-    may_take_it = status.get(b"NoNewPrivs", b"unknown before Linux 4.10").strip() == b"0" and int(status.get(b"CapBnd", b"1"), 16) & 1
+    may_take_it = (
+        status.get(b"NoNewPrivs", b"unknown before Linux 4.10").strip() == b"0"
+        and int(status.get(b"CapBnd", b"1"), 16) & 1
+    )
     return "" if may_take_it else "/run belongs to another user and no new privileges are allowed"
 
 
 def init(words: list[str]) -> int:
-    """Be /init: s6-overlay's own where that can start, else hermes_boot.py in its place."""
+    """Be /init: s6-overlay's own where that can start, else hermes_boot.py as the fallback init."""
     environment = process_environment()
-    if not (why := obstacle()):
-        restore_signals()
-        os.execve(S6_INIT, ["/init", *words], environment)
-    import hermes_boot
+    if why := obstacle():
+        return execute([BOOT, "init", why, *words], environment)
+    return execute([S6_INIT, *words], environment)
 
-    return hermes_boot.stand_in_for_init(words, environment, why)
+
+ROLES = {USER: hermes_command, "init": init, "tini": lambda words: init(tini_program(words))}
 
 
 def main(argv: list[str]) -> int:
-    """Run as the name we were called by: `hermes`, `init`, `tini`, else the container's CMD. Returns when the program cannot be run."""
-    name = os.path.basename(argv[0])
-    if name == USER:
-        return hermes_command(argv[1:])
-    if name == "init":
-        return init(argv[1:])
-    if name == "tini":
-        return init(tini_program(argv[1:]))
-    environment = program_environment(container_environment())
-    if not noted_process(COMMAND_PROCESS):  # not somebody's call of this script in a running container
-        note_process(COMMAND_PROCESS)
-    program = program_of(argv[1:], environment)
-    if program[0] == HERMES and profile_option(program[1:])[1][:2] == ["gateway", "run"] and supervised():
-        import hermes_boot
-
-        if hermes_boot.hold_gateway(program[1:], environment):
-            program = program_of(["sleep", "infinity"], environment)
-    return run_as_hermes(program, environment)
-
-
-def run() -> None:
-    """Be the script that the first line was given."""
-    raise SystemExit(main(sys.argv[1:]))
+    """Run as the name we were called by: `hermes`, `init`, `tini`, else the container command. Returns when the
+    program cannot be run."""
+    return ROLES.get(os.path.basename(argv[0]), container_command)(argv[1:])
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
     raise SystemExit(main(sys.argv))

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""How far the boot is from what the machine can do: every figure a ratio to a floor, measured in turn with it in the same run.
+"""How far the boot is from what the machine can do: every figure a ratio to a floor, measured in turn with it in the
+same run.
 
-Runs inside a sandbox container (tests/sandbox.py, needs root), on volumes in memory, so that the disk is not what is measured. The
-floors are programs anyone can run: a bare `python3 -IS -c pass`, `find` for a clean sweep, `chown -Rh` for a repair, and for slots a
-loop that makes the same files under the same names. Prints a table, writes the whole as JSON.
+Runs inside a sandbox container (tests/sandbox.py, needs root), on volumes in memory, so that the disk is not what is
+measured. The floors are programs anyone can run: a bare `python3 -IS -c pass`, `find` for a clean sweep, `chown -Rh`
+for a repair, and for slots a loop that makes the same files under the same names. Prints a table, writes the whole as
+JSON.
 
-    bench.py [--quick] [--out FILE]      QUICK=1 and OUT=FILE do the same; quick takes under a minute, with smaller volumes
+bench.py [--quick] [--out FILE]      QUICK=1 and OUT=FILE do the same; quick takes under a minute, with smaller volumes
 """
 
 from __future__ import annotations
@@ -79,14 +81,20 @@ def variable(name: str, value: str) -> None:
 
 
 def pairs(case, floor, runs: int, before=lambda: None) -> dict:
-    """Measure a case and its floor in turn; return medians, ratio and samples, in ms. before comes before each and is not timed."""
+    """Measure a case and its floor in turn; return medians, ratio and samples, in ms. before comes before each and
+    is not timed."""
     samples: dict[str, list[float]] = {"case": [], "floor": []}
     for _ in range(runs):
         for name, action in (("case", case), ("floor", floor)):
             before()
             samples[name].append(action())
     medians = {name: statistics.median(values) for name, values in samples.items()}
-    return {"ms": medians["case"], "floor_ms": medians["floor"], "figure": medians["case"] / medians["floor"], "samples": samples}
+    return {
+        "ms": medians["case"],
+        "floor_ms": medians["floor"],
+        "figure": medians["case"] / medians["floor"],
+        "samples": samples,
+    }
 
 
 def stop_gateway() -> float:
@@ -96,17 +104,25 @@ def stop_gateway() -> float:
     run("/command/s6-svc", "-u", "/run/service/gateway-default")
     wait_for(lambda: os.path.exists("/tmp/ready"))
     started = time.monotonic()
-    pid = os.posix_spawn("/opt/hermes/bin/hermes", ["/opt/hermes/bin/hermes", "gateway", "stop"], os.environ, file_actions=DISCARD)
+    pid = os.posix_spawn(
+        "/opt/hermes/bin/hermes", ["/opt/hermes/bin/hermes", "gateway", "stop"], os.environ, file_actions=DISCARD
+    )
     wait_for(lambda: os.path.exists("/tmp/stopped"))
     os.waitpid(pid, 0)
     return (float(Path("/tmp/stopped").read_text()) - started) * 1000
 
 
 class Volume:
-    """A volume in memory, with profiles and with files in folders of a hundred, all hermes's, and a scandir beside it."""
+    """A volume in memory, with profiles and with files in folders of a hundred, all hermes's, and a scandir beside
+    it."""
 
     def __init__(self, profiles: int, files: int) -> None:
-        self.profiles, self.top, self.home, self.scandir = profiles, "/srv/bench", "/srv/bench/home", "/srv/bench/scandir"
+        self.profiles, self.top, self.home, self.scandir = (
+            profiles,
+            "/srv/bench",
+            "/srv/bench/home",
+            "/srv/bench/scandir",
+        )
         os.makedirs(self.top, exist_ok=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=0", "tmpfs", self.top], check=True)
         os.makedirs(self.scandir)
@@ -115,7 +131,9 @@ class Volume:
             folder = f"{self.home}/profiles/p{number:05}"
             os.makedirs(folder)
             Path(folder, "SOUL.md").touch()
-            Path(folder, "gateway_state.json").write_text('{"desired_state": "running", "gateway_state": "running", "pid": 7}')
+            Path(folder, "gateway_state.json").write_text(
+                '{"desired_state": "running", "gateway_state": "running", "pid": 7}'
+            )
         tops = ("sessions", "memories", "skills", "workspace", "profiles/p00000" if profiles else "home")
         for number in range(files // 100):
             folder = f"{self.home}/{tops[number % len(tops)]}/{number // 50:04}/{number:05}"
@@ -146,7 +164,21 @@ class Volume:
 
     def find(self) -> float:
         """Look for a wrong owner with find; return ms."""
-        return run("/usr/bin/find", self.home, "(", "!", "-user", "hermes", "-o", "!", "-group", "hermes", ")", "-print", "-quit")
+        return run(
+            "/usr/bin/find",
+            self.home,
+            "(",
+            "!",
+            "-user",
+            "hermes",
+            "-o",
+            "!",
+            "-group",
+            "hermes",
+            ")",
+            "-print",
+            "-quit",
+        )
 
     def slots(self, count: int) -> float:
         """Make as many slots as a plain loop would, with the files of one that the boot has made; return ms."""
@@ -195,7 +227,9 @@ def measure(quick: bool) -> dict[str, dict]:
     cases = iter(TARGETS)
     results[next(cases)] = pairs(lambda: run(f"{SCRIPTS}/main-wrapper.sh", "true"), lambda: run(*BARE), runs * 4)
     results[next(cases)] = pairs(stop_gateway, lambda: run(*BARE), runs * 2)
-    results[next(cases)] = pairs(lambda: run(f"{SCRIPTS}/hermes_boot.py", "health", check=False), lambda: run(*BARE), runs * 4)
+    results[next(cases)] = pairs(
+        lambda: run(f"{SCRIPTS}/hermes_boot.py", "health", check=False), lambda: run(*BARE), runs * 4
+    )
     for case, profiles, files in zip(cases, (20, 1000), (10_000, 100_000)):
         with Volume(profiles, files) as volume:
             floor = lambda: run(*BARE) + run(*BARE) + volume.find() + volume.slots(volume.profiles + 1)  # noqa: E731
@@ -228,7 +262,8 @@ def remap(files: int, runs: int) -> dict:
 
 
 def sweep(files: int, runs: int) -> tuple[dict, dict]:
-    """Measure a setup that finds nothing to do, against find, and the memory of it: the largest process's, times their number."""
+    """Measure a setup that finds nothing to do, against find, and the memory of it: the largest process's, times
+    their number."""
     with Volume(0, files) as volume:
         result = pairs(lambda: run(SETUP), volume.find, runs) | {"files": files}
         pid = os.posix_spawn(SETUP, [SETUP], os.environ, file_actions=DISCARD)
@@ -236,12 +271,18 @@ def sweep(files: int, runs: int) -> tuple[dict, dict]:
         while not (ended := os.wait4(pid, os.WNOHANG))[0]:
             most = max(most, 1 + len(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
             time.sleep(0.001)
-        return result, {"figure": ended[2].ru_maxrss / 1024 * most, "processes": most, "ms": None, "floor_ms": None, "samples": {}}
+        return result, {
+            "figure": ended[2].ru_maxrss / 1024 * most,
+            "processes": most,
+            "ms": None,
+            "floor_ms": None,
+            "samples": {},
+        }
 
 
 def scaling(counts: tuple[int, ...], runs: int) -> dict:
-    """Measure what a further profile costs reconcile, from each number of profiles to the next, with the same of the loop beside it;
-    the figure is the most to the least of that time."""
+    """Measure what a further profile costs reconcile, from each number of profiles to the next, with the same of the
+    loop beside it; the figure is the most to the least of that time."""
     took, loops = {}, {}
     for count in counts:
         with Volume(count, 0) as volume:
@@ -283,7 +324,9 @@ def imported(arguments: list[str]) -> list[str]:
     """Return the modules that an interpreter imports, with what its children of ours do."""
     done = subprocess.run([PYTHON, "-IBS", "-X", "importtime", *arguments], capture_output=True, text=True)
     names = [
-        line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:") and "imported" not in line
+        line.rpartition("|")[2].strip()
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:") and "imported" not in line
     ]
     return list(dict.fromkeys(names))
 
@@ -292,7 +335,8 @@ def imported(arguments: list[str]) -> list[str]:
 
 
 def containers(runs: int) -> dict:
-    """Measure a whole container that runs `true`, against the same one without our boot scripts; the figure is the difference."""
+    """Measure a whole container that runs `true`, against the same one without our boot scripts; the figure is the
+    difference."""
     with tempfile.TemporaryDirectory() as folder:
         ours, bare = Sandbox(Path(folder, "ours")), Sandbox(Path(folder, "bare"))
         for scripts in ("cont-init.d", "cont-finish.d"):
@@ -314,7 +358,9 @@ def image_layers() -> list[str] | str:
     """Return the image's layers with their sizes, or why there are none."""
     image = os.environ.get("HERMES_TEST_IMAGE", "hermes-agent:0.19.0")
     for engine in filter(shutil.which, ("docker", "podman")):
-        done = subprocess.run([engine, "history", "--format", "{{.Size}}\t{{.CreatedBy}}", image], capture_output=True, text=True)
+        done = subprocess.run(
+            [engine, "history", "--format", "{{.Size}}\t{{.CreatedBy}}", image], capture_output=True, text=True
+        )
         if done.returncode == 0:
             return [line[:120] for line in done.stdout.splitlines()]
     return f"no engine here has the image {image}"
@@ -328,9 +374,21 @@ def report(results: dict[str, dict], quick: bool) -> list[str]:
         ms, floor = ("-" if result[key] is None else f"{result[key]:.1f}" for key in ("ms", "floor_ms"))
         size = f" ({result['files']:,} files here)" if quick and "files" in result else ""
         result["target"], result["met"] = most, result["figure"] <= most
-        lines.append((case + size, ms, floor, f"{result['figure']:.2f} {unit}", f"{most:g} {unit}", "yes" if result["met"] else "NO"))
+        lines.append(
+            (
+                case + size,
+                ms,
+                floor,
+                f"{result['figure']:.2f} {unit}",
+                f"{most:g} {unit}",
+                "yes" if result["met"] else "NO",
+            )
+        )
     widths = [max(len(line[index]) for line in lines) for index in range(6)]
-    return ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]) for line in lines]
+    return [
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
+        for line in lines
+    ]
 
 
 def main() -> int:
@@ -343,7 +401,11 @@ def main() -> int:
     if why := unsupported():
         print(f"bench: {why}", file=sys.stderr)
         return 1
-    out = Path(sys.argv[sys.argv.index("--out") + 1] if "--out" in sys.argv else os.environ.get("OUT") or PROJECT / ".cache/bench.json")
+    out = Path(
+        sys.argv[sys.argv.index("--out") + 1]
+        if "--out" in sys.argv
+        else os.environ.get("OUT") or PROJECT / ".cache/bench.json"
+    )
     with tempfile.TemporaryDirectory() as folder:
         box = Sandbox(Path(folder, "box"))
         box.put_agent(GATEWAY)
@@ -365,7 +427,10 @@ def main() -> int:
         for name in ("hermes_boot.py", "main_wrapper.py")
         if (text := (PROJECT / name).read_text())
     }
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    model = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+        platform.machine(),
+    )
     machine = {
         "cpu": model,
         "cores": os.cpu_count(),
@@ -374,7 +439,16 @@ def main() -> int:
     }
     found |= {"date": time.strftime("%Y-%m-%d"), "machine": machine, "quick": quick, "image": image_layers()}
     found["scripts"] = {name: {"lines": size[0], "bytes": size[1]} for name, size in sizes.items()}
-    print("\n".join([f"{model}, {machine['cores']} cores, Linux {machine['kernel']}, Python {machine['python']}", "", *lines, ""]))
+    print(
+        "\n".join(
+            [
+                f"{model}, {machine['cores']} cores, Linux {machine['kernel']}, Python {machine['python']}",
+                "",
+                *lines,
+                "",
+            ]
+        )
+    )
     if quick:
         print("quick: fewer runs on smaller volumes; what is to be reached is meant for the whole\n")
     slots = found["results"]["reconcile, a profile among many to one among few"]

@@ -17,7 +17,8 @@ import engine
 import sandbox
 from sandbox import Sandbox
 
-# `make test-engine`: the tests that make containers, on a real engine's; those that reach into a sandbox's layers are left out.
+# `make test-engine`: the tests that make containers, on a real engine's; those that reach into a sandbox's layers are
+# left out.
 ON_ENGINE = os.environ.get("HERMES_TEST_ENGINE") == "1"
 
 
@@ -37,7 +38,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def live() -> None:
-    """Skip with the reason where no container can run; fail instead where live tests are required, which means the sandbox's."""
+    """Skip with the reason where no container can run; fail instead where live tests are required, which means the
+    sandbox's."""
     why = ("" if engine.engine() else "no container engine answers") if ON_ENGINE else sandbox.unsupported()
     if why and os.environ.get("HERMES_TEST_REQUIRE_LIVE") and not ON_ENGINE:
         pytest.fail(f"live tests are required here: {why}")
@@ -104,7 +106,9 @@ class Gateways:
             (folder / "SOUL.md").touch()
             (folder / "does").write_text(does)
             if state:
-                (folder / "gateway_state.json").write_text(json.dumps({"desired_state": state, "kept": [1, {"a": None}]}))
+                (folder / "gateway_state.json").write_text(
+                    json.dumps({"desired_state": state, "kept": [1, {"a": None}]})
+                )
         box.start("sleep", "infinity")
 
     def folder(self, name: str) -> Path:
@@ -156,10 +160,16 @@ class Plain:
             (folder / "gateway_state.json").write_bytes(state if isinstance(state, bytes) else state.encode())
         return folder
 
-    def reconcile(self, *arguments: str, command: list[str] | None = None, **environment: str) -> subprocess.CompletedProcess:
+    def reconcile(
+        self, *arguments: str, command: list[str] | None = None, **environment: str
+    ) -> subprocess.CompletedProcess:
         """Run the phase; S6_ and HERMES_ variables are the test's own."""
         script = Path(__file__).parent.parent / "hermes_boot.py"
-        clean = {"PATH": os.environ["PATH"], "HERMES_HOME": str(self.home), "S6_PROFILE_GATEWAY_SCANDIR": str(self.scandir)}
+        clean = {
+            "PATH": os.environ["PATH"],
+            "HERMES_HOME": str(self.home),
+            "S6_PROFILE_GATEWAY_SCANDIR": str(self.scandir),
+        }
         argv = [sys.executable, "-IS", str(script), *(command or ["reconcile"]), *arguments]
         return subprocess.run(argv, env=clean | environment, capture_output=True, text=True, timeout=60)
 

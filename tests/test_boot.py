@@ -84,7 +84,9 @@ def test_the_tree_after_a_boot_is_the_golden_one(container):
     assert wait_for(lambda: box.exec("test", "-e", "/opt/data/logs/gateways/default/state").returncode == 0)
     assert listing(box, "/opt/data") == sorted(GOLDEN_VOLUME.splitlines())
     of_svscan = re.compile(r"\.s6-svscan/(lock|finish|SIG[A-Z]+)$")
-    assert [line for line in listing(box, "/run/service") if not of_svscan.search(line)] == sorted(GOLDEN_SCANDIR.splitlines())
+    assert [line for line in listing(box, "/run/service") if not of_svscan.search(line)] == sorted(
+        GOLDEN_SCANDIR.splitlines()
+    )
 
 
 def test_hermes_can_control_slots_and_static_services(container):
@@ -93,7 +95,9 @@ def test_hermes_can_control_slots_and_static_services(container):
     box.start("sleep", "infinity")
     for service in ("main-hermes", "dashboard", "gateway-default"):
         assert box.exec("s6-svstat", f"/run/service/{service}", user="hermes").returncode == 0
-        assert box.exec("s6-svc", "-wD", "-T5000", "-d", f"/run/service/{service}", user="hermes").returncode == 0, service
+        assert box.exec("s6-svc", "-wD", "-T5000", "-d", f"/run/service/{service}", user="hermes").returncode == 0, (
+            service
+        )
     assert box.exec("s6-svc", "-wu", "-T5000", "-u", "/run/service/main-hermes", user="hermes").returncode == 0
     assert box.exec("s6-svscanctl", "-a", "/run/service", user="hermes").returncode == 0
     assert box.exec("mkdir", "/run/service/.mine", user="hermes").returncode == 0
@@ -101,17 +105,22 @@ def test_hermes_can_control_slots_and_static_services(container):
 
 def hermes_that_sleeps(box) -> None:
     """Put a program in the agent's place that shows how it was called and then runs until it is told to end."""
-    box.put_agent('#!/bin/sh\necho "hermes: $* as $(id -un) in $PWD with $HOME, ${API_SERVER_PORT:-no port}"\nexec sleep infinity\n')
+    box.put_agent(
+        '#!/bin/sh\necho "hermes: $* as $(id -un) in $PWD with $HOME, ${API_SERVER_PORT:-no port}"\nexec sleep infinity\n'
+    )
 
 
 def wanted_up(box) -> dict[str, bool]:
     """Return every gateway slot with s6's word on whether it is up."""
     names = [path.name for path in box.path("/run/service").iterdir() if path.name.startswith("gateway-")]
-    return {name: box.exec("s6-svstat", "-o", "up", f"/run/service/{name}").stdout == "true\n" for name in sorted(names)}
+    return {
+        name: box.exec("s6-svstat", "-o", "up", f"/run/service/{name}").stdout == "true\n" for name in sorted(names)
+    }
 
 
 def test_a_restart_brings_back_what_ran(container, tmp_path):
-    """Three profiles, two running, one stopped: after `docker restart` the same two run and the third is registered down."""
+    """Three profiles, two running, one stopped: after `docker restart` the same two run and the third is registered
+    down."""
     for name, state in (("a", "running"), ("b", "stopped"), ("c", "draining")):
         folder = tmp_path / "volume/profiles" / name
         folder.mkdir(parents=True)
@@ -162,7 +171,9 @@ def test_the_dashboard_is_a_service_that_a_variable_switches_on(container, switc
     box = container(environment={"HERMES_DASHBOARD": switch, "HERMES_DASHBOARD_PORT": "9200"})
     hermes_that_sleeps(box)
     box.start("sleep", "infinity")
-    assert wait_for(lambda: "hermes: dashboard --host 127.0.0.1 --port 9200 --no-open as hermes in /opt/data" in box.log()), box.log()
+    assert wait_for(
+        lambda: "hermes: dashboard --host 127.0.0.1 --port 9200 --no-open as hermes in /opt/data" in box.log()
+    ), box.log()
 
 
 def test_the_dashboard_and_main_hermes_sleep_by_default(container):
@@ -181,7 +192,11 @@ COMMANDS = {
     "dashboard": (["hermes", "dashboard", "--no-open"], {}, None),
     "dashboard without hermes": (["dashboard"], {}, None),
     "gateway run": (["gateway", "run"], {}, "profile=default prior_state=running action=started"),
-    "hermes gateway run": (["hermes", "gateway", "run", "-v"], {}, "profile=default prior_state=running action=started"),
+    "hermes gateway run": (
+        ["hermes", "gateway", "run", "-v"],
+        {},
+        "profile=default prior_state=running action=started",
+    ),
     "of a profile": (["-p", "a", "gateway", "run"], {}, "profile=a prior_state=running action=started"),
     "not supervised": (["gateway", "run", "--no-supervise"], {}, "profile=default prior_state=none action=registered"),
     "not supervised, by variable": (
@@ -195,7 +210,8 @@ COMMANDS = {
 
 @pytest.mark.parametrize("words, environment, line", COMMANDS.values(), ids=COMMANDS)
 def test_the_command_line_has_a_say(container, tmp_path, words, environment, line):
-    """The dashboard's container publishes no slots; `gateway run` from before there was a supervisor counts as running."""
+    """The dashboard's container publishes no slots; `gateway run` from before there was a supervisor counts as
+    running."""
     folder = tmp_path / "volume/profiles/a"
     folder.mkdir(parents=True)
     (folder / "SOUL.md").touch()
@@ -217,8 +233,12 @@ def test_a_stopped_gateway_stays_stopped_with_gateway_run(container, tmp_path):
     hermes_that_sleeps(box)
     box.start("gateway", "run")
     assert "profile=default prior_state=stopped action=registered" in box.log()
-    assert wait_for(lambda: "info: default was stopped and stays so; start it with `hermes -p default gateway start`" in box.log())
-    assert box.exec("ps", "-eo", "args").stdout.count("sleep infinity") == 3  # static services and the command: no gateway
+    assert wait_for(
+        lambda: "info: default was stopped and stays so; start it with `hermes -p default gateway start`" in box.log()
+    )
+    assert (
+        box.exec("ps", "-eo", "args").stdout.count("sleep infinity") == 3
+    )  # static services and the command: no gateway
 
 
 def test_the_old_entrypoint_says_that_it_is_old(container):
@@ -226,7 +246,10 @@ def test_the_old_entrypoint_says_that_it_is_old(container):
     box = container()
     box.start("sleep", "infinity")
     done = box.exec("/opt/hermes/docker/entrypoint.sh")
-    assert done.returncode == 0 and "entrypoint.sh: warning: docker/entrypoint.sh is deprecated" in done.stderr.splitlines()[0]
+    assert (
+        done.returncode == 0
+        and "entrypoint.sh: warning: docker/entrypoint.sh is deprecated" in done.stderr.splitlines()[0]
+    )
     assert "run as 10000:10000" in done.stderr and done.stdout == ""
 
 
@@ -241,12 +264,15 @@ def test_the_old_entrypoint_says_that_it_is_old(container):
 def test_a_path_that_endangers_root_is_said(container, path, said):
     """What hermes can write must come last; the boot goes on."""
     done = container(environment={"PATH": path}).run("hermes-boot", "doctor")
-    assert said in done.stderr.decode() and (b"PATH has" in done.stderr) == (b"warn  PATH: " in done.stdout) == bool(said), done
+    assert said in done.stderr.decode() and (b"PATH has" in done.stderr) == (b"warn  PATH: " in done.stdout) == bool(
+        said
+    ), done
 
 
 @pytest.mark.sandbox
 def test_more_profiles_than_s6_supervises(container, tmp_path):
-    """s6-svscan would take any 500 of them. Those that run have a gateway, then the first in name order; each of the others a line."""
+    """s6-svscan would take any 500 of them. Those that run have a gateway, then the first in name order; each of the
+    others a line."""
     for name in (*(f"p{number:03}" for number in range(520)), "running"):
         folder = tmp_path / f"volume/profiles/{name}"
         folder.mkdir(parents=True)
@@ -263,7 +289,10 @@ def test_more_profiles_than_s6_supervises(container, tmp_path):
 def make(*arguments: str) -> subprocess.CompletedProcess:
     """Run a make target as people do where there is no engine."""
     return subprocess.run(
-        ["make", "--no-print-directory", "-C", PROJECT, "ENGINE=", *arguments], capture_output=True, text=True, timeout=300
+        ["make", "--no-print-directory", "-C", PROJECT, "ENGINE=", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -285,7 +314,15 @@ def test_make_lists_its_targets():
     """A bare `make` is the help."""
     done = make()
     assert done.returncode == 0
-    assert [line.split()[1] for line in done.stdout.splitlines()] == ["help", "run", "image", "test", "test-engine", "bench", "clean"]
+    assert [line.split()[1] for line in done.stdout.splitlines()] == [
+        "help",
+        "run",
+        "image",
+        "test",
+        "test-engine",
+        "bench",
+        "clean",
+    ]
 
 
 def test_nothing_waits_for_long(container):

@@ -28,7 +28,10 @@ def test_two_containers_boot_one_volume_at_the_same_time(container, tmp_path):
         subprocess.run(["rm", "-rf", volume], check=True)
         (volume / "profiles/a").mkdir(parents=True)
         (volume / "profiles/a/SOUL.md").touch()
-        running = [subprocess.Popen(box.command(["sleep", "0.5"]), stdout=subprocess.PIPE, stderr=subprocess.PIPE) for box in boxes]
+        running = [
+            subprocess.Popen(box.command(["sleep", "0.5"]), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for box in boxes
+        ]
         results = [process.communicate(timeout=60) for process in running]
         assert [process.returncode for process in running] == [0, 0], results
         assert all(b"Traceback" not in err for _, err in results), results
@@ -61,7 +64,8 @@ def test_no_update_of_another_key_is_lost_between_our_own_writers(tmp_path):
 
 
 def test_a_writer_that_takes_no_lock_is_seen(tmp_path):
-    """hermes-agent replaces its state file without our lock; a change of its between our look and our rename is kept."""
+    """hermes-agent replaces its state file without our lock; a change of its between our look and our rename is
+    kept."""
     (tmp_path / "state.json").write_text("{}")
     calls = []
 
@@ -87,7 +91,13 @@ def test_a_stop_during_a_reconcile_is_not_forgotten(container, tmp_path):
     box.put_agent("#!/bin/sh\nexec sleep infinity\n")
     box.start("sleep", "infinity")
     reconcile = subprocess.Popen(
-        box.exec_command(["sh", "-c", "for i in 1 2 3 4 5 6 7 8 9 10; do /opt/hermes/docker/hermes_boot.py reconcile || exit 1; done"]),
+        box.exec_command(
+            [
+                "sh",
+                "-c",
+                "for i in 1 2 3 4 5 6 7 8 9 10; do /opt/hermes/docker/hermes_boot.py reconcile || exit 1; done",
+            ]
+        ),
         stderr=subprocess.PIPE,
     )
     for action, state in (("stop", "stopped"), ("start", "running")) * 3 + (("stop", "stopped"),):
@@ -115,7 +125,9 @@ def test_the_real_agent_writes_its_state_while_boots_run(container, tmp_path):
         " open('/tmp/written', 'w').write(str(number))\n"
         " if os.path.exists('/tmp/stop'): break\n time.sleep(0.001)\n"
     )
-    argv = box.exec_command(["/opt/hermes/.venv/bin/python", "-c", writer], "hermes", {"HERMES_HOME": "/opt/data/profiles/a"})
+    argv = box.exec_command(
+        ["/opt/hermes/.venv/bin/python", "-c", writer], "hermes", {"HERMES_HOME": "/opt/data/profiles/a"}
+    )
     agent = subprocess.Popen(argv)
     try:
         assert sandbox.wait_for(lambda: box.path("/tmp/written").exists(), 60)  # the agent's imports, on a cold disk
@@ -149,7 +161,9 @@ def test_secrets_are_in_no_log_no_argument_and_never_readable(container, tmp_pat
         " for name in os.listdir(sys.argv[1]) if os.path.isdir(sys.argv[1]) else []:\n"
         "  try:\n   if sys.argv[2] in open(f'{sys.argv[1]}/{name}').read(): print(name, flush=True)\n  except (OSError, ValueError): pass\n"
     )
-    watcher = subprocess.Popen([base_python(), "-IS", "-c", spy, str(volume), secret], stdout=subprocess.PIPE, text=True)
+    watcher = subprocess.Popen(
+        [base_python(), "-IS", "-c", spy, str(volume), secret], stdout=subprocess.PIPE, text=True
+    )
     assert watcher.stdout.readline() == "ready\n"
 
     def look_at_arguments() -> None:
@@ -220,7 +234,11 @@ def random_volume(dice: random.Random, home: str) -> dict[str, bool]:
                 dice.choice([touch, os.mkdir, os.mkfifo])(f"{folder}/{stale}")
         if soul > 2 and set(name) <= set("ab-_9") and name[0] in "ab9":
             intent = state.get("desired_state")
-            running = intent == "running" if intent is not None else state.get("gateway_state") in ("running", "draining", "degraded")
+            running = (
+                intent == "running"
+                if intent is not None
+                else state.get("gateway_state") in ("running", "draining", "degraded")
+            )
             good[name] = whole and running
     return good
 
@@ -249,7 +267,9 @@ def test_two_thousand_random_volumes(tmp_path, capfd):
                 if name != "gateway-default"
             }
             assert slots == good, (SEED, number)
-            now = [(path, os.lstat(f"{path}/{name}").st_mtime_ns) for path, _, files in os.walk(scandir) for name in files]
+            now = [
+                (path, os.lstat(f"{path}/{name}").st_mtime_ns) for path, _, files in os.walk(scandir) for name in files
+            ]
             assert before in (None, now), (SEED, number)
             before = now
         subprocess.run(["rm", "-rf", f"{tmp_path}/{number}"], check=True)

@@ -1,6 +1,7 @@
 """No volume stops the boot: each fault stands between two good profiles, which must come up all the same.
 
-Run over the real phases on real s6, as root that drops to hermes. Each row makes one fault and names what the boot says of it.
+Run over the real phases on real s6, as root that drops to hermes. Each row makes one fault and names what the boot says
+of it.
 """
 
 from __future__ import annotations
@@ -102,7 +103,10 @@ FAULTS = {
     "name -rf": (named("-rf"), "profile=-rf "),
     "name ..x": (named("..x"), "profile=..x "),
     "name of invalid UTF-8": (named("\udcff\udcfe"), "profile='\\udcff\\udcfe' "),
-    "name of 252 bytes": (named("m" * 252), '(252 characters) prior_state=none action=skipped reason="the name is longer'),
+    "name of 252 bytes": (
+        named("m" * 252),
+        '(252 characters) prior_state=none action=skipped reason="the name is longer',
+    ),
     "name default": (named("default"), 'reason="the name is reserved for the root profile'),
     # the state file's content
     "state list": (state("[]"), STATE_FAULT + "is not a JSON object"),
@@ -126,8 +130,14 @@ FAULTS = {
     "intent list": (state('{"desired_state": []}'), STATE_FAULT),
     "intent number": (state('{"desired_state": 1}'), STATE_FAULT),
     "state dict": (state('{"gateway_state": {}}'), STATE_FAULT),
-    "intent of 300 KB": (state('{"desired_state": "' + "x" * 300_000 + '"}'), "...(300000 characters) action=registered"),
-    "intent with newlines": (state('{"desired_state": "x\\nprofile=z prior_state=none action=skipped"}'), "prior_state='x\\nprofile"),
+    "intent of 300 KB": (
+        state('{"desired_state": "' + "x" * 300_000 + '"}'),
+        "...(300000 characters) action=registered",
+    ),
+    "intent with newlines": (
+        state('{"desired_state": "x\\nprofile=z prior_state=none action=skipped"}'),
+        "prior_state='x\\nprofile",
+    ),
     # the state file's kind
     "state FIFO": (at(f"{M}/{STATE}", os.mkfifo), STATE_FAULT + "is not a regular file"),
     "state socket": (at(f"{M}/{STATE}", bind_socket), STATE_FAULT),
@@ -147,7 +157,10 @@ FAULTS = {
     "SOUL.md dangling link": (at(f"{M}/SOUL.md", link_to("/no/such")), SKIPPED + "SOUL.md is not a file"),
     "SOUL.md link to itself": (at(f"{M}/SOUL.md", link_to("SOUL.md")), SKIPPED + "SOUL.md is not a file"),
     # stale files
-    "gateway.pid folder": (at(f"{M}/gateway.pid", Path.mkdir), "gateway.pid cannot be used (Is a directory); remove it"),
+    "gateway.pid folder": (
+        at(f"{M}/gateway.pid", Path.mkdir),
+        "gateway.pid cannot be used (Is a directory); remove it",
+    ),
     "gateway.pid link": (at(f"{M}/gateway.pid", link_to("/etc/passwd")), SILENT),
     "processes.json folder": (at(f"{M}/processes.json", Path.mkdir), "processes.json cannot be used (Is a directory)"),
     # the profile
@@ -156,7 +169,10 @@ FAULTS = {
     "profile a link to a good one": (at(M, link_to("a-good")), SKIPPED + "profiles/m is a link"),
     "profile a file": (at(M, Path.touch), SILENT),
     "profile a FIFO": (at(M, os.mkfifo), SILENT),
-    "profile of mode 000": (lambda home: (home / M).chmod(0), SKIPPED + "profiles/m cannot be used (Permission denied)"),
+    "profile of mode 000": (
+        lambda home: (home / M).chmod(0),
+        SKIPPED + "profiles/m cannot be used (Permission denied)",
+    ),
     "profile immutable": (immutable, "could not be given to 10000:10000"),
     "profile with a setuid folder": (lambda home: (home / M).chmod(0o6755), SILENT),
     # logs
@@ -189,7 +205,10 @@ FAULTS = {
     ".env a link to shadow": (at(".env", link_to("/etc/shadow")), SILENT),
     ".env a FIFO": (at(".env", os.mkfifo), SILENT),
     "active_profile a FIFO": (at("active_profile", os.mkfifo), SILENT),
-    "a folder named like a temporary file": (at(".config.yaml.1-2.tmp", lambda path: (path / "x").mkdir(parents=True)), SILENT),
+    "a folder named like a temporary file": (
+        at(".config.yaml.1-2.tmp", lambda path: (path / "x").mkdir(parents=True)),
+        SILENT,
+    ),
     "version stamp a FIFO": (at(".hermes-agent-version", os.mkfifo), SILENT),
 }
 
@@ -210,7 +229,13 @@ def snapshot() -> list[tuple]:
     """Return owner, mode, size and times of what must not change outside the volume."""
     paths = ["/etc", "/etc/passwd", "/etc/shadow", "/etc/group"]
     return [
-        (path, *(getattr(os.lstat(path), f"st_{field}") for field in ("uid", "gid", "mode", "size", "mtime_ns", "ctime_ns")))
+        (
+            path,
+            *(
+                getattr(os.lstat(path), f"st_{field}")
+                for field in ("uid", "gid", "mode", "size", "mtime_ns", "ctime_ns")
+            ),
+        )
         for path in paths
     ]
 
@@ -278,7 +303,10 @@ def test_a_read_only_volume_ends_the_boot_with_the_reason(container, tmp_path, h
     finally:
         subprocess.run(["umount", "-l", home], check=True)
     assert done.returncode == 1
-    assert b"cannot be written by hermes (10000:10000): Read-only file system" in done.stderr and b"mount it writable" in done.stderr
+    assert (
+        b"cannot be written by hermes (10000:10000): Read-only file system" in done.stderr
+        and b"mount it writable" in done.stderr
+    )
 
 
 def test_a_million_entries_and_renames_during_the_sweep(container, in_memory):
@@ -314,7 +342,10 @@ def test_profiles_that_are_no_folder_cost_only_themselves(container, home, make)
     instead(home / "profiles", make)
     done = container().run("ls", "/run/service")
     assert done.returncode == 0 and b"gateway-default" in done.stdout
-    assert b"profiles on the volume is a link, or not of the kind it should be, so no profile but default has a gateway" in done.stderr
+    assert (
+        b"profiles on the volume is a link, or not of the kind it should be, so no profile but default has a gateway"
+        in done.stderr
+    )
 
 
 def test_a_volume_out_of_inodes_starts_what_it_has(container, in_memory):
@@ -342,7 +373,8 @@ def test_a_scandir_that_is_none_is_one_line(plain, make):
 
 
 def test_a_read_only_scandir_costs_the_gateways_and_says_so(live, plain):
-    """Nothing can be published: each profile gets a line with the reason; slots that are there already stay as they are."""
+    """Nothing can be published: each profile gets a line with the reason; slots that are there already stay as they
+    are."""
     plain.profile("a", RUNNING)
     plain.scandir.mkdir()
     try:
@@ -356,7 +388,14 @@ def test_a_read_only_scandir_costs_the_gateways_and_says_so(live, plain):
         subprocess.run(["umount", "-l", plain.scandir], check=True)
 
 
-HOMES = ["/srv/with space", "/srv/it's", '/srv/"quoted"', "/srv/$(touch /tmp/pwned)`touch /tmp/pwned`", "/srv/line\nbreak", "/srv/-x;y&z"]
+HOMES = [
+    "/srv/with space",
+    "/srv/it's",
+    '/srv/"quoted"',
+    "/srv/$(touch /tmp/pwned)`touch /tmp/pwned`",
+    "/srv/line\nbreak",
+    "/srv/-x;y&z",
+]
 
 
 @pytest.mark.parametrize("path", HOMES)
@@ -371,10 +410,14 @@ def test_any_home_boots_and_logs_to_the_right_folder(container, path):
 
 def test_a_container_that_is_for_one_profile_logs_to_the_root_home(container):
     """HERMES_HOME=<root>/profiles/<name>: the slots have <root>, as the boot does."""
-    box = container(environment={"HERMES_HOME": "/opt/data/profiles/coder", "HERMES_GATEWAY_BOOTSTRAP_STATE": "running"})
+    box = container(
+        environment={"HERMES_HOME": "/opt/data/profiles/coder", "HERMES_GATEWAY_BOOTSTRAP_STATE": "running"}
+    )
     box.put_agent('#!/bin/sh\necho "home: $HOME $HERMES_HOME"\nexec sleep infinity\n')
     log = "/opt/data/logs/gateways/default/current"
-    done = box.run("sh", "-c", f"for i in 1 2 3 4 5 6 7 8 9; do grep -q home: {log} && break; sleep 0.2; done; cat {log}")
+    done = box.run(
+        "sh", "-c", f"for i in 1 2 3 4 5 6 7 8 9; do grep -q home: {log} && break; sleep 0.2; done; cat {log}"
+    )
     assert b"home: /opt/data /opt/data\n" in done.stdout and b"unable to" not in done.stderr, done
 
 

@@ -1,7 +1,7 @@
 """Gateways on real s6: the manager, its command line, the `hermes` command, crashes, and the end.
 
-Where a gateway has to misbehave on command, a child made for that stands in the agent's place: it reads what to do from a file.
-What hermes-agent itself does to our slots, and we to its, is shown with the real program.
+Where a gateway has to misbehave on command, a child made for that stands in the agent's place: it reads what to do from
+a file. What hermes-agent itself does to our slots, and we to its, is shown with the real program.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ BEFORE = {
     "crashing": ("exit 1\n", "running"),
     "missing": None,
 }
-EITHER = {0: "started", 1: "is parked"}  # a start is done once the process is up: of one that ends right then, both can be seen
+EITHER = {
+    0: "started",
+    1: "is parked",
+}  # a start is done once the process is up: of one that ends right then, both can be seen
 # state before, command: exit code, up afterwards, intent recorded
 RESULTS = {
     ("down", "start"): (0, True, "running"),
@@ -86,7 +89,10 @@ def test_every_command_from_every_state(gateways, before, user):
         assert not file.exists() or file.stat().st_uid == 10000
     left = [path.name for path in host.box.path("/run/service").iterdir() if path.name.startswith(".gateway")]
     assert left == []
-    assert host.box.exec("find", "/opt/data", "-user", "root", "-newer", "/run/s6/workdir", "-name", "*state*").stdout == ""
+    assert (
+        host.box.exec("find", "/opt/data", "-user", "root", "-newer", "/run/s6/workdir", "-name", "*state*").stdout
+        == ""
+    )
 
 
 def test_other_keys_of_the_state_survive(gateways):
@@ -121,7 +127,7 @@ def test_the_nearest_name_is_offered_and_all_goes_on_past_a_failure(gateways):
     done = host.do("start", "--all")
     assert done.returncode == 1 and done.stdout == "coder: started\ndefault: started\n"
     (line,) = done.stderr.splitlines()
-    assert "error: gone: s6-svc: fatal: " in line
+    assert line.endswith("error: gone: no supervisor answers within 10 s; run `hermes-boot doctor`")
     assert host.up("coder") and host.up("default")
 
 
@@ -135,7 +141,15 @@ def test_list_and_status_have_a_form_for_programs(gateways):
     assert re.search(rf"^a +(up|starting) +\d+s +{row['pid']} ", host.do("status", "-p", "a").stdout, re.M)
 
 
-USAGE = [[], ["dance"], ["start", "stop"], ["start", "--all", "-p", "a"], ["register", "--all"], ["start", "-p"], ["start", "--what"]]
+USAGE = [
+    [],
+    ["dance"],
+    ["start", "stop"],
+    ["start", "--all", "-p", "a"],
+    ["register", "--all"],
+    ["start", "-p"],
+    ["start", "--what"],
+]
 
 
 @pytest.mark.parametrize("words", USAGE, ids=" ".join)
@@ -152,7 +166,11 @@ def test_a_command_is_carried_out_even_if_it_cannot_be_remembered(gateways, kind
     assert wait_for(lambda: host.up("a"))
     file = host.folder("a") / "gateway_state.json"
     file.unlink()
-    {"folder": lambda: file.mkdir(), "link": lambda: file.symlink_to("/etc/shadow"), "unreadable": lambda: file.touch(0)}[kind]()
+    {
+        "folder": lambda: file.mkdir(),
+        "link": lambda: file.symlink_to("/etc/shadow"),
+        "unreadable": lambda: file.touch(0),
+    }[kind]()
     for action, up in (("stop", False), ("start", True)):
         done = host.do(action, "-p", "a")
         assert done.returncode == 1 and "a: done, but gateway_state.json " in done.stderr and host.up("a") is up, done
@@ -166,16 +184,20 @@ def test_what_cannot_be_read_of_a_state_is_kept_beside(gateways):
     os.chown(file, 10000, 10000)
     done = host.do("start", "-p", "a")
     assert done.returncode == 0 and "the old one is gateway_state.json.bad" in done.stderr, done
-    assert host.state("a") == {"desired_state": "running"} and len((host.folder("a") / "gateway_state.json.bad").read_text()) == 60007
+    assert (
+        host.state("a") == {"desired_state": "running"}
+        and len((host.folder("a") / "gateway_state.json.bad").read_text()) == 60007
+    )
 
 
 def test_many_restarts_are_no_crash_loop(gateways):
-    """Once the gateway has been up for ten seconds."""
+    """An end that the operator asked for is no death."""
     host = gateways({"a": RUN}, "running")
     for _ in range(6):
         assert host.do("restart", "-p", "a").returncode == 0
-    assert wait_for(lambda: host.box.exec(MANAGER, "health").returncode == 0, 15)
-    assert json.loads(host.box.exec(MANAGER, "status", "-p", "a", "--json").stdout)[0]["state"] == "up"
+    assert host.box.exec(MANAGER, "health").returncode == 0
+    (row,) = json.loads(host.box.exec(MANAGER, "status", "-p", "a", "--json").stdout)
+    assert row["state"] in ("starting", "up") and row["restarts"] == 0 and row["last_exit"] == "SIGTERM"
 
 
 def test_the_commands_stderr_stays_blocking(gateways):
@@ -199,7 +221,11 @@ def test_a_running_gateways_files_are_its_own(gateways):
 
 def test_a_hanging_gateway_is_killed_after_the_stop_timeout(gateways):
     """SIGKILL comes from s6, by the slot's own timeout-kill."""
-    host = gateways({"a": "trap '' TERM\nwhile :; do sleep 0.1; done\n"}, "running", environment={"HERMES_GATEWAY_STOP_TIMEOUT": "1"})
+    host = gateways(
+        {"a": "trap '' TERM\nwhile :; do sleep 0.1; done\n"},
+        "running",
+        environment={"HERMES_GATEWAY_STOP_TIMEOUT": "1"},
+    )
     wait_for(lambda: host.starts("a") == 1)
     started = time.monotonic()
     assert host.do("stop", "-p", "a").returncode == 0
@@ -248,7 +274,8 @@ while :; do n=$((n + 1)); echo "line $n $(printf %0200d 0)" >&$((n % 2 + 1)); ec
 
 
 def test_no_line_is_lost_or_doubled_over_restarts_and_rotation(gateways):
-    """stdout and stderr alike, in the container's log and in the profile's, over three restarts and a rotation at 1 MB."""
+    """stdout and stderr alike, in the container's log and in the profile's, over three restarts and a rotation at 1
+    MB."""
     host = gateways({"a": COUNTER}, "running")
     count = host.folder("a") / "count"
     for _ in range(3):
@@ -262,7 +289,9 @@ def test_no_line_is_lost_or_doubled_over_restarts_and_rotation(gateways):
     assert wait_for(lambda: f"line {last} " in (logs / "current").read_text())
     archives = sorted(logs.glob("@*"))
     assert archives, "no rotation happened"
-    kept = [int(number) for file in [*archives, logs / "current"] for number in re.findall(r"line (\d+) ", file.read_text())]
+    kept = [
+        int(number) for file in [*archives, logs / "current"] for number in re.findall(r"line (\d+) ", file.read_text())
+    ]
     shown = [int(number) for number in re.findall(r"line (\d+) ", host.box.log())]
     for numbers in (kept, shown):
         # a kill between a line and its count makes the next run say that number again: at most once a restart
@@ -307,14 +336,17 @@ def test_a_gateway_gets_all_of_the_shutdown_timeout(gateways):
 
 def test_nobody_can_stop_the_end(gateways):
     """Not by stopping the process that waits for the gateways, nor by a slot on which s6's own programs would wait."""
-    stopper = "trap 'while :; do pkill -STOP -f 10-hermes-shutdown; sleep 0.01; done' TERM\nwhile :; do sleep 0.05; done\n"
-    fifos = (
-        "for name in supervise/control supervise/status; do mkfifo $name; done; sleep infinity <>supervise/control & exec sleep infinity"
+    stopper = (
+        "trap 'while :; do pkill -STOP -f 10-hermes-shutdown; sleep 0.01; done' TERM\nwhile :; do sleep 0.05; done\n"
     )
+    fifos = "for name in supervise/control supervise/status; do mkfifo $name; done; sleep infinity <>supervise/control & exec sleep infinity"
     host = gateways({"a": stopper}, "running", environment={"HERMES_SHUTDOWN_TIMEOUT": "1"})
     assert wait_for(lambda: host.up("a"))
     host.box.exec(
-        "sh", "-c", f"mkdir -p /run/service/gateway-b/supervise && cd /run/service/gateway-b && ({fifos}) >&- 2>&- &", user="hermes"
+        "sh",
+        "-c",
+        f"mkdir -p /run/service/gateway-b/supervise && cd /run/service/gateway-b && ({fifos}) >&- 2>&- &",
+        user="hermes",
     )
     started = time.monotonic()
     host.box.stop(20)
@@ -323,21 +355,23 @@ def test_nobody_can_stop_the_end(gateways):
 
 def test_a_slot_that_answers_nobody_does_not_hold_up_the_others(gateways):
     """Its control FIFO is hermes's own, and full: stop --all says so after some seconds."""
-    host = gateways({"a": RUN, "z": RUN}, "running")
+    host = gateways({"a": RUN, "z": RUN}, "running", environment={"HERMES_GATEWAY_STOP_TIMEOUT": "1"})
     assert wait_for(lambda: host.up("a") and host.up("z"))
     script = "rm control; mkfifo control; exec 3<>control; yes | dd of=control oflag=nonblock; exec sleep 300 <>control"
     words = host.box.exec_command(["sh", "-c", f"cd /run/service/gateway-a/supervise; {script}"], "hermes")
     holder = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(0.5)
     done = host.do("stop", "--all")
-    assert done.returncode == 1 and "a: did not end within 5 s" in done.stderr and not host.up("z"), done
+    assert done.returncode == 1 and "a: no supervisor answers within 6 s" in done.stderr and not host.up("z"), done
     holder.kill()
 
 
 def test_the_end_has_a_limit(gateways):
     """A gateway that does not end is killed after HERMES_SHUTDOWN_TIMEOUT seconds."""
     host = gateways(
-        {"a": "trap '' TERM\necho ready\nwhile :; do sleep 0.1; done\n"}, "running", environment={"HERMES_SHUTDOWN_TIMEOUT": "1"}
+        {"a": "trap '' TERM\necho ready\nwhile :; do sleep 0.1; done\n"},
+        "running",
+        environment={"HERMES_SHUTDOWN_TIMEOUT": "1"},
     )
     assert wait_for(lambda: "ready" in host.box.log())
     started = time.monotonic()
@@ -402,7 +436,10 @@ def test_the_profile_is_found_as_hermes_does(gateways):
     host = gateways({"a": RUN, "b": RUN, "c": RUN})
     (host.volume / "active_profile").write_text("c\n")
     assert host.box.exec("hermes", "-p", "a", "gateway", "start").stdout == "a: started\n"
-    assert host.box.exec("hermes", "gateway", "start", environment={"HERMES_HOME": "/opt/data/profiles/b"}).stdout == "b: started\n"
+    assert (
+        host.box.exec("hermes", "gateway", "start", environment={"HERMES_HOME": "/opt/data/profiles/b"}).stdout
+        == "b: started\n"
+    )
     assert host.box.exec("hermes", "gateway", "start").stdout == "c: started\n"
     (host.volume / "active_profile").unlink()
     assert host.box.exec("hermes", "gateway", "start").stdout == "default: started\n"
@@ -432,12 +469,15 @@ for _ in range(25):
 
 @pytest.mark.sandbox
 def test_two_managers_interleave_without_a_leftover(gateways):
-    """50 random commands of two processes on three names: then the scandir holds what it should, and nothing else runs."""
+    """50 random commands of two processes on three names: then the scandir holds what it should, and nothing else
+    runs."""
     host = gateways({name: RUN for name in "abc"})
     (host.box.upper.parent / "volume").mkdir(exist_ok=True)
     (host.volume / "worker.py").write_text(WORKER)
     commands = [host.box.exec_command(["/usr/bin/python3", "-IBS", "/opt/data/worker.py", seed]) for seed in ("1", "2")]
-    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
+    workers = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands
+    ]
     outputs = [worker.communicate(timeout=240) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
     assert all("Traceback" not in err for _, err in outputs)
@@ -445,7 +485,9 @@ def test_two_managers_interleave_without_a_leftover(gateways):
     entries = {path.name for path in host.box.path("/run/service").iterdir()}
     assert entries == {".s6-svscan", "dashboard", "main-hermes", *(f"gateway-{name}" for name in registered)}
     processes = host.box.exec("ps", "axo", "args").stdout
-    supervised = {line.removeprefix("s6-supervise ") for line in processes.splitlines() if line.startswith("s6-supervise ")}
+    supervised = {
+        line.removeprefix("s6-supervise ") for line in processes.splitlines() if line.startswith("s6-supervise ")
+    }
     slots = {f"gateway-{name}" for name in registered}
     assert supervised == {"dashboard", "main-hermes"} | slots | {f"{slot}/log" for slot in slots}, processes
     assert processes.count("s6-log 1") == len(slots)
@@ -472,7 +514,8 @@ def test_extra_env_reaches_the_gateway_as_data(gateways):
 
 
 def test_the_real_agent_and_ours_work_on_each_others_slots(container, tmp_path):
-    """`hermes profile create` publishes what ours controls and removes, `profile delete` removes ours, a restart rebuilds both."""
+    """`hermes profile create` publishes what ours controls and removes, `profile delete` removes ours, a restart
+    rebuilds both."""
     box = container(agent=True)
     box.start("sleep", "infinity")
     for name in ("coder", "writer"):
@@ -510,7 +553,9 @@ def test_the_real_gateway_run_as_cmd_is_supervised_and_the_container_stays(conta
     box = container(agent=True)
     box.start("gateway", "run")
     state = tmp_path / "volume/gateway_state.json"
-    assert wait_for(lambda: state.exists() and json.loads(state.read_text()).get("gateway_state") == "running", 30), box.log()
+    assert wait_for(lambda: state.exists() and json.loads(state.read_text()).get("gateway_state") == "running", 30), (
+        box.log()
+    )
     assert wait_for(lambda: "sleep infinity" in box.exec("ps", "axo", "user,args").stdout.replace("  ", " "))
     assert box.exec(MANAGER, "gateway", "status", "-p", "default").returncode == 0
     started = time.monotonic()

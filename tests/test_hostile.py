@@ -1,7 +1,7 @@
 """Root is never turned against the machine, and a boot that is killed leaves nothing half done.
 
-The agent is played by a process that runs as hermes and does its worst on the volume while the phases run as root beside it; the
-volume is on the same file system as what it aims at, so that hard links work too.
+The agent is played by a process that runs as hermes and does its worst on the volume while the phases run as root
+beside it; the volume is on the same file system as what it aims at, so that hard links work too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def swap(name, other):
     attempt(os.unlink, name)
     attempt(os.rename, name + ".away", name)
 
-# where users may have namespaces of their own: folders of the volume under mounts that only this one sees, held open by a process
+# where users may have namespaces of their own: folders of the volume under mounts that only this one sees, held open by
+# a process
 mounts = "while [ ! -e /srv/stop ]; do for at in memories skills profiles; do mount --bind /srv/watched $at && umount -l $at; done; done"
 mounter = subprocess.Popen(["unshare", "-Urm", "sh", "-c", mounts], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 for name in ("tool", "mine"):
@@ -82,7 +83,8 @@ NAIVE = "cd /srv/home && { [ -e .env ] || echo A=1 > .env; }; chown -R hermes:he
 
 @pytest.fixture
 def hard_links_allowed(live):
-    """Let users link to files that are not theirs, as kernels without fs.protected_hardlinks do; put back afterwards."""
+    """Let users link to files that are not theirs, as kernels without fs.protected_hardlinks do; put back
+    afterwards."""
     switch = Path("/proc/sys/fs/protected_hardlinks")
     before = switch.read_text()
     switch.write_text("0")
@@ -91,9 +93,16 @@ def hard_links_allowed(live):
 
 
 def play(box, boot: str, least: int) -> tuple[dict, dict, int]:
-    """Let the agent race a boot for at least so many rounds; return the watched tree before and after, and the rounds."""
-    box.exec("sh", "-c", "mkdir -p /srv/watched/sub && echo secret > /srv/watched/secret && echo x > /srv/watched/sub/file")
-    box.exec("sh", "-c", "chmod 0600 /srv/watched/secret; chmod 0755 /srv/watched; mkdir -p /srv/home/memories/sub /srv/home/profiles/a")
+    """Let the agent race a boot for at least so many rounds; return the watched tree before and after, and the
+    rounds."""
+    box.exec(
+        "sh", "-c", "mkdir -p /srv/watched/sub && echo secret > /srv/watched/secret && echo x > /srv/watched/sub/file"
+    )
+    box.exec(
+        "sh",
+        "-c",
+        "chmod 0600 /srv/watched/secret; chmod 0755 /srv/watched; mkdir -p /srv/home/memories/sub /srv/home/profiles/a",
+    )
     box.exec("chown", "-R", "hermes:hermes", "/srv/home/memories", "/srv/home/profiles")
     before = json.loads(box.exec("/usr/bin/python3", "-c", WATCH).stdout)
     command = box.exec_command(["/usr/bin/python3", "-IBSc", AGENT], "hermes")
@@ -116,8 +125,8 @@ def play(box, boot: str, least: int) -> tuple[dict, dict, int]:
 
 @pytest.mark.parametrize("least, at_boot", [(10_000, False), (2_000, True)], ids=["beside the command", "as at a boot"])
 def test_the_agent_cannot_turn_root_against_the_machine(container, hard_links_allowed, least, at_boot):
-    """10,000 rounds of links, hard links, swaps and restarts while setup and reconcile run as root: the watched tree is unchanged.
-    The sweep goes another way before the container's command has started; that one is attacked too."""
+    """10,000 rounds of links, hard links, swaps and restarts while setup and reconcile run as root: the watched tree
+    is unchanged. The sweep goes another way before the container's command has started; that one is attacked too."""
     box = container(environment={"HERMES_HOME": "/srv/home"})
     box.start("sleep", "infinity")
     if at_boot:
@@ -163,7 +172,8 @@ def fresh():
                 output.write(text)
 
 def kill_at(limit):
-    # every call that changes a file system counts, in the children too; at the limit the whole boot dies, before that change
+    # every call that changes a file system counts, in the children too; at the limit the whole boot dies, before that
+    # change
     def counted(function, changes=lambda *a, **k: True):
         def call(*arguments, **keywords):
             if changes(*arguments, **keywords):
@@ -241,7 +251,8 @@ print(json.dumps([total, problems[:10]]))
 
 
 def test_a_boot_killed_at_any_change_is_finished_by_the_next(container):
-    """SIGKILL before each change the boot makes to a file: no half-written file is ever in place, and the next boot ends in the same tree."""
+    """SIGKILL before each change the boot makes to a file: no half-written file is ever in place, and the next boot
+    ends in the same tree."""
     box = container()
     box.start("sleep", "infinity")
     done = box.exec("/usr/bin/python3", "-IBSc", DRIVER, timeout=240)

@@ -71,7 +71,10 @@ def test_every_state_is_shown(gateways):
         "no-supervisor": ("no supervisor", None, None, True, "running"),
         "never": ("down", False, None, False, "never started"),
     }
-    shown = {name: (row["state"], row["wanted"], row["last_exit"], row["autostart"], row["why"]) for name, row in rows.items()}
+    shown = {
+        name: (row["state"], row["wanted"], row["last_exit"], row["autostart"], row["why"])
+        for name, row in rows.items()
+    }
     assert shown == expected
     assert list(rows)[0] == "default" and list(rows)[1:] == sorted(list(rows)[1:])
     assert rows["crashing"]["restarts"] >= 5 and rows["killed"]["restarts"] == 1 and rows["stopped"]["restarts"] == 0
@@ -82,7 +85,9 @@ def test_every_state_is_shown(gateways):
     table = host.box.exec(MANAGER, "status").stdout.splitlines()
     assert table[0].split("  ")[0] == "PROFILE" and "\033" not in "".join(table)
     start = table[0].index("STATE")
-    assert {line[:start].strip(): line[start:].split("  ")[0] for line in table[1:]} == {name: row["state"] for name, row in rows.items()}
+    assert {line[:start].strip(): line[start:].split("  ")[0] for line in table[1:]} == {
+        name: row["state"] for name, row in rows.items()
+    }
     ill = host.box.exec(MANAGER, "health")
     assert ill.returncode == 1
     assert ill.stdout == "unhealthy: crashing: crash loop; no-supervisor: no supervisor; parked: parked after code 78\n"
@@ -90,29 +95,44 @@ def test_every_state_is_shown(gateways):
 
 def test_our_reading_of_s6s_files_is_s6s_own(gateways):
     """Straight from supervise/status, and by s6-svstat: the same, in every state."""
-    host = gateways({"up": RUN, "killed": ONCE, "crashing": "exit 1\n", "parked": "exit 78\n", "stopping": STUBBORN}, "running")
+    host = gateways(
+        {"up": RUN, "killed": ONCE, "crashing": "exit 1\n", "parked": "exit 78\n", "stopping": STUBBORN}, "running"
+    )
     assert wait_for(lambda: host.box.log().count("died too often") > 0, 20)
     host.box.exec("/command/s6-svc", "-d", "/run/service/gateway-stopping")
     script = """
-import json, sys
+import subprocess, sys, time
 sys.path.insert(0, "/opt/hermes/docker")
 import hermes_boot
+def s6(program, *words):
+    return subprocess.run(["/command/" + program, *words], capture_output=True, text=True, check=True).stdout
 def fields(status):
     return [status.up, status.pid if status.up else 0, status.wanted, None if status.up else status.ended]
 for name in sys.argv[1:]:
     slot = "/run/service/gateway-" + name
-    read, asked = hermes_boot.slot_status(slot), hermes_boot.asked_status(slot)
-    assert fields(read) == fields(asked) and abs(read.since - asked.since) < 2, name
-    times = [int(line.split()[0][9:17], 16) for line in hermes_boot.s6("s6-svdt", slot)[1].splitlines()]
-    ours = [time for time, _ in hermes_boot.deaths(slot)]
+    read = hermes_boot.slot_status(slot)
+    words = s6("s6-svstat", "-o", "up,pid,wantedup,updownfor,exitcode,signum", slot).split()
+    up, pid, wanted, ago, code, signal = [word == "true" if word in ("true", "false") else int(word) for word in words]
+    ended = None if up else signal if signal > 0 else max(0, code) << 8
+    assert fields(read) == [up, pid if up else 0, wanted, ended] and abs(time.time() - read.since - ago) < 2, name
+    times = [int(line.split()[0][9:17], 16) for line in s6("s6-svdt", slot).splitlines()]
+    ours = [int(moment) for moment, _ in hermes_boot.deaths(slot)]
     assert len(times) == len(ours) and [b - a for a, b in zip(times, times[1:])] == [b - a for a, b in zip(ours, ours[1:])], name
 """
-    done = host.box.exec("/usr/bin/python3", "-IBSc", script, "default", "up", "killed", "crashing", "parked", "stopping")
+    done = host.box.exec(
+        "/usr/bin/python3", "-IBSc", script, "default", "up", "killed", "crashing", "parked", "stopping"
+    )
     assert done.returncode == 0, done.stderr
     assert abs(status(host)["default"]["since"] - time.time()) < 30
 
 
-BACK_OFFS = [([], 0), ([10, 11, 12, 13], 0), ([10, 11, 12, 13, 14], 2), ([10, 11, 12, 13, 14, 17, 22, 31], 16), ([10, 30, 50, 71, 90], 0)]
+BACK_OFFS = [
+    ([], 0),
+    ([10, 11, 12, 13], 0),
+    ([10, 11, 12, 13, 14], 2),
+    ([10, 11, 12, 13, 14, 17, 22, 31], 16),
+    ([10, 30, 50, 71, 90], 0),
+]
 
 
 @pytest.mark.parametrize("times, delay", BACK_OFFS)
@@ -140,7 +160,9 @@ def on_terminal(host: Gateways, *words: str, environment: dict[str, str] | None 
 
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    subprocess.run(host.box.exec_command(list(words), None, environment), stdin=theirs, stdout=theirs, check=True, timeout=30)
+    subprocess.run(
+        host.box.exec_command(list(words), None, environment), stdin=theirs, stdout=theirs, check=True, timeout=30
+    )
     os.close(theirs)
     return os.read(ours, 100_000).decode()
 
@@ -166,52 +188,10 @@ def test_watch_goes_on(gateways):
     assert out.count(b"PROFILE") >= 2
 
 
-PORTS = {
-    "env": ("API_SERVER_KEY=k\nAPI_SERVER_PORT='9001'\n", "", 9001),
-    "default port": ("export API_SERVER_ENABLED=true\n", "", 8642),
-    "config": (
-        "",
-        "model: x\nplatforms:\n  telegram:\n    enabled: true\n  api_server:\n    enabled: true\n    extra:\n      port: 9002 # ours\n",
-        9002,
-    ),
-    "config below another key": ("", "other:\n  platforms:\n    api_server:\n      enabled: true\n", None),
-    "both": ("API_SERVER_KEY=k\nAPI_SERVER_PORT=9003\n", "platforms:\n  api_server:\n    extra:\n      port: 9004\n", 9003),
-    "no server": ("API_SERVER_PORT=9005\n", "", None),
-    "nonsense": ("API_SERVER_KEY=k\nAPI_SERVER_PORT=99999999\n", "", 8642),
-}
-
-
-@pytest.mark.parametrize("env, config, port", PORTS.values(), ids=PORTS)
-def test_the_port_is_the_one_the_agent_would_take(plain, env, config, port):
-    """From a profile's .env and config.yaml; the container's variables are the default gateway's alone."""
-    folder = plain.profile("a")
-    (folder / ".env").write_text(env)
-    (folder / "config.yaml").write_text(config)
-    done = plain.reconcile(command=["status", "--json"], API_SERVER_KEY="k", API_SERVER_PORT="7000")
-    rows = {row["name"]: row["port"] for row in json.loads(done.stdout)}
-    assert rows == {"default": 7000, "a": port}
-
-
-# health
-
-
-def test_health_follows_the_gateways(gateways):
-    """Healthy when all that should be up are, whatever the operator has stopped; unhealthy without a supervisor."""
-    host = gateways({"a": RUN, "b": "exit 78\n"}, "")
-    assert host.box.exec(MANAGER, "health").stdout == "healthy: 0 up, 3 not wanted\n"
-    assert host.do("start", "-p", "a").returncode == 0
-    assert host.box.exec(MANAGER, "health", user="hermes").returncode == 0
-    host.do("start", "-p", "b")
-    assert wait_for(lambda: host.box.exec(MANAGER, "health").stdout == "unhealthy: b: parked after code 78\n")
-    assert host.do("stop", "-p", "b").returncode == 0
-    done = host.box.exec("/opt/hermes/bin/hermes-boot", "health")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "healthy: 1 up, 2 not wanted\n", "")
-    done = host.box.exec(MANAGER, "health", environment={"S6_PROFILE_GATEWAY_SCANDIR": "/tmp"})
-    assert (done.returncode, done.stdout) == (1, "unhealthy: no supervisor answers on /tmp\n")
-
-
 @pytest.mark.parametrize(
-    "words, environment", [(["dashboard"], {}), (["sleep", "infinity"], {"HERMES_RECONCILE": "0"})], ids=["dashboard", "off"]
+    "words, environment",
+    [(["dashboard"], {}), (["sleep", "infinity"], {"HERMES_RECONCILE": "0"})],
+    ids=["dashboard", "off"],
 )
 def test_a_container_without_gateways_is_healthy(container, tmp_path, words, environment):
     """The gateways on its volume are another container's, so nobody misses them; for root and for hermes."""
@@ -221,7 +201,10 @@ def test_a_container_without_gateways_is_healthy(container, tmp_path, words, env
     box.put_agent("#!/bin/sh\nexec sleep infinity\n")
     box.start(*words)
     assert box.exec("s6-svc", "-r", "/run/service/main-hermes", user="hermes").returncode == 0
-    assert box.exec("stat", "-L", "-c", "%U", "/run/service", "/run/service/main-hermes/supervise").stdout == "root\nroot\n"
+    assert (
+        box.exec("stat", "-L", "-c", "%U", "/run/service", "/run/service/main-hermes/supervise").stdout
+        == "root\nroot\n"
+    )
     for user in (None, "hermes"):
         done = box.exec(MANAGER, "health", user=user)
         assert (done.returncode, done.stdout) == (0, "healthy: 0 up, 0 not wanted\n"), done
@@ -253,28 +236,45 @@ def test_doctor_finds_nothing_on_a_good_container(gateways):
 
 
 def test_doctor_names_the_way_out_of_every_state(gateways):
-    """A crash loop with its log's last lines and likely cause, a parked gateway, one without slot or supervisor, one that was stopped."""
+    """A crash loop with its log's last lines and likely cause, a parked gateway, one without slot or supervisor, one
+    that was stopped."""
     host = gateways(STATES, "running")
     tell_all_states(host)
     code, found = diagnosis(host)
     assert code == 1
     (crash,) = found["crashing"]
     assert crash["level"] == "fail" and "no model or authentication" in crash["found"]
-    assert crash["mend"].startswith("`hermes -p crashing setup`, then `hermes -p crashing gateway start`\n      | no API key found")
+    assert crash["fix"].startswith(
+        "`hermes -p crashing setup`, then `hermes -p crashing gateway start`\n      | no API key found"
+    )
     (parked,) = found["parked"]
-    assert parked["level"] == "fail" and "parked for good after code 78" in parked["found"] and "hermes -p parked setup" in parked["mend"]
-    assert "down, as it was left (stopped); to have it up: `hermes -p stopped gateway start`" == found["stopped"][0]["found"]
+    assert (
+        parked["level"] == "fail"
+        and "parked for good after code 78" in parked["found"]
+        and "hermes -p parked setup" in parked["fix"]
+    )
+    assert (
+        "down, as it was left (stopped); to have it up: `hermes -p stopped gateway start`"
+        == found["stopped"][0]["found"]
+    )
     for name, what in (("no-slot", "it has no slot"), ("no-supervisor", "s6-supervise is not running for it")):
-        assert (found[name][0]["level"], found[name][0]["found"], found[name][0]["mend"]) == ("fail", what, "hermes-boot doctor --fix")
+        assert (found[name][0]["level"], found[name][0]["found"], found[name][0]["fix"]) == (
+            "fail",
+            what,
+            "hermes-boot doctor --fix",
+        )
     done = host.box.exec(MANAGER, "doctor", "--fix")
-    assert "fixed: no-slot: published its slot (started)" in done.stderr and "fixed: no-supervisor: published its slot" in done.stderr
+    assert (
+        "fixed: no-slot: published its slot (started)" in done.stderr
+        and "fixed: no-supervisor: published its slot" in done.stderr
+    )
     assert wait_for(lambda: host.up("no-slot") and host.up("no-supervisor"))
     assert "fixed:" not in host.box.exec(MANAGER, "doctor", "--fix").stderr
 
 
 @pytest.mark.sandbox
 def test_doctor_finds_what_is_wrong_on_the_volume_and_fixes_what_is_safe(gateways, tmp_path):
-    """Owners, readable secrets, folders that are no profiles, two gateways on one port, versions; a second --fix finds nothing to do."""
+    """Owners, readable secrets, folders that are no profiles, versions; a second --fix finds nothing to do."""
     host = gateways({"a": RUN, "b": RUN}, "running")
     box = host.box
     (host.folder("a") / "root.txt").write_text("by docker exec")
@@ -288,17 +288,25 @@ def test_doctor_finds_what_is_wrong_on_the_volume_and_fixes_what_is_safe(gateway
     box.path("/opt/hermes/.venv/lib/python3.11/site-packages/hermes_agent-0.19.0.dist-info").mkdir(parents=True)
     code, found = diagnosis(host, environment={"PATH": "/usr/bin:/bin"})
     assert code == 1
-    assert re.match(r"3 of \d+ entries are not hermes's, the first: ", found["owners"][0]["found"])
-    assert (found["a"][0]["level"], found["a"][0]["mend"]) == ("warn", "chmod 600 '/opt/data/profiles/a/.env'")
-    assert found["ports"][0]["level"] == "fail" and "a and b have the same port 9000" in found["ports"][0]["found"]
-    assert found["profiles/'Not A Profile'"][0]["mend"] == "mv '/opt/data/profiles/Not A Profile' '/opt/data/profiles/NEW-NAME'"
+    assert re.match(r"4 of \d+ entries are not hermes's, the first: ", found["owners"][0]["found"])
+    assert (found["a"][0]["level"], found["a"][0]["fix"]) == ("warn", "chmod 600 '/opt/data/profiles/a/.env'")
+    assert (
+        found["profiles/'Not A Profile'"][0]["fix"]
+        == "mv '/opt/data/profiles/Not A Profile' '/opt/data/profiles/NEW-NAME'"
+    )
     assert "no SOUL.md" in found["profiles/nosoul"][0]["found"]
     assert "99.0 has run on this volume, the image has 0.19.0" in found["versions"][0]["found"]
-    assert found["s6 programs"][0]["mend"] == "export PATH=$PATH:/command"
+    assert found["s6 programs"][0]["fix"] == "export PATH=$PATH:/command"
     assert "s3cr3t" not in json.dumps(found)
     fixed = box.exec(MANAGER, "doctor", "--fix")
-    assert "fixed: owners: gave 3 entries" in fixed.stderr and "fixed: a: chmod 600" in fixed.stderr and "s3cr3t" not in str(fixed)
-    assert (host.folder("a") / ".env").stat().st_mode & 0o777 == 0o600 and (host.folder("a") / "root.txt").stat().st_uid == 10000
+    assert (
+        "fixed: owners: gave 3 entries" in fixed.stderr
+        and "fixed: a: chmod 600" in fixed.stderr
+        and "s3cr3t" not in str(fixed)
+    )
+    assert (host.folder("a") / ".env").stat().st_mode & 0o777 == 0o600 and (
+        host.folder("a") / "root.txt"
+    ).stat().st_uid == 10000
     assert "fixed:" not in box.exec(MANAGER, "doctor", "--fix").stderr
 
 
@@ -307,14 +315,22 @@ def test_doctor_sees_a_log_folder_that_another_container_has_locked(gateways):
     first = gateways({"a": RUN}, "running")
     second = Gateways(gateways.__closure__[0].cell_contents(), {"a": RUN}, "running")
     assert wait_for(lambda: first.up("a"))
-    assert wait_for(lambda: any("is locked by another container" in check["found"] for check in diagnosis(second)[1]["a"]), 20)
-    assert "HERMES_RECONCILE=0" in next(check["mend"] for check in diagnosis(second)[1]["a"] if "locked" in check["found"])
+    assert wait_for(
+        lambda: any("is locked by another container" in check["found"] for check in diagnosis(second)[1]["a"]), 20
+    )
+    assert "HERMES_RECONCILE=0" in next(
+        check["fix"] for check in diagnosis(second)[1]["a"] if "locked" in check["found"]
+    )
     assert not any("locked" in check["found"] for check in diagnosis(first)[1]["a"])
 
 
 VOLUMES = {
     "full": (lambda home: fill(home), "cannot be written: No space left on device", "free some space"),
-    "read-only": (lambda home: mount(home, "remount,ro"), "(tmpfs) cannot be written: Read-only file system", "mount it writable"),
+    "read-only": (
+        lambda home: mount(home, "remount,ro"),
+        "(tmpfs) cannot be written: Read-only file system",
+        "mount it writable",
+    ),
 }
 
 
@@ -330,8 +346,8 @@ def mount(home, options: str) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size=1m,{options}", "tmpfs", home], check=True)
 
 
-@pytest.mark.parametrize("make, found, mend", VOLUMES.values(), ids=VOLUMES)
-def test_doctor_tries_the_volume(live, plain, make, found, mend):
+@pytest.mark.parametrize("make, found, fix", VOLUMES.values(), ids=VOLUMES)
+def test_doctor_tries_the_volume(live, plain, make, found, fix):
     """A small one is warned about, one that takes no write fails."""
     mount(plain.home, "rw")
     try:
@@ -341,7 +357,7 @@ def test_doctor_tries_the_volume(live, plain, make, found, mend):
         subprocess.run(["umount", "-l", plain.home], check=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("fail  volume")]
-    assert found in line and line.endswith(mend)
+    assert found in line and line.endswith(fix)
     assert re.search(r"warn  volume: only [01] MiB are free", done.stdout)
 
 
@@ -349,7 +365,10 @@ def test_doctor_without_a_supervisor_or_a_volume(plain):
     """Says so, and does not stumble over the rest."""
     plain.profile("a", '{"desired_state": "running"}')
     done = plain.reconcile(command=["doctor"])
-    assert done.returncode == 1 and f"fail  supervisor: no s6-svscan answers on {plain.scandir}; start the container" in done.stdout
+    assert (
+        done.returncode == 1
+        and f"fail  supervisor: no s6-svscan answers on {plain.scandir}; start the container" in done.stdout
+    )
     assert "a: " not in done.stdout  # whose slot is not what is wrong
     done = plain.reconcile(command=["doctor"], HERMES_HOME=str(plain.home / "none"))
     assert done.returncode == 1 and "fail  volume: " in done.stdout and "Traceback" not in done.stderr
@@ -368,7 +387,9 @@ def test_logs_reads_archives_in_order_and_follows_over_rotations(gateways):
     assert host.do("start", "-p", "a").returncode == 0
     out = host.volume / "followed"
     with open(out, "wb") as file:
-        following = subprocess.Popen(host.box.exec_command(["timeout", "40", MANAGER, "logs", "-p", "a", "-f"]), stdout=file)
+        following = subprocess.Popen(
+            host.box.exec_command(["timeout", "40", MANAGER, "logs", "-p", "a", "-f"]), stdout=file
+        )
     assert wait_for(lambda: b"line 30000 " in out.read_bytes()[-200:], 40)
     following.kill()
     lines = [int(line.split(b"line ")[1].split()[0]) for line in out.read_bytes().splitlines()]
@@ -387,7 +408,10 @@ def test_logs_reads_archives_in_order_and_follows_over_rotations(gateways):
 def test_a_log_that_is_not_there_is_one_line(plain):
     """With the way to the names."""
     done = plain.reconcile(command=["logs", "-p", "nobody"])
-    assert done.returncode == 4 and done.stderr == "hermes_boot.py: error: nobody: no log here; `hermes-boot status` lists the gateways\n"
+    assert (
+        done.returncode == 4
+        and done.stderr == "hermes_boot.py: error: nobody: no log here; `hermes-boot status` lists the gateways\n"
+    )
     done = plain.reconcile(command=["logs", "--since", "yesterday"])
     assert done.returncode == 2 and "neither a time span (30s, 10m, 2h, 1d) nor a date" in done.stderr
 
@@ -395,27 +419,42 @@ def test_a_log_that_is_not_there_is_one_line(plain):
 # help
 
 
-@pytest.mark.parametrize("command", ["", "status", "doctor", "health", "logs", "gateway", "setup", "reconcile", "shutdown"])
+@pytest.mark.parametrize(
+    "command", ["", "status", "doctor", "health", "logs", "gateway", "setup", "reconcile", "shutdown"]
+)
 def test_help_is_everywhere(plain, command):
     """With examples wherever there is something to choose."""
     done = plain.reconcile(command=[*command.split(), "--help"])
-    assert done.returncode == 0 and done.stdout.startswith(f"usage: hermes_boot.py {command}".rstrip()) and done.stderr == ""
+    assert (
+        done.returncode == 0
+        and done.stdout.startswith(f"usage: hermes_boot.py {command}".rstrip())
+        and done.stderr == ""
+    )
     assert ("examples:\n" in done.stdout) is (command != "shutdown") and not plain.scandir.exists()
 
 
 def test_version(plain):
     """Ours and the agent's."""
-    assert plain.reconcile(command=["--version"]).stdout == f"hermes_boot.py {hermes_boot.VERSION}, hermes-agent missing\n"
+    assert (
+        plain.reconcile(command=["--version"]).stdout == f"hermes_boot.py {hermes_boot.VERSION}, hermes-agent missing\n"
+    )
 
 
 @pytest.mark.parametrize(
-    "words", [["--dry-run", "setup"], ["--dry-run", "reconcile"], ["reconcile", "--dry-run"], ["--dry-run"]], ids=" ".join
+    "words",
+    [["--dry-run", "setup"], ["--dry-run", "reconcile"], ["reconcile", "--dry-run"], ["--dry-run"]],
+    ids=" ".join,
 )
 def test_a_dry_run_is_one_wherever_the_option_is(plain, words):
     """And what has none is refused."""
     before = sorted(plain.home.iterdir())
     done = plain.reconcile(command=words)
-    assert done.returncode == 0 and "would " in done.stdout and not plain.scandir.exists() and sorted(plain.home.iterdir()) == before
+    assert (
+        done.returncode == 0
+        and "would " in done.stdout
+        and not plain.scandir.exists()
+        and sorted(plain.home.iterdir()) == before
+    )
     assert plain.reconcile(command=["--dry-run", "shutdown"]).returncode == 2
 
 
@@ -448,7 +487,9 @@ TROUBLE = [["status"], ["doctor"], ["doctor", "--fix"], ["gateway", "status"], [
 
 
 @pytest.mark.parametrize("command", TROUBLE, ids=" ".join)
-@pytest.mark.parametrize("make", [lambda home: home.rmdir(), lambda home: (home.rmdir(), home.touch())], ids=["missing", "a file"])
+@pytest.mark.parametrize(
+    "make", [lambda home: home.rmdir(), lambda home: (home.rmdir(), home.touch())], ids=["missing", "a file"]
+)
 def test_a_home_that_is_none_is_one_line(plain, command, make):
     """For every command."""
     make(plain.home)
@@ -456,7 +497,9 @@ def test_a_home_that_is_none_is_one_line(plain, command, make):
     assert done.returncode in (1, 4) and "Traceback" not in done.stderr and done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("words", [["--since", "99999999999999d"], ["--since", "2026-13-99"], ["--since", "\u00b2h"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["--since", "99999999999999d"], ["--since", "2026-13-99"], ["--since", "\u00b2h"]], ids=" ".join
+)
 def test_times_that_are_none(plain, words):
     """A usage error, or a time before all others."""
     done = plain.reconcile(command=["logs", *words])
@@ -469,7 +512,10 @@ def test_a_slot_whose_profile_is_gone(gateways):
     assert wait_for(lambda: host.up("a"))
     host.folder("a").rename(host.volume / "away")
     code, found = diagnosis(host, "--fix")
-    assert found["a"][0]["found"] == "has a slot, but its profile is gone" and "gateway unregister -p a" in found["a"][0]["mend"]
+    assert (
+        found["a"][0]["found"] == "has a slot, but its profile is gone"
+        and "gateway unregister -p a" in found["a"][0]["fix"]
+    )
     assert host.do("unregister", "-p", "a").returncode == 0
 
 

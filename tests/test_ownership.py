@@ -108,7 +108,8 @@ def test_a_setuid_bit_does_not_survive_the_gift(container, volume):
 
 
 def test_hard_links_and_devices_stay_roots(container, volume, tmp_path):
-    """A second name may lie outside the volume; a device node is not a file. Both are said or skipped, never given away."""
+    """A second name may lie outside the volume; a device node is not a file. Both are said or skipped, never given
+    away."""
     outside = tmp_path / "outside"
     outside.write_text("secret")
     os.link(outside, volume / "workspace/deep/linked")
@@ -154,7 +155,8 @@ def test_a_link_in_a_managed_folders_place_is_left_alone(container, volume, tmp_
     assert owner(target) == owner(target / "sub") == (0, 0)
     assert (
         done.returncode == 0
-        and "skins on the volume is a link, or not of the kind it should be; its owners were not checked" in done.stderr.decode()
+        and "skins on the volume is a link, or not of the kind it should be; its owners were not checked"
+        in done.stderr.decode()
     )
 
 
@@ -193,7 +195,8 @@ def test_a_folder_of_roots_that_the_agent_has_moved_is_no_way_home(container, vo
 
 @pytest.mark.parametrize("below", ["", "/new/home"], ids=["itself", "below it"])
 def test_root_goes_through_no_link_of_the_agents_on_its_way_home(container, volume, below):
-    """HERMES_HOME below a folder that hermes owns, which it has replaced by a link: one line, and what that leads to is unchanged."""
+    """HERMES_HOME below a folder that hermes owns, which it has replaced by a link: one line, and what that leads to
+    is unchanged."""
     os.chown(volume, *HERMES)
     (volume / "agent").symlink_to("/etc")
     os.lchown(volume / "agent", *HERMES)
@@ -213,7 +216,8 @@ def test_a_link_of_roots_leads_home(container):
 
 
 def test_what_was_hermess_before_and_is_not_ours_to_give_is_said(container, volume):
-    """After a change of the UID: the agent's files that nobody listed stay as they are, with the command; doctor says it too."""
+    """After a change of the UID: the agent's files that nobody listed stay as they are, with the command; doctor
+    says it too."""
     for path in (volume, volume / "kanban.db"):
         path.touch()
         os.chown(path, *HERMES)

@@ -16,7 +16,8 @@ SLEEPER = "#!/bin/sh\nexec sleep infinity\n"
 
 @pytest.fixture
 def refusing(live, tmp_path):
-    """Make a volume that refuses chown and shows modes as given, as CIFS, exFAT and many a NAS do; unmounted at the end."""
+    """Make a volume that refuses chown and shows modes as given, as CIFS, exFAT and many a NAS do; unmounted at the
+    end."""
     if not shutil.which("bindfs") or not os.path.exists("/dev/fuse"):
         pytest.skip("needs bindfs and /dev/fuse")
     mounted: list[Path] = []
@@ -52,7 +53,10 @@ def test_a_volume_that_refuses_chown_and_cannot_be_used(refusing, container):
     refusing("u=rwX:go=rX")
     done = container().run("true")
     assert done.returncode == 1
-    assert b"/opt/data cannot be written by hermes (10000:10000): Permission denied; it belongs to 0:0, mode 0755" in done.stderr
+    assert (
+        b"/opt/data cannot be written by hermes (10000:10000): Permission denied; it belongs to 0:0, mode 0755"
+        in done.stderr
+    )
 
 
 def test_a_user_namespace_without_subordinate_ids(container):
@@ -62,7 +66,10 @@ def test_a_user_namespace_without_subordinate_ids(container):
     box.exec("rm", "-f", "/run/hermes-setup.failed")
     done = box.exec("unshare", "-U", "-r", "/opt/hermes/docker/hermes_boot.py", "setup")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "fatal: root cannot become hermes (10000:10000) here: Operation not permitted; add the capabilities" in done.stderr
+    assert (
+        "fatal: root cannot become hermes (10000:10000) here: Operation not permitted; add the capabilities"
+        in done.stderr
+    )
     assert "or give a rootless engine subordinate IDs (/etc/subuid, /etc/subgid)" in done.stderr
 
 
@@ -83,13 +90,18 @@ def test_a_user_namespace_that_maps_hermes(container, tmp_path):
         os.chown(file, owner, owner)
     done = box.exec("sh", "-c", MAPPED, "sh", "/opt/hermes/docker/hermes_boot.py", "setup")
     assert done.returncode == 0, done
-    assert "warning: 1 entries on /opt/data could not be given to 10000:10000, the first: /opt/data/workspace/stranger: " in done.stderr
+    assert (
+        "warning: 1 entries on /opt/data could not be given to 10000:10000, the first: /opt/data/workspace/stranger: "
+        in done.stderr
+    )
     assert [(tmp_path / "volume/workspace" / name).stat().st_uid for name in ("stranger", "roots")] == [70000, 10000]
 
 
 # Compose and Kubernetes
 
-COMPOSE, KUBERNETES, WORKFLOW = (PROJECT / name for name in ("compose.yaml", "docs/kubernetes.yaml", ".github/workflows/image.yaml"))
+COMPOSE, KUBERNETES, WORKFLOW = (
+    PROJECT / name for name in ("compose.yaml", "docs/kubernetes.yaml", ".github/workflows/image.yaml")
+)
 CAPABILITIES = {"CHOWN", "SETUID", "SETGID", "DAC_OVERRIDE", "FOWNER", "KILL"}
 
 
@@ -99,8 +111,14 @@ def test_the_compose_file_fits_the_image():
     services = yaml.safe_load(COMPOSE.read_text())["services"]
     assert set(services) == {"hermes", "dashboard"}
     for service in services.values():
-        assert service["image"] == f"hermes-agent:{AGENT_VERSION}" and "entrypoint" not in service and "init" not in service
-        assert "mem_limit" in service and service["env_file"] == ["hermes.env"] and "data:/opt/data" in service["volumes"]
+        assert (
+            service["image"] == f"hermes-agent:{AGENT_VERSION}"
+            and "entrypoint" not in service
+            and "init" not in service
+        )
+        assert (
+            "mem_limit" in service and service["env_file"] == ["hermes.env"] and "data:/opt/data" in service["volumes"]
+        )
         assert set(service["cap_add"]) == CAPABILITIES and service["cap_drop"] == ["ALL"]
     hermes = services["hermes"]
     assert int(hermes["stop_grace_period"].rstrip("s")) > int(hermes["environment"]["HERMES_SHUTDOWN_TIMEOUT"])
@@ -114,12 +132,21 @@ def test_the_kubernetes_file_fits_the_image():
     (_, stateful) = yaml.safe_load_all(KUBERNETES.read_text())
     pod = stateful["spec"]["template"]["spec"]
     (hermes,) = pod["containers"]
-    timeout = next(int(variable["value"]) for variable in hermes["env"] if variable["name"] == "HERMES_SHUTDOWN_TIMEOUT")
+    timeout = next(
+        int(variable["value"]) for variable in hermes["env"] if variable["name"] == "HERMES_SHUTDOWN_TIMEOUT"
+    )
     assert pod["terminationGracePeriodSeconds"] > timeout
     assert pod["securityContext"]["runAsUser"] == pod["securityContext"]["fsGroup"] == 10000
-    assert hermes["securityContext"]["capabilities"] == {"drop": ["ALL"]} and hermes["securityContext"]["readOnlyRootFilesystem"]
+    assert (
+        hermes["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        and hermes["securityContext"]["readOnlyRootFilesystem"]
+    )
     assert {mount["mountPath"] for mount in hermes["volumeMounts"]} == {"/opt/data", "/run", "/tmp"}
-    for probe, words in (("startupProbe", ["health", "--live"]), ("livenessProbe", ["health", "--live"]), ("readinessProbe", ["health"])):
+    for probe, words in (
+        ("startupProbe", ["health", "--live"]),
+        ("livenessProbe", ["health", "--live"]),
+        ("readinessProbe", ["health"]),
+    ):
         assert hermes[probe]["exec"]["command"] == ["/opt/hermes/bin/hermes-boot", *words]
     assert hermes["image"] == f"hermes-agent:{AGENT_VERSION}" and "command" not in hermes
 
@@ -136,12 +163,16 @@ FROM_PYPI = [
 def test_the_published_schemas_and_rules_accept_them(validator):
     """Where the validator is installed, as it is in CI."""
     if not shutil.which(validator[0]):
-        (pytest.fail if os.environ.get("HERMES_TEST_REQUIRE_LIVE") else pytest.skip)(f"{validator[0]} is not installed; it is on PyPI")
+        (pytest.fail if os.environ.get("HERMES_TEST_REQUIRE_LIVE") else pytest.skip)(
+            f"{validator[0]} is not installed; it is on PyPI"
+        )
     accepts(validator)
 
 
 @pytest.mark.parametrize(
-    "validator", [("docker", "compose", "-f", COMPOSE, "config", "-q"), ("docker", "build", "--check", PROJECT)], ids=["compose", "build"]
+    "validator",
+    [("docker", "compose", "-f", COMPOSE, "config", "-q"), ("docker", "build", "--check", PROJECT)],
+    ids=["compose", "build"],
 )
 def test_docker_accepts_them(validator):
     """Docker's own word, where it answers."""

@@ -36,7 +36,11 @@ def test_the_images_templates_win_over_built_in_ones(container, tmp_path):
     for name, text in ((".env.example", "A=1\n"), ("cli-config.yaml.example", "b: 2\n"), ("docker/SOUL.md", "soul\n")):
         (box.upper / "opt/hermes" / name).write_text(text)
     box.run("true")
-    assert [(tmp_path / "volume" / name).read_text() for name in (".env", "config.yaml", "SOUL.md")] == ["A=1\n", "b: 2\n", "soul\n"]
+    assert [(tmp_path / "volume" / name).read_text() for name in (".env", "config.yaml", "SOUL.md")] == [
+        "A=1\n",
+        "b: 2\n",
+        "soul\n",
+    ]
 
 
 def test_auth_json_and_the_first_state_come_from_the_environment(container, tmp_path):
@@ -83,7 +87,10 @@ def test_a_volume_that_hermes_cannot_write_ends_the_boot(container, tmp_path):
     (tmp_path / "volume").mkdir()
     done = container(user=10000).run("echo", "ran")
     assert (done.returncode, done.stdout) == (1, b"")
-    assert b"/opt/data cannot be written by hermes (10000:10000): Permission denied; it belongs to 0:0, mode 0755" in done.stderr
+    assert (
+        b"/opt/data cannot be written by hermes (10000:10000): Permission denied; it belongs to 0:0, mode 0755"
+        in done.stderr
+    )
     os.chown(tmp_path / "volume", 1234, 1235)
     done = container(user=10000).run("echo", "ran")
     assert b"it belongs to 1234:1235, mode 0755; start with HERMES_UID=1234 HERMES_GID=1235" in done.stderr
@@ -97,7 +104,10 @@ def test_a_home_that_cannot_be_read_or_made_ends_the_boot_with_one_line(containe
     assert b"/opt/data cannot be read by hermes (10000:10000): Permission denied; it belongs to 0:0" in done.stderr
     done = container(environment={"HERMES_HOME": "/etc/passwd"}).run("true")
     (line,) = done.stderr.decode().splitlines()[-1:]
-    assert done.returncode == 1 and "HERMES_HOME='/etc/passwd' cannot be made a folder: Not a directory; mount a volume there" in line
+    assert (
+        done.returncode == 1
+        and "HERMES_HOME='/etc/passwd' cannot be made a folder: Not a directory; mount a volume there" in line
+    )
 
 
 def test_a_dry_run_lists_and_changes_nothing(container, tmp_path):
@@ -111,7 +121,9 @@ def test_a_dry_run_lists_and_changes_nothing(container, tmp_path):
     os.chown(home / "skills/mine", 0, 0)
     (box.path("/run/s6/container_environment/HERMES_UID")).write_text("1500")
     done = box.exec(
-        "sh", "-c", "cp -a /etc/passwd /tmp; /opt/hermes/docker/hermes_boot.py --dry-run; cmp /etc/passwd /tmp/passwd && echo same"
+        "sh",
+        "-c",
+        "cp -a /etc/passwd /tmp; /opt/hermes/docker/hermes_boot.py --dry-run; cmp /etc/passwd /tmp/passwd && echo same",
     )
     lines = done.stdout.splitlines()
     assert lines[:2] == ["would remap hermes from 10000:10000 to 1500:10000", "would run as 1500:10000"]
@@ -150,7 +162,9 @@ def test_the_configuration_is_migrated_when_the_image_is_newer(container, tmp_pa
     assert "_config_version: 33" in (home / "config.yaml").read_text(), done.stderr
     saved = sorted((home / "backups").iterdir())
     assert [path.name.split(".2")[0] for path in saved] == [".env", "config.yaml"]
-    assert [path.read_text() for path in saved] == ["A=secret\n", "_config_version: 1\n"] and {mode(path) for path in saved} == {0o600}
+    assert [path.read_text() for path in saved] == ["A=secret\n", "_config_version: 1\n"] and {
+        mode(path) for path in saved
+    } == {0o600}
     assert b"migrate" not in box.run("true").stderr
 
 
@@ -169,7 +183,8 @@ def test_a_failing_migration_is_a_warning_and_tried_again(container, tmp_path):
 
 @pytest.mark.sandbox
 def test_what_a_helper_leaves_behind_ends_with_it(container, tmp_path):
-    """The agent's migration runs what it finds on the volume; a process of that cannot stop the reconcile, and so the boot."""
+    """The agent's migration runs what it finds on the volume; a process of that cannot stop the reconcile, and so
+    the boot."""
     home = tmp_path / "volume"
     home.mkdir()
     (home / ".hermes-agent-version").write_text("0.1\n")
@@ -177,7 +192,11 @@ def test_what_a_helper_leaves_behind_ends_with_it(container, tmp_path):
     box = container()
     (box.upper / "opt/hermes/.venv/lib/python3.11/site-packages/hermes_agent-0.19.0.dist-info").mkdir(parents=True)
     stopper = "while :; do pkill -STOP -f 02-reconcile; sleep 0.01; done"
-    box.put_agent(f"#!/bin/sh\n[ $1 != config ] || setsid setsid sh -c 'touch /tmp/left; {stopper}' >/dev/null 2>&1 &\nsleep 0.5\n")
+    box.put_agent(
+        f"#!/bin/sh\n[ $1 != config ] || setsid setsid sh -c 'touch /tmp/left; {stopper}' >/dev/null 2>&1 &\nsleep 0.5\n"
+    )
     done = box.run("sh", "-c", "ls /tmp/left; ps -eo args", timeout=30)
     assert done.returncode == 0 and b"/tmp/left\n" in done.stdout and b"pkill" not in done.stdout, done
-    assert b"profile=default prior_state=none action=registered" in done.stderr and b"migration ended" not in done.stderr
+    assert (
+        b"profile=default prior_state=none action=registered" in done.stderr and b"migration ended" not in done.stderr
+    )

@@ -12,7 +12,9 @@ import pytest
 from sandbox import PROJECT, WRAPPER
 
 CODES = [(f"exit {code}", code) for code in (0, 1, 2, 42, 126, 127, 143)]
-SIGNALS = [(f"kill -{name} $$", 128 + number) for name, number in (("TERM", 15), ("KILL", 9), ("SEGV", 11), ("PIPE", 13))]
+SIGNALS = [
+    (f"kill -{name} $$", 128 + number) for name, number in (("TERM", 15), ("KILL", 9), ("SEGV", 11), ("PIPE", 13))
+]
 
 
 @pytest.mark.parametrize("script, code", CODES + SIGNALS, ids=lambda value: str(value).replace(" ", "-"))
@@ -104,7 +106,9 @@ def test_the_environment_survives_byte_for_byte(container):
 
 def test_the_process_environment_is_right_with_keep_env(container):
     """With S6_KEEP_ENV=1 there is no folder to read."""
-    done = container(environment={"S6_KEEP_ENV": "1", "MARK": "here"}).run("sh", "-c", "echo $MARK; ls -d /run/s6/container_environment")
+    done = container(environment={"S6_KEEP_ENV": "1", "MARK": "here"}).run(
+        "sh", "-c", "echo $MARK; ls -d /run/s6/container_environment"
+    )
     assert done.stdout == b"here\n"
 
 
@@ -115,7 +119,9 @@ def test_the_working_directory_is_kept(container):
 
 def test_root_is_dropped_with_its_groups_and_signals_are_as_they_were(container):
     """No root ID, no root group, and SIGPIPE not ignored, which Python would hand on."""
-    done = container().run("sh", "-c", "grep -E '^(Uid|Gid|Groups|SigIgn|SigBlk)' /proc/self/status; cat /proc/self/comm")
+    done = container().run(
+        "sh", "-c", "grep -E '^(Uid|Gid|Groups|SigIgn|SigBlk)' /proc/self/status; cat /proc/self/comm"
+    )
     status = dict(re.findall(r"(\w+):\s*(.*?)\s*\n", done.stdout.decode()))
     assert status["Uid"].split() == status["Gid"].split() == ["10000"] * 4
     assert status["Groups"] == "10000"
@@ -198,7 +204,8 @@ def test_an_old_kernel_reads_the_whole_first_line(script):
 
 
 def test_a_run_that_everybody_may_write_is_no_way_to_roots_files(container):
-    """As `--tmpfs /run` makes it: what hermes put where the wrapper leaves its word is not written to, and not believed."""
+    """As `--tmpfs /run` makes it: what hermes put where the wrapper leaves its word is not written to, and not
+    believed."""
     box = container()
     box.start("sleep", "infinity")
     script = f"""

@@ -1,8 +1,8 @@
 """A container of a real engine behind the methods of sandbox.Sandbox, so that one set of tests runs on both.
 
-ENGINE (docker or podman; the first that answers), HERMES_TEST_IMAGE (else the image is built once, with ENGINE_BUILD_OPTIONS) and
-ENGINE_RUN_OPTIONS describe the machine. Needs root, to look into running containers. Where podman needs a
-namespace of its own: in-namespace, beside this file.
+ENGINE (docker or podman; the first that answers), HERMES_TEST_IMAGE (else the image is built once, with
+ENGINE_BUILD_OPTIONS) and ENGINE_RUN_OPTIONS describe the machine. Needs root, to look into running containers. Where
+podman needs a namespace of its own: in-namespace, beside this file.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def image() -> str:
 
 
 class EngineContainer:
-    """One container; see sandbox.Sandbox for the options and methods. With an entrypoint, it runs below the engine's own PID 1."""
+    """One container; see sandbox.Sandbox for the options and methods. With an entrypoint, it runs below the engine's
+    own PID 1."""
 
     def __init__(
         self,
@@ -83,7 +84,16 @@ class EngineContainer:
     def command(self, words: list[str]) -> list[str]:
         """Return the argv that runs this container in the foreground."""
         self.volume.mkdir(parents=True, exist_ok=True)
-        argv = [engine(), "run", "-i", "--name", self.name, "-w", self.workdir, *shlex.split(os.environ.get("ENGINE_RUN_OPTIONS", ""))]
+        argv = [
+            engine(),
+            "run",
+            "-i",
+            "--name",
+            self.name,
+            "-w",
+            self.workdir,
+            *shlex.split(os.environ.get("ENGINE_RUN_OPTIONS", "")),
+        ]
         for host, guest in ((str(self.volume), "/opt/data"), *self.mounts):
             argv += ["-v", f"{host}:{guest}"]
         for name, value in self.given.items():
@@ -130,12 +140,16 @@ class EngineContainer:
         """Return a path on the machine for a path in the running container."""
         return Path(f"/proc/{self.init()}/root{guest}")
 
-    def exec_command(self, words: list[str], user: str | None = None, environment: dict[str, str] | None = None) -> list[str]:
+    def exec_command(
+        self, words: list[str], user: str | None = None, environment: dict[str, str] | None = None
+    ) -> list[str]:
         """Return the argv that enters the running container."""
         pairs = [option for name, value in (environment or {}).items() for option in ("-e", f"{name}={value}")]
         return [engine(), "exec", "-i", *(["-u", user] if user else []), *pairs, self.name, *words]
 
-    def exec(self, *words: str, user: str | None = None, environment: dict[str, str] | None = None, timeout: float = TIMEOUT):
+    def exec(
+        self, *words: str, user: str | None = None, environment: dict[str, str] | None = None, timeout: float = TIMEOUT
+    ):
         """Run a program in the running container; returns what subprocess.run does, output captured."""
         argv = self.exec_command(list(words), user, environment)
         return subprocess.run(argv, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)

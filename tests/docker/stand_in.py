@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Stand-ins for s6-overlay's tarballs, where its releases cannot be had: Debian's s6 and execline under the names of s6-overlay.
+"""Stand-ins for s6-overlay's tarballs, where its releases cannot be had: Debian's s6 and execline under the names of
+s6-overlay.
 
-    stand_in.py FOLDER      writes them and prints the build arguments that make the Dockerfile take them
+stand_in.py FOLDER      writes them and prints the build arguments that make the Dockerfile take them
 
-This is not s6-overlay. Its /init does what tests/sandbox.py does in its place, with the same text; the base image must have Debian's
-packages s6 and execline. An image made of it is for these tests and for nothing else.
+This is not s6-overlay. Its /init does what tests/sandbox.py does in its place, with the same text; the base image must
+have Debian's packages s6 and execline. An image made of it is for these tests and for nothing else.
 """
 
 from __future__ import annotations

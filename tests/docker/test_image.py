@@ -1,4 +1,5 @@
-"""What only a real image can show: capabilities, a read-only root, login shells, what is written at run time. Needs an engine."""
+"""What only a real image can show: capabilities, a read-only root, login shells, what is written at run time. Needs
+an engine."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def hermes(container):
     """Make containers whose default gateway runs."""
 
     def make(**options):
-        box = container(environment={"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"} | options.pop("environment", {}), **options)
+        box = container(
+            environment={"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"} | options.pop("environment", {}), **options
+        )
         box.put_agent(SLEEPER)
         return box
 
@@ -31,14 +34,20 @@ def hermes(container):
 
 def without(*missing: str) -> tuple[str, ...]:
     """Return the engine's options for the capabilities that README lists, some of them missing."""
-    return ("--cap-drop", "ALL", *(word for name in CAPABILITIES if name not in missing for word in ("--cap-add", name)))
+    return (
+        "--cap-drop",
+        "ALL",
+        *(word for name in CAPABILITIES if name not in missing for word in ("--cap-add", name)),
+    )
 
 
 def test_six_capabilities_are_enough(hermes, tmp_path):
     """As compose.yaml gives them: ownership is mended, hermes is dropped to, the gateway runs."""
     (tmp_path / "volume/workspace").mkdir(parents=True)
     (tmp_path / "volume/workspace/file").touch(0o600)
-    done = hermes(options=(*without(), "--security-opt", "no-new-privileges")).run("sh", "-c", f"id -u; stat -c %u workspace/file; {UP}")
+    done = hermes(options=(*without(), "--security-opt", "no-new-privileges")).run(
+        "sh", "-c", f"id -u; stat -c %u workspace/file; {UP}"
+    )
     assert (done.returncode, done.stdout) == (0, b"10000\n10000\nhealthy: 1 up, 0 not wanted\n"), done.stderr.decode()
     assert b"warning" not in done.stderr
 
@@ -74,11 +83,15 @@ def test_a_read_only_root_boots(hermes):
     assert box.run("sh", "-c", UP).stdout == b"healthy: 1 up, 0 not wanted\n"
     done = hermes(options=READ_ONLY, environment={"HERMES_UID": "1500"}).run("true")
     assert done.returncode == 1
-    assert b"fatal: cannot write /etc/passwd (Read-only file system), which the remap or a group needs; make /etc writable" in done.stderr
+    assert (
+        b"fatal: cannot write /etc/passwd (Read-only file system), which the remap or a group needs; make /etc writable"
+        in done.stderr
+    )
 
 
 def test_what_kubernetes_allows_at_its_strictest(hermes, tmp_path):
-    """UID 10000, no capabilities, no new privileges, a read-only root, and a /run that is anybody's: full supervision."""
+    """UID 10000, no capabilities, no new privileges, a read-only root, and a /run that is anybody's: full
+    supervision."""
     (tmp_path / "volume").mkdir()
     subprocess.run(["chown", "10000:10000", tmp_path / "volume"], check=True)
     options = ("--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--read-only", "--tmpfs", "/tmp")
@@ -95,18 +108,27 @@ def test_a_login_shell_finds_hermes_and_s6(hermes):
     for shell in (["bash", "-l"], ["env", "-i", "bash", "-l"]):
         done = box.exec(*shell, "-c", "command -v hermes hermes-boot s6-svc; hermes gateway stop")
         hermes_path, boot_path, s6_path, said = done.stdout.splitlines()
-        assert (hermes_path, boot_path, said) == ("/opt/hermes/bin/hermes", "/opt/hermes/bin/hermes-boot", "default: stopped"), done
+        assert (hermes_path, boot_path, said) == (
+            "/opt/hermes/bin/hermes",
+            "/opt/hermes/bin/hermes-boot",
+            "default: stopped",
+        ), done
         assert s6_path in ("/command/s6-svc", "/usr/bin/s6-svc")
         assert box.exec("hermes", "gateway", "start").returncode == 0
 
 
 def test_a_shell_without_the_environment_knows_the_home_and_hermes_has_its_keys(hermes):
-    """As by ssh: $HERMES_HOME is the container's, for people; `hermes` takes the rest, what was given with -e included."""
+    """As by ssh: $HERMES_HOME is the container's, for people; `hermes` takes the rest, what was given with -e
+    included."""
     box = hermes(environment={"HERMES_HOME": "/srv/my home", "SOME_API_KEY": "k-1"})
-    box.put_agent('#!/bin/sh\n[ "$1" = chat ] || exec sleep infinity\necho "$HERMES_HOME" "$HOME" "$SOME_API_KEY"; id -un\n')
+    box.put_agent(
+        '#!/bin/sh\n[ "$1" = chat ] || exec sleep infinity\necho "$HERMES_HOME" "$HOME" "$SOME_API_KEY"; id -un\n'
+    )
     box.start("sleep", "infinity")
     done = box.exec("env", "-i", "bash", "-l", "-c", 'echo "$HERMES_HOME" "$VIRTUAL_ENV"; hermes chat')
-    assert done.stdout.splitlines() == ["/srv/my home /opt/hermes/.venv", "/srv/my home /srv/my home k-1", "hermes"], done
+    assert done.stdout.splitlines() == ["/srv/my home /opt/hermes/.venv", "/srv/my home /srv/my home k-1", "hermes"], (
+        done
+    )
 
 
 def test_nothing_is_written_to_the_image_at_run_time(hermes):
@@ -115,8 +137,14 @@ def test_nothing_is_written_to_the_image_at_run_time(hermes):
     box.start("sleep", "infinity")
     assert box.exec("hermes-boot", "doctor").returncode == 0
     lines = subprocess.run([engine(), "diff", box.name], capture_output=True, text=True, check=True).stdout.splitlines()
-    ours = [line for line in lines if not line.split()[1].startswith(("/run", "/tmp", "/dev", "/proc", "/sys", "/opt/data", "/etc/mtab"))]
-    assert [line for line in ours if ".pyc" in line] == [] and [line for line in ours if not line.startswith("C ")] == []
+    ours = [
+        line
+        for line in lines
+        if not line.split()[1].startswith(("/run", "/tmp", "/dev", "/proc", "/sys", "/opt/data", "/etc/mtab"))
+    ]
+    assert [line for line in ours if ".pyc" in line] == [] and [
+        line for line in ours if not line.startswith("C ")
+    ] == []
 
 
 def test_the_image_says_what_it_is():
@@ -131,10 +159,14 @@ def test_the_image_says_what_it_is():
 
 def test_the_build_leaves_nothing_behind(hermes):
     """No package lists, no caches, no compiler, no tarball."""
-    script = "ls /var/lib/apt/lists /tmp /var/log/apt /root/.cache; ls /opt/hermes/.venv/bin; find / -xdev -name '*.tar.xz'"
+    script = (
+        "ls /var/lib/apt/lists /tmp /var/log/apt /root/.cache; ls /opt/hermes/.venv/bin; find / -xdev -name '*.tar.xz'"
+    )
     done = hermes().run("sh", "-c", f"({script}) 2>/dev/null")
     words = done.stdout.decode().split()
-    assert "hermes" in words and not [word for word in words if word.endswith((".xz", "_Packages", "gcc", "pip:"))], words
+    assert "hermes" in words and not [word for word in words if word.endswith((".xz", "_Packages", "gcc", "pip:"))], (
+        words
+    )
 
 
 def test_the_agent_can_fetch_what_a_platform_needs(hermes):
@@ -142,19 +174,23 @@ def test_the_agent_can_fetch_what_a_platform_needs(hermes):
     script = "touch /opt/hermes/.venv/mine; python -m pip --version && echo $HERMES_DISABLE_LAZY_INSTALLS $HERMES_LAZY_INSTALL_TARGET"
     done = hermes().run("sh", "-c", script)
     assert (
-        b"touch: cannot touch" in done.stderr and done.stdout.startswith(b"pip ") and done.stdout.endswith(b"\n1 /opt/data/lazy-packages\n")
+        b"touch: cannot touch" in done.stderr
+        and done.stdout.startswith(b"pip ")
+        and done.stdout.endswith(b"\n1 /opt/data/lazy-packages\n")
     )
 
 
 def restarted(box) -> str:
-    """Restart a container as its users do, with all that it has written; return the line of the default gateway at the new boot."""
+    """Restart a container as its users do, with all that it has written; return the line of the default gateway at
+    the new boot."""
     subprocess.run([engine(), "restart", "-t", "10", box.name], capture_output=True, check=True)
     assert wait_for(lambda: box.exec("hermes-boot", "health").returncode == 0)
     return box.exec("tail", "-n", "1", "/opt/data/logs/container-boot.log").stdout
 
 
 def test_a_restart_keeps_what_the_container_wrote(hermes):
-    """`docker restart`: the remap is made once, what is left in /run is in nobody's way, what ran runs and what was stopped does not."""
+    """`docker restart`: the remap is made once, what is left in /run is in nobody's way, what ran runs and what was
+    stopped does not."""
     box = hermes(environment={"HERMES_UID": "1500"})
     box.start("sleep", "infinity")
     assert "remap hermes from 10000:10000 to 1500:10000" in box.log()
