@@ -194,8 +194,8 @@ def boot(limit=0):
     if child == 0:
         os.setpgid(0, 0)
         os.environ.clear()
-        hermes_boot.wrapper.process_environment = lambda: dict(ENVIRONMENT)
-        hermes_boot.wrapper.CONTAINER_ENVIRONMENT = "/none"
+        hermes_boot.process_environment = lambda: dict(ENVIRONMENT)
+        hermes_boot.CONTAINER_ENVIRONMENT = "/none"
         kill_at(limit)
         os._exit(hermes_boot.main(["/opt/hermes/docker/hermes_boot.py"]))
     pid = 0
