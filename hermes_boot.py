@@ -3244,6 +3244,9 @@ def empty_scandir(boot: Boot, scandir: Folder) -> None:
     os.mkdir(".s6-svscan", 0o755, dir_fd=scandir.fd)
 
 
+BUNDLES = ("user", "user2")  # what s6-overlay starts
+
+
 class Service:
     """A service of the image's or of a derived one's: its name, kind, folder and what it needs, in the way of s6-rc's
     source definition directories (see s6-rc-compile); kind is `legacy` for one of /etc/services.d."""
@@ -3252,7 +3255,7 @@ class Service:
 
     def __init__(self, name: str, folder: str, kind: str = "") -> None:
         self.name, self.folder = name, f"{folder}/{name}"
-        self.kind = kind or self.word("type")
+        self.kind = kind or ("bundle" if name in BUNDLES else self.word("type"))
         self.copy = f"/run/{'s6/legacy-services' if kind else 's6-rc/servicedirs'}/{name}"
         self.needs = ["user"] if kind else self.names("contents" if self.kind == "bundle" else "dependencies")
 
@@ -3298,8 +3301,8 @@ def static_services(boot: Boot) -> list[Service]:
         if not service.word("consumer-for"):
             order[name] = service
 
-    visit("user")
-    visit("user2")
+    for bundle in BUNDLES:
+        visit(bundle)
     if lost:
         warn(f"without s6-overlay these have no effect: {', '.join(map(shown, lost))}")
     return [
