@@ -3193,7 +3193,7 @@ def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
     if command and children.wait(command, svscan, command=command) == svscan:
         say("error", "s6-svscan has died; the container ends, so that the engine can start it anew")
     for script in names_in(CONT_FINISH):  # these tell the gateways and the command to end, and wait for them
-        run_to_end(children, [script], environment, at_the_end=True)
+        run_to_end(children, [script], environment, to_its_end=True)
     send(svscan, SIGTERM)  # not by its control file, which is hermes's: root does not open that
     children.wait(svscan, timeout=0.5)
     if command:
@@ -3318,7 +3318,8 @@ def publish_services(boot: Boot, children: Children, environment: dict[str, str]
         for service in published:
             try:
                 os.makedirs(os.path.dirname(service.copy), exist_ok=True)
-                run_to_end(children, ["cp", "-R", service.folder, service.copy], environment)
+                if run_to_end(children, ["cp", "-R", service.folder, service.copy], environment, to_its_end=True):
+                    continue  # cp has said why
                 for path in (service.copy, f"{service.copy}/log"):
                     if os.path.exists(f"{path}/run"):
                         os.chmod(f"{path}/run", 0o755)
@@ -3378,10 +3379,10 @@ def names_in(folder: str) -> list[str]:
         return []
 
 
-def run_to_end(children: Children, argv: list[str], environment: dict[str, str], *, at_the_end: bool = False) -> int:
-    """Run one of the boot's programs; return its exit code. Unless it is one of the end's, SIGTERM ends it: all of its
+def run_to_end(children: Children, argv: list[str], environment: dict[str, str], *, to_its_end: bool = False) -> int:
+    """Run one of the boot's programs; return its exit code. Unless it is to get to its end, SIGTERM ends it: all of its
     process group, by SIGKILL after a second, and none is begun then."""
-    if children.asked_to_end and not at_the_end:
+    if children.asked_to_end and not to_its_end:
         return 128 + SIGTERM
     try:
         pid = children.start(argv, environment)
@@ -3389,7 +3390,7 @@ def run_to_end(children: Children, argv: list[str], environment: dict[str, str],
         advice = "; chmod +x it" if isinstance(error, PermissionError) else ""
         warn(f"{argv[0]} cannot be run: {reason(error)}{advice}")
         return 1
-    children.wait(pid, command=0 if at_the_end else pid)
+    children.wait(pid, command=0 if to_its_end else pid)
     for number in (SIGTERM, SIGKILL):
         if children.codes[pid] is None:
             send(-pid, number)
