@@ -131,6 +131,7 @@ def test_a_service_in_any_encoding_is_published(container):
     (service / "clock").mkdir()
     write_script(service / "clock/run", "#!/bin/sh\nexec sleep 77\n")
     (service / "clock/run").write_bytes(b"#!/bin/sh\n# caf\xe9\nexec sleep 77\n")
+    (service / "clock/type").write_text("longrun\n")
     (service / "user/contents.d/clock").touch()
     done = box.run("sh", "-c", "s6-svwait -t 5000 -u /run/service/clock && ps -eo args")
     assert done.returncode == 0 and b"sleep 77\n" in done.stdout, done
