@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ON_ENGINE
@@ -25,6 +26,12 @@ VALUES = {
     "LONG": "x" * 122_880,
 }
 SERVICES = ("dashboard", "main-hermes", "s6rc-fdholder", "s6rc-oneshot-runner")
+
+
+def script(tmp_path: Path, guest: str, text: str) -> dict[str, tuple[tuple[str, str], ...]]:
+    """Return the option that puts a script into a container."""
+    write_script(tmp_path / "script", f"#!/bin/sh\n{text}\n")
+    return {"mounts": ((str(tmp_path / "script"), guest),)}
 
 
 def test_a_file_of_the_environment_is_the_value_and_one_newline(container):
@@ -69,17 +76,15 @@ def test_bytes_that_are_no_text_arrive(container):
     assert b"\xff\xfe\n" in box.run("cat", f"{FILES}/BYTES").stdout
 
 
-@pytest.mark.sandbox
-def test_a_boot_script_has_a_scrubbed_environment_and_is_not_below_rc_init(container):
+def test_a_boot_script_has_a_scrubbed_environment_and_is_not_below_rc_init(container, tmp_path):
     """It has the container's stdin, the folder of s6-rc's oneshot runner, and no arguments."""
-    box = container(environment={"MARK": "x"})
-    script = """
+    look = """
         cat /proc/self/environ | tr '\\0' '\\n' | cut -d= -f1 | sort; echo "$RC_NAME $# $PWD"; umask
         echo "stdin $(cat)"
         pid=$PPID; while [ $pid -gt 1 ]; do cat /proc/$pid/comm; pid=$(cut -d' ' -f4 /proc/$pid/stat); done
     """
-    write_script(box.upper / "etc/cont-init.d/00-look", f"#!/bin/sh\n{{ {script}\n}} >/run/seen\n")
-    done = box.run("sh", "-c", "cat /run/seen; cat", input=b"words\n")
+    options = script(tmp_path, "/etc/cont-init.d/00-look", f"{{ {look}\n}} >/run/seen")
+    done = container(environment={"MARK": "x"}, **options).run("sh", "-c", "cat /run/seen; cat", input=b"words\n")
     *names, environment, folder, mask, stdin, one, two, three, four = done.stdout.decode().splitlines()
     assert [*names, environment] == ["PATH", "PWD", "RC_NAME"]
     assert re.fullmatch(r"legacy-cont-init 0 /run/s6-rc:s6-rc-init:\w{6,}/servicedirs/s6rc-oneshot-runner", folder)
@@ -105,12 +110,9 @@ def test_the_process_tree(container):
     assert [pair.split(b"=")[0] for pair in environment.split(b"\0")[:-1]] == [b"PATH"]
 
 
-@pytest.mark.sandbox
-def test_owners_and_modes_are_s6_overlays(container):
+def test_owners_and_modes_are_s6_overlays(container, tmp_path):
     """Before our boot, which hands some of it to hermes: seen from the first boot script."""
-    box = container()
-    found = "find /run -printf '%M %u %p\\n' >/tmp/seen"
-    write_script(box.upper / "etc/cont-init.d/00-look", f"#!/bin/sh\n{found}\n")
+    box = container(**script(tmp_path, "/etc/cont-init.d/00-look", "find /run -printf '%M %u %p\\n' >/tmp/seen"))
     lines = box.run("cat", "/tmp/seen").stdout.decode().splitlines()
     mode = {path: (text, user) for text, user, path in (line.split(None, 2) for line in lines)}
     (live,) = (path for path in mode if re.fullmatch(r"/run/s6-rc:s6-rc-init:\w{6,}", path))
@@ -172,21 +174,18 @@ def test_a_chatty_boot_names_every_script_and_service(container):
     assert err.index("dashboard successfully stopped") < err.index("legacy-cont-init: stopping")
 
 
-@pytest.mark.sandbox
-def test_a_boot_that_takes_too_long_ends_the_container(container):
+def test_a_boot_that_takes_too_long_ends_the_container(container, tmp_path):
     """S6_CMD_WAIT_FOR_SERVICES_MAXTIME, in ms; 0 has no end."""
-    box = container(environment={"S6_CMD_WAIT_FOR_SERVICES_MAXTIME": "1000"})
-    write_script(box.upper / "etc/cont-init.d/00-slow", "#!/bin/sh\nsleep 4\n")
-    done = box.run("true")
+    slow = script(tmp_path, "/etc/cont-init.d/00-slow", "sleep 4")
+    done = container(environment={"S6_CMD_WAIT_FOR_SERVICES_MAXTIME": "1000"}, **slow).run("true")
     assert done.returncode == 2 and b"s6-rc: fatal: timed out\n" in done.stderr and STOPPING.encode() in done.stderr
 
 
-@pytest.mark.sandbox
-def test_a_finish_script_is_cut_short_by_its_limit_alone(container):
+def test_a_finish_script_is_cut_short_by_its_limit_alone(container, tmp_path):
     """S6_KILL_FINISH_MAXTIME, in ms; without it there is none."""
-    for limit, ended in (("500", False), ("0", True), (None, True)):
-        box = container(environment={"S6_KILL_FINISH_MAXTIME": limit or ""})
-        write_script(box.upper / "etc/cont-finish.d/00-slow", "#!/bin/sh\nsleep 1\necho ended >&2\n")
+    slow = script(tmp_path, "/etc/cont-finish.d/00-slow", "sleep 1\necho ended >&2")
+    for limit, ended in (("500", False), ("0", True), ("", True)):
+        box = container(environment={"S6_KILL_FINISH_MAXTIME": limit}, **slow)
         assert (b"ended\n" in box.run("true").stderr) is ended, limit
 
 
@@ -254,14 +253,13 @@ def read(terminal: int) -> bytes:
         return b""
 
 
-@pytest.mark.sandbox
-def test_a_folder_with_a_space_is_no_workdir(container):
+def test_a_folder_with_a_space_is_no_workdir(container, tmp_path):
     """`-w "/srv/a b"`: rc.init ends at its cd, the command never runs, and the container stays."""
-    box = container(workdir="/srv/a b")
+    box = container(workdir="/srv/a b", mounts=((str(tmp_path), "/srv/a b"),))
     process = subprocess.Popen(box.command(["true"]), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert b"rc.init" in next(line for line in process.stderr if b"can't cd" in line)
     assert wait_for(lambda: "rc.init" not in box.exec("ps", "axo", "args").stdout) and process.poll() is None
-    box.signal_init(signal.SIGTERM)
+    assert box.exec("/run/s6/basedir/bin/halt").returncode == 0
     process.communicate(timeout=60)
 
 
