@@ -205,6 +205,9 @@ def profile_option(words: list[str]) -> tuple[str | None, list[str]]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+TERMINAL_PATIENCE = 1.0  # seconds
+
+
 class Fatal(Exception):
     """What the boot cannot go on from; its text is the line for the operator."""
 
@@ -223,7 +226,20 @@ class Fault:
 
 def say(level: str, text: object) -> None:
     """Write `program: level: text` on stderr, where every line of ours goes: stdout is the program's."""
-    print(f"{os.path.basename(sys.argv[0])}: {level}: {text}", file=sys.stderr, flush=True)
+    write_error(f"{os.path.basename(sys.argv[0])}: {level}: {text}\n")
+
+
+def write_error(text: str) -> None:
+    """Write to stderr, a line that nobody takes is lost. On a terminal, whose output hermes can stop, all lines of a
+    process together may take TERMINAL_PATIENCE seconds."""
+    global TERMINAL_PATIENCE
+    data, started = text.encode(errors="backslashreplace"), time.monotonic()
+    try:
+        with TimeLimit(max(TERMINAL_PATIENCE, 0.01) if os.isatty(2) else 0):
+            while data:
+                data = data[os.write(2, data) :]
+    except OSError:
+        TERMINAL_PATIENCE -= time.monotonic() - started
 
 
 def warn(text: object) -> None:
@@ -275,7 +291,7 @@ SCANDIR = "/run/service"
 MAX_SECONDS = 86400
 SWITCHES = (
     "HERMES_BOOT_QUIET GATEWAY_MULTIPLEX_PROFILES HERMES_DASHBOARD HERMES_DOCKER_EXEC_AS_ROOT HERMES_GATEWAY_NO_SUPERVISE"
-    " HERMES_RECONCILE HERMES_SKIP_CONFIG_MIGRATION"
+    " HERMES_RECONCILE HERMES_SEALED HERMES_SKIP_CONFIG_MIGRATION"
 ).split()
 
 
@@ -310,6 +326,11 @@ class Boot:
         elif not self.quiet:
             say("info", text)
         return not self.dry_run
+
+    @property
+    def sealed(self) -> bool:
+        """Return whether root keeps the scandir and all slots for itself, which takes root."""
+        return switch(self.setting("HERMES_SEALED")) is True and os.geteuid() == 0
 
     @property
     def quiet(self) -> bool:
@@ -671,6 +692,34 @@ def read_small(path: str) -> bytes:
 
 SIGKILL, SIGTERM, SIGCONT = 9, 15, 18
 HELPER_TIMEOUT = 120  # seconds for a program of the agent's that the boot runs
+CHILD_TIMEOUT = 600  # seconds for what the boot does as hermes
+MOST_STOPS = 20  # that a process which became hermes is woken from
+OVERDUE = 124  # the exit code of a process that was ended for its time, as of timeout(1)
+
+
+class TimeLimit:
+    """Raises TimeoutError in its block after so many seconds (0: never), out of a system call too."""
+
+    __slots__ = ("seconds", "before")
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __enter__(self) -> None:
+        import _signal
+
+        self.before = _signal.signal(_signal.SIGALRM, self.expire)
+        _signal.setitimer(_signal.ITIMER_REAL, self.seconds)
+
+    def __exit__(self, *_: object) -> None:
+        import _signal
+
+        _signal.setitimer(_signal.ITIMER_REAL, 0)
+        _signal.signal(_signal.SIGALRM, self.before)
+
+    def expire(self, *_: object) -> None:
+        """Be the handler of SIGALRM."""
+        raise TimeoutError
 
 
 def shell_code(code: int) -> int:
@@ -678,15 +727,39 @@ def shell_code(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def in_child(action, *arguments) -> int:
-    """Run an action in a child process; return its exit code, 128 + n where signal n ended it."""
+def in_child(action, *arguments, timeout: float = CHILD_TIMEOUT) -> int:
+    """Run an action in a child process, for timeout seconds at most; return its exit code, see wait_for."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         code = guarded(action, *arguments)
         sys.stdout.flush()
         os._exit(code)
-    return shell_code(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    return wait_for(child, timeout)
+
+
+def wait_for(child: int, timeout: float) -> int:
+    """Return a child's exit code, 128 + n where signal n ended it. What has become hermes can be stopped by hermes: it
+    is told to go on, and after MOST_STOPS of these, or timeout seconds (0: any number), killed: OVERDUE."""
+    try:
+        with TimeLimit(timeout):
+            for _ in range(MOST_STOPS):
+                status = os.waitpid(child, os.WUNTRACED)[1]
+                if not os.WIFSTOPPED(status):
+                    return shell_code(os.waitstatus_to_exitcode(status))
+                send(child, SIGCONT)
+    except TimeoutError:
+        pass
+    except BaseException:
+        send(child, SIGKILL)
+        raise
+    send(child, SIGKILL)
+    try:
+        with TimeLimit(5):
+            os.waitpid(child, 0)
+    except TimeoutError:
+        pass  # root lacks the capability KILL, or the volume does not answer
+    return OVERDUE
 
 
 def drop_root(owner: Owner) -> None:
@@ -712,9 +785,9 @@ def become_hermes() -> None:
         drop_root(owner)
 
 
-def as_owner(owner: Owner, action, *arguments) -> int:
-    """Run an action as hermes and return its exit code: in a child that drops for good when we are root, else right
-    here."""
+def as_owner(owner: Owner, action, *arguments, timeout: float = CHILD_TIMEOUT) -> int:
+    """Run an action as hermes and return its exit code: in a child that drops for good when we are root, for timeout
+    seconds at most (see wait_for), else right here."""
 
     def dropped() -> int:
         drop_root(owner)
@@ -722,8 +795,10 @@ def as_owner(owner: Owner, action, *arguments) -> int:
 
     if os.geteuid() != 0 or owner[0] == 0:
         return guarded(action, *arguments)
-    code = in_child(dropped)
-    if code == 128 + SIGKILL:
+    code = in_child(dropped, timeout=timeout)
+    if code == OVERDUE:
+        say("error", f"what ran as {USER} was stopped by somebody, or took more than {timeout:g} s, so it was ended")
+    elif code == 128 + SIGKILL:
         say("error", "a process of the boot was killed; most likely it had too little memory")
     elif code > 128 and code != 128 + SIGPIPE:
         say("error", f"a process of the boot was ended by signal {code - 128}")
@@ -735,7 +810,8 @@ def run_helper(argv: list[str], environment: dict[str, str]) -> int:
     124 when killed.
 
     It reads what hermes has left on the volume, and may leave processes behind, which could stop what the boot does as
-    hermes later on: they all come to the process that watches it here, and end with it.
+    hermes later on, and a terminal whose output is stopped: they all come to the process that watches it here, and end
+    with it.
     """
 
     def watch() -> int:
@@ -749,10 +825,38 @@ def run_helper(argv: list[str], environment: dict[str, str]) -> int:
             return NOT_FOUND
         children.wait(helper, timeout=HELPER_TIMEOUT)
         code = children.codes[helper]
-        children.end_all(0)
-        return 124 if code is None else shell_code(code)
+        if not children.end_all(0) and not kill_all_of_hermes():
+            warn(f"{argv[-1]} has left processes that do not end; restart the container")
+        set_terminal_going()
+        return OVERDUE if code is None else shell_code(code)
 
-    return in_child(watch)
+    return in_child(watch, timeout=HELPER_TIMEOUT + 60)
+
+
+def kill_all_of_hermes() -> bool:
+    """End all that runs as hermes, at once, which no fork outruns; return whether that was done: only at a boot, and
+    where the processes that we see are this container's alone."""
+    ours = s6_is_pid_1() or read_pid_file(SUPERVISOR_PROCESS) == 1
+    owner = account()
+    if not ours or read_pid_file(COMMAND_PROCESS) or not owner or os.geteuid() != 0:
+        return False
+    return as_owner(owner, lambda: os.kill(-1, SIGKILL) or 0, timeout=5) == 0
+
+
+def set_terminal_going() -> None:
+    """Undo what whoever runs in the container has done to the terminal's output with tcflow(3): stopped, it would stop
+    everybody who writes there."""
+    if not os.isatty(2):
+        return
+    import _signal
+    import termios
+
+    before = _signal.signal(_signal.SIGTTOU, _signal.SIG_IGN)  # else a process in the background is stopped for it
+    try:
+        termios.tcflow(2, termios.TCOON)
+    except termios.error:
+        pass  # hung up
+    _signal.signal(_signal.SIGTTOU, before)
 
 
 def send(process: int, number: int) -> None:
@@ -833,22 +937,24 @@ class Children:
             if command and number not in (signal.SIGCHLD, signal.SIGTTOU, signal.SIGTTIN):
                 send(command, number)
 
-    def end_all(self, grace: float) -> None:
-        """End every process that is left below us, and nobody else's: SIGTERM to each as it comes to us, SIGKILL
-        once grace seconds are over; 5 seconds later the rest is the kernel's."""
+    def end_all(self, grace: float) -> bool:
+        """End every process that is left below us, and nobody else's: SIGTERM to each, SIGKILL once grace seconds are
+        over; 5 seconds later the rest is the kernel's. Return whether none is left."""
         deadline, told = time.monotonic() + grace, set()
         while time.monotonic() < deadline + 5:
             self.reap()
-            if not (left := children_of(os.getpid())):
-                return
+            if not (left := descendants(os.getpid())):
+                return True
+            late = time.monotonic() >= deadline
             for pid in left:
-                if time.monotonic() >= deadline:
+                if late:
                     send(pid, SIGKILL)
                 elif pid not in told:
                     send(pid, SIGTERM)
                 told.add(pid)
                 self.codes[pid] = None
-            self.wait(*left, timeout=0.05)
+            self.wait(*left, timeout=0 if late else 0.05)  # what forks all the time is to be killed faster than that
+        return False
 
 
 def parent_of(process: int) -> int:
@@ -1005,23 +1111,6 @@ def join_groups(boot: Boot, *, look: bool = False) -> list[int]:
     if changed and not look:
         boot.announce(f"add {USER} to the groups {names}")
     return wanted if changed else []
-
-
-def exposed_path(boot: Boot) -> Fault | None:
-    """Return what is wrong with the container's PATH: s6-overlay finds programs on it that it runs as root, `sh` for
-    one, so a folder that hermes can write must come last."""
-    home = os.path.realpath(boot.home).rstrip("/") + "/"
-    folders = boot.setting("PATH").split(":")
-    ours = [
-        folder for folder in folders if not folder.startswith("/") or f"{os.path.realpath(folder)}/".startswith(home)
-    ]
-    if not ours or folders[-len(ours) :] == ours:
-        return None
-    names = " and ".join(shown(folder) for folder in ours)
-    return Fault(
-        f"PATH has {names} before the system's folders, so hermes could put programs there for root to run",
-        "put it last, with -e PATH=",
-    )
 
 
 # Ownership
@@ -1794,7 +1883,7 @@ def container_words() -> list[str]:
     PID 1 where that runs the wrapper, or of the fallback init.
     """
     fallback = read_pid_file(SUPERVISOR_PROCESS)  # among others' processes, in a shared PID namespace
-    for process in [fallback] if fallback else [1, *children_of(1)]:
+    for process in [fallback] if fallback else [1, *families().get(1, [])]:
         try:
             words = [os.fsdecode(word) for word in content(f"/proc/{process}/cmdline").split(b"\0")[:-1]]
         except OSError:
@@ -1807,16 +1896,24 @@ def container_words() -> list[str]:
     return []
 
 
-def children_of(parent: int) -> list[int]:
-    """Return a process's children of this moment. Not every kernel has /proc/PID/task/TID/children."""
-    result = []
+def families() -> dict[int, list[int]]:
+    """Return every process's children of this moment. Not every kernel has /proc/PID/task/TID/children."""
+    result: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         try:
-            if name.isdigit() and parent_of(int(name)) == parent:
-                result.append(int(name))
+            if name.isdigit():
+                result.setdefault(parent_of(int(name)), []).append(int(name))
         except OSError:
             continue  # ended meanwhile
     return result
+
+
+def descendants(process: int) -> list[int]:
+    """Return all processes of this moment below one."""
+    found, children = [process], families()
+    for parent in found:
+        found += children.get(parent, [])
+    return found[1:]
 
 
 def is_dashboard(command: list[str]) -> bool:
@@ -2021,31 +2118,47 @@ def put(folder: Folder, name: str, content: str, mode: int) -> None:
     os.close(fd)
 
 
-def make_skeleton(folder: Folder, path: str) -> None:
+def make_skeleton(folder: Folder, path: str, group: int | None) -> None:
     """Make what s6-supervise would make for root alone: found ready and ours, it stays ours, so hermes can control
-    its slots."""
+    its slots. With group, all is root's, and that group may write to the control FIFO."""
     os.mkdir(f"{path}supervise", 0o755, dir_fd=folder.fd)
     for name in ("event", "supervise/event"):
         os.mkdir(path + name, dir_fd=folder.fd)
         os.chmod(path + name, 0o3730, dir_fd=folder.fd)
-    os.mkfifo(f"{path}supervise/control", dir_fd=folder.fd)
-    os.chmod(f"{path}supervise/control", 0o660, dir_fd=folder.fd)
+    make_fifo(folder, f"{path}supervise/control", 0o660, 0o620, group)
+
+
+def make_fifo(folder: Folder, name: str, mode: int, sealed_mode: int, group: int | None) -> None:
+    """Make a FIFO of a slot, ours, or with group root's for that group to use."""
+    os.mkfifo(name, 0o600, dir_fd=folder.fd)
+    if group is not None:
+        os.chown(name, -1, group, dir_fd=folder.fd)
+    os.chmod(name, mode if group is None else sealed_mode, dir_fd=folder.fd)
 
 
 def publish(
-    scandir: Folder, name: str, found: os.stat_result | None, files: dict[str, tuple[str, int]], *, start: bool
+    scandir: Folder,
+    name: str,
+    found: os.stat_result | None,
+    files: dict[str, tuple[str, int]],
+    *,
+    start: bool,
+    group: int | None = None,
 ) -> None:
     """Put a slot into the scandir. One that was found there, and perhaps runs, keeps its folder and its process."""
     if found and stat.S_ISDIR(found.st_mode):
-        refresh(scandir, name, files, start=start)
+        refresh(scandir, name, files, start=start, group=group)
         return
     if found:
         scandir.remove(name)
-    build(scandir, name, files, start=start)
+    build(scandir, name, files, start=start, group=group)
 
 
-def build(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool) -> None:
-    """Make a slot that is not there yet: built under a dot name, which s6-svscan ignores, then renamed into place."""
+def build(
+    scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool, group: int | None = None
+) -> None:
+    """Make a slot that is not there yet: built under a dot name, which s6-svscan ignores, then renamed into place. With
+    group it stays ours, and is that group's to control."""
     temporary = f".{name}"[: 255 - len(".tmp")] + ".tmp"
     try:
         os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
@@ -2053,19 +2166,21 @@ def build(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, star
         scandir.remove(temporary)
         os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
     with Folder(temporary, scandir.fd) as slot:
-        make_skeleton(slot, "")
+        make_skeleton(slot, "", group)
         if "log/run" in files:
             os.mkdir("log", 0o755, dir_fd=slot.fd)
-            make_skeleton(slot, "log/")
+            make_skeleton(slot, "log/", group)
         for path, (content, mode) in files.items():
             put(slot, path, content, mode)
-        os.mkfifo("back-off", 0o600, dir_fd=slot.fd)
+        make_fifo(slot, "back-off", 0o600, 0o660, group)  # finish reads it
         if not start:
             put(slot, "down", "", 0o644)
     os.rename(temporary, name, src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
 
 
-def refresh(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool) -> None:
+def refresh(
+    scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool, group: int | None = None
+) -> None:
     """Bring an existing slot's files up to date, each replaced whole; its process, if it has one, goes on."""
     wanted = dict(files) if start else files | {"down": ("", 0o644)}
     with scandir.folder(name) as slot:
@@ -2081,7 +2196,7 @@ def refresh(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, st
         if start and slot.stat("down"):
             slot.remove("down")
         if slot.stat("back-off") is None:
-            os.mkfifo("back-off", 0o600, dir_fd=slot.fd)
+            make_fifo(slot, "back-off", 0o600, 0o660, group)
 
 
 def tell(fifo: str, letters: bytes) -> None:
@@ -2142,6 +2257,7 @@ def make_log_folder(home: Folder, profile: str) -> Fault | None:
 
 SETUP_FAILED = "/run/hermes-setup.failed"
 STATIC_SERVICES = "/etc/s6-overlay/s6-rc.d"
+ASKED_LIMIT = 1 << 20  # bytes
 BOOT_LOG, BOOT_LOG_LIMIT = "container-boot.log", 256 << 10
 # By their number in capabilities(7). Without CHOWN, FOWNER and KILL less works; the README says what.
 NEEDED_CAPABILITIES = {1: "DAC_OVERRIDE", 6: "SETGID", 7: "SETUID"}
@@ -2168,10 +2284,12 @@ def setup(boot: Boot) -> int:
         )
     check_switches(boot)
     remap(boot)
+    if not boot.dry_run:
+        close_environment(boot)
+    if euid != 0 and switch(boot.setting("HERMES_SEALED")):
+        warn("HERMES_SEALED seals nothing here: without root, all in this container is hermes's, and nothing is root's")
     boot.announce(f"run as {boot.owner[0]}:{boot.owner[1]}")
     if euid == 0:
-        if fault := exposed_path(boot):
-            warn(fault)
         join_groups(boot)
         own_volume(boot)
     elif not boot.dry_run:
@@ -2182,11 +2300,28 @@ def setup(boot: Boot) -> int:
         return 0  # dry run on a volume that is still to be made
     fresh = not os.path.lexists(f"{boot.home}/config.yaml")
     reader = image_owner if boot.dry_run else boot.owner  # a dry run has not given the volume to the new one
-    if code := as_owner(reader, seed, boot):
+    if (code := as_owner(reader, seed, boot)) not in (0, OVERDUE):
         return code
     sync_skills(boot)
     migrate_config(boot, fresh=fresh)
     return 0
+
+
+def close_environment(boot: Boot) -> None:
+    """Keep the container's environment, which has its keys, from everybody but root and hermes. s6-overlay opens that
+    folder at its start, and reads it as root."""
+    try:
+        with trusted_folder(CONTAINER_ENVIRONMENT) as folder:
+            if os.geteuid() == 0 and not folder.is_roots():
+                return
+            for name in [*os.listdir(folder.fd), "."]:
+                if os.geteuid() == 0:
+                    os.chown(name, 0, boot.owner[1], dir_fd=folder.fd, follow_symlinks=False)
+                os.chmod(name, 0o750 if name == "." else 0o640, dir_fd=folder.fd)
+    except FileNotFoundError:
+        pass  # S6_KEEP_ENV=1, or no container of ours
+    except OSError as error:
+        warn(f"{CONTAINER_ENVIRONMENT} {described(error)}, so every user of the container can read its environment")
 
 
 def setup_phase(boot: Boot) -> int:
@@ -2242,14 +2377,63 @@ def reconcile_phase(boot: Boot) -> int:
         if boot.dry_run:
             return 0  # setup would make it first
         raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; run the setup first, or set it right")
-    if not boot.dry_run:
-        own_services(boot)
-    return as_owner(boot.owner, reconcile, boot, command)
+    if boot.dry_run:
+        return as_owner(boot.owner, reconcile, boot, command)
+    if boot.sealed and boot.scandir != SCANDIR:
+        raise Fatal(f"HERMES_SEALED cannot seal S6_PROFILE_GATEWAY_SCANDIR={boot.scandir!r}; unset one of the two")
+    own_services(boot)
+    if boot.sealed:
+        code, wanted = asked_by_hermes(boot, reconcile, command)
+        publish_for_hermes(boot, wanted)
+    else:
+        code = as_owner(boot.owner, reconcile, boot, command)
+    return 0 if code == OVERDUE else code
+
+
+def asked_by_hermes(boot: Boot, action, *arguments) -> tuple[int, dict[str, tuple[bool, bool]]]:
+    """Run an action as hermes that asks for slots, by ask_for; return its exit code, and for each profile whether its
+    gateway starts, and whether it has a log folder. What hermes says is checked, and is all that root takes from it."""
+    import fcntl
+
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    os.set_blocking(writing, False)
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, ASKED_LIMIT)  # room for the longest names
+    code = as_owner(boot.owner, action, boot, *arguments, writing)
+    os.close(writing)
+    data = bytearray()
+    try:
+        while (part := os.read(reading, ASKED_LIMIT)) and len(data) < ASKED_LIMIT:
+            data += part
+    except BlockingIOError:
+        pass  # something of hermes's keeps it open
+    os.close(reading)
+    asked = (line.partition(" ") for line in data.decode("ascii", "replace").splitlines())
+    wanted = {name: ("start" in flags, "log" in flags) for name, _, flags in asked if not name_fault(name)}
+    return code, dict([*wanted.items()][:SLOT_LIMIT])
+
+
+def ask_for(output: int, profile: str, *, start: bool, to_folder: bool) -> None:
+    """As hermes: ask root for a slot."""
+    os.write(output, f"{profile} {'start' if start else ''} {'log' if to_folder else ''}\n".encode())
+
+
+def publish_for_hermes(boot: Boot, wanted: dict[str, tuple[bool, bool]]) -> None:
+    """As root: publish the slots that hermes has asked for, so that hermes can control them and nothing more."""
+    timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
+    with trusted_folder(boot.scandir) as scandir:
+        for profile, (start, to_folder) in wanted.items():
+            name, files = SLOT_PREFIX + profile, slot_files(profile, timeout, None, to_folder=to_folder)
+            try:
+                publish(scandir, name, scandir.stat(name), files, start=start, group=boot.owner[1])
+            except OSError as error:
+                say("error", f"{profile}: its slot could not be made ({reason(error)}); see to space in /run")
+    rescan(boot.scandir)
 
 
 def own_services(boot: Boot) -> None:
-    """Hand the scandir and s6-svscan's control FIFO to hermes, which publishes slots at run time, and the static
-    services' control."""
+    """Let hermes publish slots at run time, by the scandir and s6-svscan's control FIFO, unless that is sealed; what is
+    root's there stays so. And let it control the static services."""
     try:
         folder = trusted_folder(boot.scandir, make=True)
     except OSError as error:
@@ -2259,27 +2443,37 @@ def own_services(boot: Boot) -> None:
     with folder as scandir:
         if os.geteuid() != 0:
             return
-        sweep = Sweep(boot)
-        sweep.claim(".", scandir.fd)
         try:
-            with scandir.folder(".s6-svscan") as control:
-                sweep.claim(".", control.fd)
-                sweep.claim("control", control.fd)
+            os.fchown(scandir.fd, 0, 0 if boot.sealed else boot.owner[1])
+            os.fchmod(scandir.fd, 0o755 if boot.sealed else 0o1775)
+            if not boot.sealed:
+                with scandir.folder(".s6-svscan") as svscan:
+                    let_write(boot, svscan, "control")
         except FileNotFoundError:
             pass  # no s6-svscan watches it
         except OSError as error:
-            warn(f"the scandir's .s6-svscan {described(error)}, so no gateway can be added; restart the container")
-        own_static_services(boot, scandir, whole=True)
+            warn(f"the scandir {shown(boot.scandir)} {described(error)}, so no gateway can be added; restart the container")
+        own_static_services(boot, scandir, whole=not boot.sealed)
+
+
+def let_write(boot: Boot, folder: Folder, fifo: str) -> None:
+    """Let hermes write to a FIFO that is root's, and to nothing else that may be in its place. Raises OSError."""
+    fd = os.open(fifo, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder.fd)
+    try:
+        status = os.fstat(fd)
+        if stat.S_ISFIFO(status.st_mode) and status.st_uid == 0 and status.st_nlink == 1:
+            os.chown(f"/proc/self/fd/{fd}", 0, boot.owner[1])
+            os.chmod(f"/proc/self/fd/{fd}", 0o620)
+    finally:
+        os.close(fd)
 
 
 def own_static_services(boot: Boot, scandir: Folder, *, whole: bool) -> None:
-    """Let hermes see and control the image's static services, as it does its slots: s6 made their supervise folders for
-    root alone.
+    """Let hermes see and control the image's static services, but for main-hermes, on which the container's life hangs.
 
-    Who owns such a folder can make s6-supervise, which is root, write through a link; so where hermes has no scandir,
-    and with it not all that root has, it gets no more than the control file.
+    Their supervise folders stay root's, since who owns one can make s6-supervise, which is root, write through a link.
+    So can who may write to event/, where others wait for s6's word: hermes can only where it has the scandir too.
     """
-    sweep = Sweep(boot)
     try:
         names = [name for name in os.listdir(STATIC_SERVICES) if os.path.exists(f"{STATIC_SERVICES}/{name}/run")]
     except FileNotFoundError:
@@ -2287,19 +2481,21 @@ def own_static_services(boot: Boot, scandir: Folder, *, whole: bool) -> None:
     for name in names:
         for place in (lambda: Folder(f"/run/s6-rc/servicedirs/{name}"), lambda: scandir.folder(name)):
             try:
-                with place() as service, service.folder("supervise") as supervise:
-                    sweep.claim("control", supervise.fd)
-                    if not whole:
-                        os.fchmod(supervise.fd, 0o755)
+                with place() as service, service.folder("supervise") as supervise, service.folder("event") as event:
+                    if os.fstat(supervise.fd).st_uid != 0:
                         continue
-                    for path, folder in (("event", service), ("supervise", service), ("event", supervise)):
-                        sweep.claim(path, folder.fd)
+                    os.fchmod(supervise.fd, 0o711)
+                    if name != "main-hermes":
+                        let_write(boot, supervise, "control")
+                    if whole:
+                        os.fchown(event.fd, 0, boot.owner[1])
+                        os.fchmod(event.fd, 0o3730)
             except OSError:
                 continue  # not supervised here, or s6-rc's link to the other folder
 
 
-def reconcile(boot: Boot, command: list[str]) -> int:
-    """As hermes: find the profiles, publish their slots, say and log a line for each."""
+def reconcile(boot: Boot, command: list[str], output: int | None = None) -> int:
+    """As hermes: find the profiles, publish their slots, or with output ask root to, say and log a line for each."""
     with open_home(boot) as home:
         running = run_profile(boot, command, home)
         if boot.dry_run:
@@ -2312,12 +2508,13 @@ def reconcile(boot: Boot, command: list[str]) -> int:
             timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
             for profile, folder in open_profiles(boot, home, running):
                 if folder and (chosen is None or profile.name in chosen):
-                    register(home, folder, scandir, profile, timeout)
+                    register(home, folder, scandir, profile, timeout, output)
                 elif folder:
                     profile.action, profile.fault = "skipped", FULL
                 lines.append(profile.line())
         log_boot(boot, home, lines)
-        rescan(boot.scandir)
+        if output is None:
+            rescan(boot.scandir)
     return 0
 
 
@@ -2337,8 +2534,11 @@ def most_wanted(boot: Boot, home: Folder, running: str | None) -> set[str] | Non
     return {profile.name for profile in found[:SLOT_LIMIT]}
 
 
-def register(home: Folder, folder: Folder, scandir: Folder, profile: Profile, timeout: int) -> None:
-    """Publish one profile's slot; what is in the way of that, or of its log, becomes the profile's own reason."""
+def register(
+    home: Folder, folder: Folder, scandir: Folder, profile: Profile, timeout: int, output: int | None = None
+) -> None:
+    """Publish one profile's slot, or with output ask root to; what is in the way of that, or of its log, becomes the
+    profile's own reason."""
     try:
         name = SLOT_PREFIX + profile.name
         found = scandir.stat(name)
@@ -2347,8 +2547,10 @@ def register(home: Folder, folder: Folder, scandir: Folder, profile: Profile, ti
             profile.fault = clean_profile(folder) or profile.fault
         log_fault = make_log_folder(home, profile.name)
         profile.fault = profile.fault or log_fault
-        files = slot_files(profile.name, timeout, None, to_folder=not log_fault)
-        publish(scandir, name, found, files, start=profile.action == "started")
+        start = profile.action == "started"
+        if output is not None:
+            return ask_for(output, profile.name, start=start, to_folder=not log_fault)
+        publish(scandir, name, found, slot_files(profile.name, timeout, None, to_folder=not log_fault), start=start)
     except OSError as error:
         profile.action = "skipped"
         profile.fault = Fault(
@@ -2359,12 +2561,8 @@ def register(home: Folder, folder: Folder, scandir: Folder, profile: Profile, ti
 def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
     """Write the boot's lines to stderr and to logs/container-boot.log, which is rotated once it is over
     BOOT_LOG_LIMIT bytes."""
-    try:
-        if not boot.quiet:
-            sys.stderr.write("".join(lines))
-            sys.stderr.flush()
-    except OSError:
-        pass  # nobody reads it, and the volume has it too
+    if not boot.quiet:
+        write_error("".join(lines))
     try:
         with home.make("logs") as logs:
             found = logs.stat(BOOT_LOG)
@@ -3809,9 +4007,7 @@ def version_checks(boot: Boot) -> list[Check]:
 
 
 def path_checks() -> list[Check]:
-    """Look for the s6 programs, ours and people's, and for folders on PATH that endanger root."""
-    if fault := exposed_path(Boot(container_environment())):
-        return [Check("warn", "PATH", fault.text, fault.fix)]
+    """Look for the s6 programs, ours and people's."""
     program = s6_program("s6-svc")
     folder = os.path.dirname(program)
     if not os.access(program, os.X_OK):
