@@ -233,9 +233,9 @@ def write_error(text: str) -> None:
     """Write to stderr, a line that nobody takes is lost. On a terminal, whose output hermes can stop, all lines of a
     process together may take TERMINAL_PATIENCE seconds."""
     global TERMINAL_PATIENCE
-    data, started = text.encode(errors="backslashreplace"), time.monotonic()
+    data, started, terminal = text.encode(errors="backslashreplace"), time.monotonic(), os.isatty(2)
     try:
-        with TimeLimit(max(TERMINAL_PATIENCE, 0.01) if os.isatty(2) else 0):
+        with TimeLimit(max(TERMINAL_PATIENCE, 0.01) if terminal else MAX_SECONDS):
             while data:
                 data = data[os.write(2, data) :]
     except OSError:
@@ -700,7 +700,7 @@ OVERDUE = 124  # the exit code of a process that was ended for its time, as of t
 class TimeLimit:
     """Raises TimeoutError in its block after so many seconds (0: never), out of a system call too."""
 
-    __slots__ = ("seconds", "before")
+    __slots__ = ("before", "outer", "seconds")
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -709,13 +709,13 @@ class TimeLimit:
         import _signal
 
         self.before = _signal.signal(_signal.SIGALRM, self.expire)
-        _signal.setitimer(_signal.ITIMER_REAL, self.seconds)
+        self.outer = _signal.setitimer(_signal.ITIMER_REAL, self.seconds)[0]
 
     def __exit__(self, *_: object) -> None:
         import _signal
 
-        _signal.setitimer(_signal.ITIMER_REAL, 0)
         _signal.signal(_signal.SIGALRM, self.before)
+        _signal.setitimer(_signal.ITIMER_REAL, self.outer)
 
     def expire(self, *_: object) -> None:
         """Be the handler of SIGALRM."""
@@ -2456,7 +2456,10 @@ def own_services(boot: Boot) -> None:
         except FileNotFoundError:
             pass  # no s6-svscan watches it
         except OSError as error:
-            warn(f"the scandir {shown(boot.scandir)} {described(error)}, so no gateway can be added; restart the container")
+            warn(
+                f"the scandir {shown(boot.scandir)} {described(error)}, so no gateway can be added;"
+                " restart the container"
+            )
         own_static_services(boot, scandir, whole=not boot.sealed)
 
 
@@ -3044,21 +3047,32 @@ class S6ServiceManager:
         for name, value in (extra_env or {}).items():
             if not name.isascii() or not name.isidentifier() or "\0" in value:
                 raise InvalidName(f"extra_env: {name!r} cannot be a variable; use letters, digits and _")
+        try:
+            with Folder(self.home, follow=True) as home:
+                log_fault = make_log_folder(home, profile)
+        except OSError as error:
+            raise CommandFailed(f"{profile}: {shown(self.home)} cannot be used: {reason(error)}") from error
+        if log_fault:
+            warn(log_fault)
+        files = slot_files(profile, self.stop_timeout, extra_env, to_folder=not log_fault)
+        self.publish(profile, files, start=start_now)
+
+    def publish(
+        self, profile: str, files: dict[str, tuple[str, int]], *, start: bool, group: int | None = None
+    ) -> None:
+        """Put a profile's slot into the scandir and wait until s6 supervises it. group is for root, see build. Raises
+        AlreadyRegistered, CommandFailed."""
         name = SLOT_PREFIX + profile
         if is_watched(self.scandir) and len(self.list_profile_gateways()) >= SLOT_LIMIT:
             raise CommandFailed(f"{profile}: {FULL}")
         try:
-            with Folder(self.home, follow=True) as home:
-                log_fault = make_log_folder(home, profile)
-            files = slot_files(profile, self.stop_timeout, extra_env, to_folder=not log_fault)
             with Folder(self.scandir, follow=True) as scandir, Lock(scandir):
                 if scandir.stat(name):
                     raise AlreadyRegistered(f"{profile}: has a gateway already")
-                build(scandir, name, files, start=start_now)
+                build(scandir, name, files, start=start, group=group)
         except OSError as error:
-            raise CommandFailed(f"{profile}: its slot could not be made: {reason(error)}") from error
-        if log_fault:
-            warn(log_fault)
+            advice = f"; HERMES_SEALED leaves that to root: {REGISTER}" if is_sealed(self.environment) else ""
+            raise CommandFailed(f"{profile}: its slot could not be made: {reason(error)}{advice}") from error
         rescan(self.scandir)
         if not until(lambda: is_supervised(f"{self.scandir}/{name}"), 5) and is_watched(self.scandir):
             self.withdraw(profile)
@@ -3069,9 +3083,13 @@ class S6ServiceManager:
 
         Raises NotRegistered, InvalidName, CommandFailed; when it does not end in time, its slot stays.
         """
+        self.end(profile, timeout=timeout)
+        self.withdraw(profile)
+
+    def end(self, profile: str, *, timeout: float | None = None) -> None:
+        """Stop a gateway that is to be removed. Raises as unregister_profile_gateway does."""
         if is_supervised(self.slot(profile)):
             self.raise_first(self.bring([profile], up=False, timeout=self.default_timeout(timeout)))
-        self.withdraw(profile)
 
     def withdraw(self, profile: str) -> None:
         """Remove a slot whose gateway is down, and its supervisors. Raises as unregister_profile_gateway does."""
@@ -3093,11 +3111,46 @@ class S6ServiceManager:
 
 
 DONE = {"start": "started", "stop": "stopped", "restart": "restarted"}
+REGISTER = "`docker exec CONTAINER hermes-boot gateway register -p NAME`"
+
+
+def is_sealed(environment: dict[str, str]) -> bool:
+    """Return whether the scandir is root's alone because HERMES_SEALED is on."""
+    try:
+        status = os.stat(scandir_of(environment))
+    except OSError:
+        return False
+    return switch(environment.get("HERMES_SEALED", "")) is True and status.st_uid == 0 and not status.st_mode & 0o022
+
+
+def by_hermes(timeout: float, action, *arguments) -> int:
+    """Run an operator's command as hermes and return its exit code. hermes can stop what has become hermes, so root
+    looks after the time: timeout seconds."""
+    import _signal
+
+    if os.geteuid() == 0:
+        _signal.signal(_signal.SIGTERM, lambda *_: sys.exit(128 + SIGTERM))  # else what runs as hermes would go on
+    code = as_owner(account() or (0, 0), action, *arguments, timeout=timeout)
+    return 1 if code == OVERDUE else code
+
+
+def command_timeout(environment: dict[str, str], *, waits: bool) -> int:
+    """Return how many seconds an operator's command has. One that waits for gateways may have to wait for another such
+    command first."""
+    stop = number_in(environment.get("HERMES_GATEWAY_STOP_TIMEOUT", ""), 1, MAX_SECONDS) or STOP_TIMEOUT
+    return 2 * (stop + 15) + 10 if waits else stop + 10
 
 
 def control(action: str, profile: str | None, every: bool, environment: dict[str, str]) -> int:
+    """Start, stop or restart one gateway or all. Where root alone can give a profile its slot, that comes first."""
+    if action != "stop" and not every and os.geteuid() == 0 and is_sealed(environment):
+        if code := register_as_root(Boot(environment), profile, missing=True):
+            return code
+    return by_hermes(command_timeout(environment, waits=True), control_as_hermes, action, profile, every, environment)
+
+
+def control_as_hermes(action: str, profile: str | None, every: bool, environment: dict[str, str]) -> int:
     """Start, stop or restart one gateway or all, say what became of each, and go on past a failure."""
-    become_hermes()
     manager = S6ServiceManager(environment=environment)
     names = manager.list_profile_gateways() if every else [named_profile(manager, profile)]
     failures = getattr(manager, f"{action}_all")(names)
@@ -3105,6 +3158,63 @@ def control(action: str, profile: str | None, every: bool, environment: dict[str
         if name not in failures:
             print(f"{name}: {DONE[action]}")
     return report_failures(failures)
+
+
+def register_as_root(boot: Boot, profile: str | None, *, missing: bool) -> int:
+    """In sealed mode: give a profile its slot, after hermes has looked at it; with missing, only if it has none."""
+    code, wanted = asked_by_hermes(boot, ask_for_profile, profile, missing)
+    manager = S6ServiceManager(environment=boot.environment)
+    for name, (start, to_folder) in wanted.items():
+        try:
+            files = slot_files(name, manager.stop_timeout, None, to_folder=to_folder)
+            manager.publish(name, files, start=start, group=boot.owner[1])
+        except GatewayError as error:
+            return report_failures({"": error})
+        print(f"{name}: registered{', started' if start else ''}", flush=True)
+    return 1 if code == OVERDUE else code
+
+
+def ask_for_profile(boot: Boot, option: str | None, missing: bool, output: int) -> int:
+    """As hermes: ask root for one profile's slot."""
+    manager = S6ServiceManager(environment=boot.environment)
+    profile = named_profile(manager, option)
+    try:
+        if missing and profile in manager.list_profile_gateways():
+            return 0
+        start = starts_by_itself(manager, profile)
+        with Folder(boot.home, follow=True) as home:
+            log_fault = make_log_folder(home, profile)
+    except GatewayError as error:
+        return report_failures({"": error})
+    if log_fault:
+        warn(log_fault)
+    ask_for(output, profile, start=start and not missing, to_folder=not log_fault)
+    return 0
+
+
+def unregister_as_root(boot: Boot, profile: str | None) -> int:
+    """In sealed mode: stop a gateway as hermes, and remove its slot."""
+    manager = S6ServiceManager(environment=boot.environment)
+    code, wanted = asked_by_hermes(boot, end_profile, profile)
+    for name in wanted:
+        try:
+            manager.withdraw(name)
+        except GatewayError as error:
+            return report_failures({"": error})
+        print(f"{name}: unregistered")
+    return 1 if code == OVERDUE else code
+
+
+def end_profile(boot: Boot, option: str | None, output: int) -> int:
+    """As hermes: stop a gateway, and ask root to remove its slot."""
+    manager = S6ServiceManager(environment=boot.environment)
+    try:
+        profile = manager.valid(named_profile(manager, option))
+        manager.end(profile)
+    except GatewayError as error:
+        return report_failures({"": error})
+    ask_for(output, profile, start=False, to_folder=False)
+    return 0
 
 
 def named_profile(manager: S6ServiceManager, option: str | None) -> str:
@@ -3124,16 +3234,21 @@ def report_failures(failures: dict[str, GatewayError]) -> int:
     return codes.pop() if len(codes) == 1 else int(bool(codes))
 
 
-def register_one(manager: S6ServiceManager, profile: str) -> int:
-    """Publish a profile's slot as the next boot would: started if its state says so."""
+def starts_by_itself(manager: S6ServiceManager, profile: str) -> bool:
+    """Return whether the next boot would start a profile's gateway. Raises InvalidName, NotRegistered."""
     manager.valid(profile)
     try:
         with manager.profile_folder(profile) as folder:
             if profile != "default" and (fault := soul_fault(folder)):
                 raise NotRegistered(f"no such profile: {profile}: {fault}")
-            start = prior_state(folder)[0] == "running"
+            return prior_state(folder)[0] == "running"
     except OSError:
         raise NotRegistered(f"no such profile: {profile}; make it with `hermes profile create {profile}`") from None
+
+
+def register_one(manager: S6ServiceManager, profile: str) -> int:
+    """Publish a profile's slot as the next boot would: started if its state says so."""
+    start = starts_by_itself(manager, profile)
     manager.register_profile_gateway(profile, start_now=start)
     print(f"{profile}: registered{', started' if start else ''}")
     return 0
@@ -3150,8 +3265,21 @@ def gateway_command(boot: Boot, action: str, profile: str | None, every: bool, a
     """Run `hermes_boot.py gateway ...`; return the exit code."""
     if action in DONE:
         return control(action, profile, every, boot.environment)
-    become_hermes()
     manager = S6ServiceManager(environment=boot.environment)
+    if action.endswith("register") and os.geteuid() == 0 and is_sealed(boot.environment):
+        return (
+            unregister_as_root(boot, profile)
+            if action == "unregister"
+            else register_as_root(boot, profile, missing=False)
+        )
+    timeout = command_timeout(boot.environment, waits=action == "unregister")
+    return by_hermes(timeout, gateway_as_hermes, boot, manager, action, profile, every, as_json)
+
+
+def gateway_as_hermes(
+    boot: Boot, manager: S6ServiceManager, action: str, profile: str | None, every: bool, as_json: bool
+) -> int:
+    """As hermes: run what of `gateway` is neither start, stop nor restart."""
     try:
         if action == "list":
             names = manager.list_profile_gateways()
@@ -3192,24 +3320,34 @@ def shut_down(boot: Boot) -> int:
     are over.
 
     Run by s6-overlay from cont-finish.d, before its final kill. No intent is recorded, so what ran comes back at the
-    next boot. The work is a child's, as hermes: hermes could stop that for good, so root looks after the time.
+    next boot.
     """
     patience = seconds(boot.environment, "HERMES_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT, 0)
     deadline = time.monotonic() + patience
+    set_terminal_going()
     if command := read_pid_file(COMMAND_PROCESS):
         send(command, SIGTERM)  # while we are root: it may not be hermes yet
-    child = os.fork()
-    if child == 0:
-        os._exit(guarded(end_gateways, boot, deadline))
-    if not until(lambda: os.waitpid(child, os.WNOHANG)[0], patience + 1):
-        send(child, SIGKILL)
+    try:
+        with TimeLimit(patience + 1):
+            act_as_hermes()
+            end_gateways(boot, deadline)
+    except TimeoutError:
+        pass  # a file system that does not answer
     return 0
 
 
-def end_gateways(boot: Boot, deadline: float) -> int:
-    """As hermes: bring all slots down and wait for their gateways and the container command, until the deadline on
-    the monotonic clock."""
-    become_hermes()
+def act_as_hermes() -> None:
+    """Reach files as hermes from here on, and stay root's process, which hermes cannot stop; and no other process is
+    needed, which a limit on these could deny."""
+    owner = account()
+    if os.geteuid() == 0 and owner:
+        os.setegid(owner[1])
+        os.seteuid(owner[0])
+
+
+def end_gateways(boot: Boot, deadline: float) -> None:
+    """Bring all slots down and wait for their gateways and the container command, until the deadline on the monotonic
+    clock."""
     manager = S6ServiceManager(environment=boot.environment)
     slots = [f"{manager.scandir}/{SLOT_PREFIX}{name}" for name in manager.list_profile_gateways()]
     for slot in slots:
@@ -3225,7 +3363,6 @@ def end_gateways(boot: Boot, deadline: float) -> int:
 
     until(lambda: all([ended(slot) for slot in slots]), deadline - time.monotonic())
     until(lambda: not read_pid_file(COMMAND_PROCESS), deadline - time.monotonic())
-    return 0
 
 
 # Fallback init: where s6-overlay cannot start
@@ -3271,7 +3408,7 @@ def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
     elif failed and boot.setting("S6_BEHAVIOUR_IF_STAGE2_FAILS") == "2":
         command, code = 0, 1
     else:
-        as_owner(account() or boot.owner, start_services, services)
+        start_services(services)
         command, code = start_command(children, words, environment)
     if command and children.wait(command, svscan, command=command) == svscan:
         say("error", "s6-svscan has died; the container ends, so that the engine can start it anew")
@@ -3288,24 +3425,21 @@ def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
 
 
 def lay_out_run(boot: Boot) -> None:
-    """Make /run as s6-overlay's start leaves it: an empty scandir, and the environment, one file a variable, for
-    hermes to read. Fatal when it cannot be written."""
-    gid = (
-        number_in(boot.setting("HERMES_GID") or boot.setting("PGID"), 1, MAX_ID) or boot.owner[1]
-    )  # hermes's, after the setup
+    """Make /run as s6-overlay's start leaves it: an empty scandir, and the environment, one file a variable. Fatal when
+    it cannot be written, or is not root's."""
+    parent, _, folder = CONTAINER_ENVIRONMENT.rpartition("/")
+    variables = {} if boot.setting("S6_KEEP_ENV") == "1" else boot.environment
     try:
-        parent, _, name = CONTAINER_ENVIRONMENT.rpartition("/")
-        os.makedirs(parent, 0o755, exist_ok=True)
-        with Folder(parent) as folder:
-            folder.remove(name)
-            os.mkdir(name, 0o755, dir_fd=folder.fd)
-        for name, value in boot.environment.items():
-            if boot.setting("S6_KEEP_ENV") != "1" and "/" not in name:
-                fd = os.open(f"{CONTAINER_ENVIRONMENT}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
-                if os.geteuid() == 0:
-                    os.fchown(fd, 0, gid)
-                with open(fd, "wb") as file:
-                    file.write(os.fsencode(value) + b"\n")
+        own_run(parent)
+        with trusted_folder(parent, make=True) as above:
+            above.remove(folder)
+            with above.made(folder) as files:
+                os.fchmod(files.fd, 0o750)
+                for name, value in variables.items():
+                    if "/" in name or name in (".", "..") or len(os.fsencode(name)) > 255:
+                        warn(f"the variable {shown(name)} cannot be a file's name, so gateways do not have it")
+                        continue
+                    put(files, name, f"{value}\n", 0o640)
         with trusted_folder(boot.scandir, make=True) as scandir:
             empty_scandir(boot, scandir)
     except OSError as error:
@@ -3313,6 +3447,20 @@ def lay_out_run(boot: Boot) -> None:
             f"/run cannot be written ({reason(error)}); give it a tmpfs (--tmpfs /run:exec), with `--user` one of that UID"
         ) from error
     write_pid_file(SUPERVISOR_PROCESS)
+
+
+def own_run(folder: str) -> None:
+    """As root: see to it that nobody else can rename what root puts into /run, and remove a folder there that somebody
+    else has made. Raises OSError."""
+    if os.geteuid() != 0:
+        return
+    with trusted_folder(os.path.dirname(folder)) as run:
+        if not run.is_roots() or os.fstat(run.fd).st_mode & 0o022:
+            os.fchown(run.fd, 0, 0)
+            os.fchmod(run.fd, 0o755)
+        found = run.stat(os.path.basename(folder))
+        if found and (found.st_uid != 0 or found.st_mode & 0o022):
+            run.remove(os.path.basename(folder))
 
 
 def empty_scandir(boot: Boot, scandir: Folder) -> None:
@@ -3354,14 +3502,13 @@ def publish_static_services(boot: Boot) -> list[str]:
     return published
 
 
-def start_services(slots: list[str]) -> int:
-    """As hermes, whose they are by then: start static services."""
+def start_services(slots: list[str]) -> None:
+    """Start static services."""
     for slot in slots:
         try:
             tell(f"{slot}/supervise/control", b"u")
         except OSError as error:
             warn(f"the service {os.path.basename(slot)} could not be started: {reason(error)}")
-    return 0
 
 
 def scripts_in(folder: str) -> list[str]:
@@ -3432,7 +3579,7 @@ def gateway_run(words: list[str], environment: dict[str, str]) -> int:
             stopped = was_stopped(manager, profile)
             if stopped:
                 say("info", f"{profile} was stopped and stays so; start it with `hermes -p {profile} gateway start`")
-            if stopped or (not s6_is_pid_1() and control("start", profile, False, environment) == 0):
+            if stopped or (not s6_is_pid_1() and control_as_hermes("start", profile, False, environment) == 0):
                 return execute(["/bin/sleep", "infinity"], environment)
     return execute([HERMES, *words], environment)
 
@@ -3589,7 +3736,6 @@ def table(rows: list[Row]) -> str:
 
 def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | None) -> int:
     """Print the table or JSON, again and again with watch, in seconds; return 0, or 4 when there is no such profile."""
-    become_hermes()
     while True:
         rows = [row for row in rows_of(boot) if profile in (None, row.name)]
         if not rows:
@@ -3611,6 +3757,9 @@ def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | N
 # --------------------------------------------------------------------------------------------------------------------
 
 
+HEALTH_TIMEOUT = 4  # seconds; the image's HEALTHCHECK has 5
+
+
 def health(environment: dict[str, str], live: bool) -> int:
     """Return 0 when the supervisor answers and every gateway that should be up is, or is about to be; else 1, after one
     line why.
@@ -3619,7 +3768,6 @@ def health(environment: dict[str, str], live: bool) -> int:
     parser. With live, the supervisor alone counts: whoever restarts the container upon it would take good gateways down
     for a bad one.
     """
-    become_hermes()
     boot = Boot(environment)
     if not supervisor_answers(boot.scandir):
         print(f"unhealthy: no supervisor answers on {boot.scandir}")
@@ -3818,8 +3966,15 @@ def doctor(boot: Boot, *, as_json: bool, fix: bool) -> int:
     """
     if fix and os.geteuid() == 0:
         fix_owners(boot)
-    owners = owner_checks(boot)
-    become_hermes()
+        if is_sealed(boot.environment) and not no_gateways(boot, container_words()):
+            reconcile_phase(boot)
+    return by_hermes(
+        command_timeout(boot.environment, waits=False), doctor_as_hermes, boot, owner_checks(boot), as_json, fix
+    )
+
+
+def doctor_as_hermes(boot: Boot, owners: list[Check], as_json: bool, fix: bool) -> int:
+    """As hermes: look at all that needs no root, fix it with fix, and print these checks after those of the owners."""
     checks = all_checks(boot)
     repairs = [check for check in checks if fix and check.repair]
     for check in repairs:
@@ -3890,9 +4045,7 @@ def supervisor_checks(boot: Boot) -> list[Check]:
 
 
 def fix_owners(boot: Boot) -> None:
-    """As root: hand over what the boot hands over. What keeps it from that, the checks say."""
-    if not no_gateways(boot, container_words()):
-        own_services(boot)
+    """As root: hand over what the boot hands over on the volume. What keeps it from that, the checks say."""
     try:
         sweep = sweep_volume(boot)
     except OSError:
@@ -4230,7 +4383,7 @@ def dispatch(words: list[str]) -> int:
     if words in ([], ["setup"], ["reconcile"], ["shutdown"]):
         return run_phases(command, dry_run=False)
     if words in (["health"], ["health", "--live"]):
-        return health(exec_environment(), bool(rest))
+        return by_hermes(HEALTH_TIMEOUT, health, exec_environment(), bool(rest))
     if command == "finish" and len(rest) >= 2:
         return finish(rest[0], rest[1])
     if command == "init" and rest:
@@ -4265,12 +4418,15 @@ def run_command(arguments) -> int:
     if command in ("", "setup", "reconcile", "shutdown"):
         return run_phases(command, dry_run=getattr(arguments, "dry_run", False))
     if command == "health":
-        return health(exec_environment(), arguments.live)
+        return by_hermes(HEALTH_TIMEOUT, health, exec_environment(), arguments.live)
     boot = Boot(exec_environment())
     if command == "gateway":
         return gateway_command(boot, arguments.action, arguments.profile, arguments.all, arguments.json)
     if command == "status":
-        return show_status(boot, arguments.profile, arguments.json, arguments.watch)
+        if arguments.watch:
+            become_hermes()
+        timeout = command_timeout(boot.environment, waits=False)
+        return by_hermes(timeout, show_status, boot, arguments.profile, arguments.json, arguments.watch)
     if command == "logs":
         return show_logs(boot, arguments.profile, arguments.lines, arguments.since, arguments.follow)
     return doctor(boot, as_json=arguments.json, fix=arguments.fix)
