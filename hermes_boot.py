@@ -205,6 +205,9 @@ def profile_option(words: list[str]) -> tuple[str | None, list[str]]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+TERMINAL_PATIENCE = 1.0  # seconds
+
+
 class Fatal(Exception):
     """What the boot cannot go on from; its text is the line for the operator."""
 
@@ -223,7 +226,20 @@ class Fault:
 
 def say(level: str, text: object) -> None:
     """Write `program: level: text` on stderr, where every line of ours goes: stdout is the program's."""
-    print(f"{os.path.basename(sys.argv[0])}: {level}: {text}", file=sys.stderr, flush=True)
+    write_error(f"{os.path.basename(sys.argv[0])}: {level}: {text}\n")
+
+
+def write_error(text: str) -> None:
+    """Write to stderr, a line that nobody takes is lost. On a terminal, whose output hermes can stop, all lines of a
+    process together may take TERMINAL_PATIENCE seconds."""
+    global TERMINAL_PATIENCE
+    data, started, terminal = text.encode(errors="backslashreplace"), time.monotonic(), os.isatty(2)
+    try:
+        with TimeLimit(max(TERMINAL_PATIENCE, 0.01) if terminal else MAX_SECONDS):
+            while data:
+                data = data[os.write(2, data) :]
+    except OSError:
+        TERMINAL_PATIENCE -= time.monotonic() - started
 
 
 def warn(text: object) -> None:
@@ -275,7 +291,7 @@ SCANDIR = "/run/service"
 MAX_SECONDS = 86400
 SWITCHES = (
     "HERMES_BOOT_QUIET GATEWAY_MULTIPLEX_PROFILES HERMES_DASHBOARD HERMES_DOCKER_EXEC_AS_ROOT HERMES_GATEWAY_NO_SUPERVISE"
-    " HERMES_RECONCILE HERMES_SKIP_CONFIG_MIGRATION"
+    " HERMES_RECONCILE HERMES_SEALED HERMES_SKIP_CONFIG_MIGRATION"
 ).split()
 
 
@@ -310,6 +326,11 @@ class Boot:
         elif not self.quiet:
             say("info", text)
         return not self.dry_run
+
+    @property
+    def sealed(self) -> bool:
+        """Return whether root keeps the scandir and all slots for itself, which takes root."""
+        return switch(self.setting("HERMES_SEALED")) is True and os.geteuid() == 0
 
     @property
     def quiet(self) -> bool:
@@ -671,6 +692,34 @@ def read_small(path: str) -> bytes:
 
 SIGKILL, SIGTERM, SIGCONT = 9, 15, 18
 HELPER_TIMEOUT = 120  # seconds for a program of the agent's that the boot runs
+CHILD_TIMEOUT = 600  # seconds for what the boot does as hermes
+MOST_STOPS = 20  # that a process which became hermes is woken from
+OVERDUE = 124  # the exit code of a process that was ended for its time, as of timeout(1)
+
+
+class TimeLimit:
+    """Raises TimeoutError in its block after so many seconds (0: never), out of a system call too."""
+
+    __slots__ = ("before", "outer", "seconds")
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __enter__(self) -> None:
+        import _signal
+
+        self.before = _signal.signal(_signal.SIGALRM, self.expire)
+        self.outer = _signal.setitimer(_signal.ITIMER_REAL, self.seconds)[0]
+
+    def __exit__(self, *_: object) -> None:
+        import _signal
+
+        _signal.signal(_signal.SIGALRM, self.before)
+        _signal.setitimer(_signal.ITIMER_REAL, self.outer)
+
+    def expire(self, *_: object) -> None:
+        """Be the handler of SIGALRM."""
+        raise TimeoutError
 
 
 def shell_code(code: int) -> int:
@@ -678,15 +727,39 @@ def shell_code(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def in_child(action, *arguments) -> int:
-    """Run an action in a child process; return its exit code, 128 + n where signal n ended it."""
+def in_child(action, *arguments, timeout: float = CHILD_TIMEOUT) -> int:
+    """Run an action in a child process, for timeout seconds at most; return its exit code, see wait_for."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         code = guarded(action, *arguments)
         sys.stdout.flush()
         os._exit(code)
-    return shell_code(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    return wait_for(child, timeout)
+
+
+def wait_for(child: int, timeout: float) -> int:
+    """Return a child's exit code, 128 + n where signal n ended it. What has become hermes can be stopped by hermes: it
+    is told to go on, and after MOST_STOPS of these, or timeout seconds (0: any number), killed: OVERDUE."""
+    try:
+        with TimeLimit(timeout):
+            for _ in range(MOST_STOPS):
+                status = os.waitpid(child, os.WUNTRACED)[1]
+                if not os.WIFSTOPPED(status):
+                    return shell_code(os.waitstatus_to_exitcode(status))
+                send(child, SIGCONT)
+    except TimeoutError:
+        pass
+    except BaseException:
+        send(child, SIGKILL)
+        raise
+    send(child, SIGKILL)
+    try:
+        with TimeLimit(5):
+            os.waitpid(child, 0)
+    except TimeoutError:
+        pass  # root lacks the capability KILL, or the volume does not answer
+    return OVERDUE
 
 
 def drop_root(owner: Owner) -> None:
@@ -712,9 +785,9 @@ def become_hermes() -> None:
         drop_root(owner)
 
 
-def as_owner(owner: Owner, action, *arguments) -> int:
-    """Run an action as hermes and return its exit code: in a child that drops for good when we are root, else right
-    here."""
+def as_owner(owner: Owner, action, *arguments, timeout: float = CHILD_TIMEOUT) -> int:
+    """Run an action as hermes and return its exit code: in a child that drops for good when we are root, for timeout
+    seconds at most (see wait_for), else right here."""
 
     def dropped() -> int:
         drop_root(owner)
@@ -722,8 +795,10 @@ def as_owner(owner: Owner, action, *arguments) -> int:
 
     if os.geteuid() != 0 or owner[0] == 0:
         return guarded(action, *arguments)
-    code = in_child(dropped)
-    if code == 128 + SIGKILL:
+    code = in_child(dropped, timeout=timeout)
+    if code == OVERDUE:
+        say("error", f"what ran as {USER} was stopped by somebody, or took more than {timeout:g} s, so it was ended")
+    elif code == 128 + SIGKILL:
         say("error", "a process of the boot was killed; most likely it had too little memory")
     elif code > 128 and code != 128 + SIGPIPE:
         say("error", f"a process of the boot was ended by signal {code - 128}")
@@ -735,7 +810,8 @@ def run_helper(argv: list[str], environment: dict[str, str]) -> int:
     124 when killed.
 
     It reads what hermes has left on the volume, and may leave processes behind, which could stop what the boot does as
-    hermes later on: they all come to the process that watches it here, and end with it.
+    hermes later on, and a terminal whose output is stopped: they all come to the process that watches it here, and end
+    with it.
     """
 
     def watch() -> int:
@@ -749,10 +825,38 @@ def run_helper(argv: list[str], environment: dict[str, str]) -> int:
             return NOT_FOUND
         children.wait(helper, timeout=HELPER_TIMEOUT)
         code = children.codes[helper]
-        children.end_all(0)
-        return 124 if code is None else shell_code(code)
+        if not children.end_all(0) and not kill_all_of_hermes():
+            warn(f"{argv[-1]} has left processes that do not end; restart the container")
+        set_terminal_going()
+        return OVERDUE if code is None else shell_code(code)
 
-    return in_child(watch)
+    return in_child(watch, timeout=HELPER_TIMEOUT + 60)
+
+
+def kill_all_of_hermes() -> bool:
+    """End all that runs as hermes, at once, which no fork outruns; return whether that was done: only at a boot, and
+    where the processes that we see are this container's alone."""
+    ours = s6_is_pid_1() or read_pid_file(SUPERVISOR_PROCESS) == 1
+    owner = account()
+    if not ours or read_pid_file(COMMAND_PROCESS) or not owner or os.geteuid() != 0:
+        return False
+    return as_owner(owner, lambda: os.kill(-1, SIGKILL) or 0, timeout=5) == 0
+
+
+def set_terminal_going() -> None:
+    """Undo what whoever runs in the container has done to the terminal's output with tcflow(3): stopped, it would stop
+    everybody who writes there."""
+    if not os.isatty(2):
+        return
+    import _signal
+    import termios
+
+    before = _signal.signal(_signal.SIGTTOU, _signal.SIG_IGN)  # else a process in the background is stopped for it
+    try:
+        termios.tcflow(2, termios.TCOON)
+    except termios.error:
+        pass  # hung up
+    _signal.signal(_signal.SIGTTOU, before)
 
 
 def send(process: int, number: int) -> None:
@@ -833,22 +937,24 @@ class Children:
             if command and number not in (signal.SIGCHLD, signal.SIGTTOU, signal.SIGTTIN):
                 send(command, number)
 
-    def end_all(self, grace: float) -> None:
-        """End every process that is left below us, and nobody else's: SIGTERM to each as it comes to us, SIGKILL
-        once grace seconds are over; 5 seconds later the rest is the kernel's."""
+    def end_all(self, grace: float) -> bool:
+        """End every process that is left below us, and nobody else's: SIGTERM to each, SIGKILL once grace seconds are
+        over; 5 seconds later the rest is the kernel's. Return whether none is left."""
         deadline, told = time.monotonic() + grace, set()
         while time.monotonic() < deadline + 5:
             self.reap()
-            if not (left := children_of(os.getpid())):
-                return
+            if not (left := descendants(os.getpid())):
+                return True
+            late = time.monotonic() >= deadline
             for pid in left:
-                if time.monotonic() >= deadline:
+                if late:
                     send(pid, SIGKILL)
                 elif pid not in told:
                     send(pid, SIGTERM)
                 told.add(pid)
                 self.codes[pid] = None
-            self.wait(*left, timeout=0.05)
+            self.wait(*left, timeout=0 if late else 0.05)  # what forks all the time is to be killed faster than that
+        return False
 
 
 def parent_of(process: int) -> int:
@@ -1005,23 +1111,6 @@ def join_groups(boot: Boot, *, look: bool = False) -> list[int]:
     if changed and not look:
         boot.announce(f"add {USER} to the groups {names}")
     return wanted if changed else []
-
-
-def exposed_path(boot: Boot) -> Fault | None:
-    """Return what is wrong with the container's PATH: s6-overlay finds programs on it that it runs as root, `sh` for
-    one, so a folder that hermes can write must come last."""
-    home = os.path.realpath(boot.home).rstrip("/") + "/"
-    folders = boot.setting("PATH").split(":")
-    ours = [
-        folder for folder in folders if not folder.startswith("/") or f"{os.path.realpath(folder)}/".startswith(home)
-    ]
-    if not ours or folders[-len(ours) :] == ours:
-        return None
-    names = " and ".join(shown(folder) for folder in ours)
-    return Fault(
-        f"PATH has {names} before the system's folders, so hermes could put programs there for root to run",
-        "put it last, with -e PATH=",
-    )
 
 
 # Ownership
@@ -1794,7 +1883,7 @@ def container_words() -> list[str]:
     runs the wrapper, or of the fallback init.
     """
     fallback = read_pid_file(SUPERVISOR_PROCESS)  # among others' processes, in a shared PID namespace
-    for process in [fallback] if fallback else [1, *children_of(1)]:
+    for process in [fallback] if fallback else [1, *families().get(1, [])]:
         try:
             line = [os.fsdecode(word) for word in content(f"/proc/{process}/cmdline").split(b"\0")[:-1]]
         except OSError:
@@ -1811,16 +1900,24 @@ def wrapped_words(line: list[str], is_init: bool) -> list[str]:
     return next((line[i:] for i in range(start, len(line)) if names[i] in ("main-wrapper.sh", "main_wrapper.py")), [])
 
 
-def children_of(parent: int) -> list[int]:
-    """Return a process's children of this moment. Not every kernel has /proc/PID/task/TID/children."""
-    result = []
+def families() -> dict[int, list[int]]:
+    """Return every process's children of this moment. Not every kernel has /proc/PID/task/TID/children."""
+    result: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         try:
-            if name.isdigit() and parent_of(int(name)) == parent:
-                result.append(int(name))
+            if name.isdigit():
+                result.setdefault(parent_of(int(name)), []).append(int(name))
         except OSError:
             continue  # ended meanwhile
     return result
+
+
+def descendants(process: int) -> list[int]:
+    """Return all processes of this moment below one."""
+    found, children = [process], families()
+    for parent in found:
+        found += children.get(parent, [])
+    return found[1:]
 
 
 def is_dashboard(command: list[str]) -> bool:
@@ -2025,31 +2122,47 @@ def put(folder: Folder, name: str, content: str, mode: int) -> None:
     os.close(fd)
 
 
-def make_skeleton(folder: Folder, path: str) -> None:
+def make_skeleton(folder: Folder, path: str, group: int | None) -> None:
     """Make what s6-supervise would make for root alone: found ready and ours, it stays ours, so hermes can control
-    its slots."""
+    its slots. With group, all is root's, and that group may write to the control FIFO."""
     os.mkdir(f"{path}supervise", 0o755, dir_fd=folder.fd)
     for name in ("event", "supervise/event"):
         os.mkdir(path + name, dir_fd=folder.fd)
         os.chmod(path + name, 0o3730, dir_fd=folder.fd)
-    os.mkfifo(f"{path}supervise/control", dir_fd=folder.fd)
-    os.chmod(f"{path}supervise/control", 0o660, dir_fd=folder.fd)
+    make_fifo(folder, f"{path}supervise/control", 0o660, 0o620, group)
+
+
+def make_fifo(folder: Folder, name: str, mode: int, sealed_mode: int, group: int | None) -> None:
+    """Make a FIFO of a slot, ours, or with group root's for that group to use."""
+    os.mkfifo(name, 0o600, dir_fd=folder.fd)
+    if group is not None:
+        os.chown(name, -1, group, dir_fd=folder.fd)
+    os.chmod(name, mode if group is None else sealed_mode, dir_fd=folder.fd)
 
 
 def publish(
-    scandir: Folder, name: str, found: os.stat_result | None, files: dict[str, tuple[str, int]], *, start: bool
+    scandir: Folder,
+    name: str,
+    found: os.stat_result | None,
+    files: dict[str, tuple[str, int]],
+    *,
+    start: bool,
+    group: int | None = None,
 ) -> None:
     """Put a slot into the scandir. One that was found there, and perhaps runs, keeps its folder and its process."""
     if found and stat.S_ISDIR(found.st_mode):
-        refresh(scandir, name, files, start=start)
+        refresh(scandir, name, files, start=start, group=group)
         return
     if found:
         scandir.remove(name)
-    build(scandir, name, files, start=start)
+    build(scandir, name, files, start=start, group=group)
 
 
-def build(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool) -> None:
-    """Make a slot that is not there yet: built under a dot name, which s6-svscan ignores, then renamed into place."""
+def build(
+    scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool, group: int | None = None
+) -> None:
+    """Make a slot that is not there yet: built under a dot name, which s6-svscan ignores, then renamed into place. With
+    group it stays ours, and is that group's to control."""
     temporary = f".{name}"[: 255 - len(".tmp")] + ".tmp"
     try:
         os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
@@ -2057,19 +2170,21 @@ def build(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, star
         scandir.remove(temporary)
         os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
     with Folder(temporary, scandir.fd) as slot:
-        make_skeleton(slot, "")
+        make_skeleton(slot, "", group)
         if "log/run" in files:
             os.mkdir("log", 0o755, dir_fd=slot.fd)
-            make_skeleton(slot, "log/")
+            make_skeleton(slot, "log/", group)
         for path, (content, mode) in files.items():
             put(slot, path, content, mode)
-        os.mkfifo("back-off", 0o600, dir_fd=slot.fd)
+        make_fifo(slot, "back-off", 0o600, 0o660, group)  # finish reads it
         if not start:
             put(slot, "down", "", 0o644)
     os.rename(temporary, name, src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
 
 
-def refresh(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool) -> None:
+def refresh(
+    scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool, group: int | None = None
+) -> None:
     """Bring an existing slot's files up to date, each replaced whole; its process, if it has one, goes on."""
     wanted = dict(files) if start else files | {"down": ("", 0o644)}
     with scandir.folder(name) as slot:
@@ -2085,7 +2200,7 @@ def refresh(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, st
         if start and slot.stat("down"):
             slot.remove("down")
         if slot.stat("back-off") is None:
-            os.mkfifo("back-off", 0o600, dir_fd=slot.fd)
+            make_fifo(slot, "back-off", 0o600, 0o660, group)
 
 
 def tell(fifo: str, letters: bytes) -> None:
@@ -2146,6 +2261,7 @@ def make_log_folder(home: Folder, profile: str) -> Fault | None:
 
 SETUP_FAILED = "/run/hermes-setup.failed"
 STATIC_SERVICES = "/etc/s6-overlay/s6-rc.d"
+ASKED_LIMIT = 1 << 20  # bytes
 BOOT_LOG, BOOT_LOG_LIMIT = "container-boot.log", 256 << 10
 # By their number in capabilities(7). Without CHOWN, FOWNER and KILL less works; the README says what.
 NEEDED_CAPABILITIES = {1: "DAC_OVERRIDE", 6: "SETGID", 7: "SETUID"}
@@ -2172,10 +2288,12 @@ def setup(boot: Boot) -> int:
         )
     check_switches(boot)
     remap(boot)
+    if not boot.dry_run:
+        close_environment(boot)
+    if euid != 0 and switch(boot.setting("HERMES_SEALED")):
+        warn("HERMES_SEALED seals nothing here: without root, all in this container is hermes's, and nothing is root's")
     boot.announce(f"run as {boot.owner[0]}:{boot.owner[1]}")
     if euid == 0:
-        if fault := exposed_path(boot):
-            warn(fault)
         join_groups(boot)
         own_volume(boot)
     elif not boot.dry_run:
@@ -2186,11 +2304,28 @@ def setup(boot: Boot) -> int:
         return 0  # dry run on a volume that is still to be made
     fresh = not os.path.lexists(f"{boot.home}/config.yaml")
     reader = image_owner if boot.dry_run else boot.owner  # a dry run has not given the volume to the new one
-    if code := as_owner(reader, seed, boot):
+    if (code := as_owner(reader, seed, boot)) not in (0, OVERDUE):
         return code
     sync_skills(boot)
     migrate_config(boot, fresh=fresh)
     return 0
+
+
+def close_environment(boot: Boot) -> None:
+    """Keep the container's environment, which has its keys, from everybody but root and hermes. s6-overlay opens that
+    folder at its start, and reads it as root."""
+    try:
+        with trusted_folder(CONTAINER_ENVIRONMENT) as folder:
+            if os.geteuid() == 0 and not folder.is_roots():
+                return
+            for name in [*os.listdir(folder.fd), "."]:
+                if os.geteuid() == 0:
+                    os.chown(name, 0, boot.owner[1], dir_fd=folder.fd, follow_symlinks=False)
+                os.chmod(name, 0o750 if name == "." else 0o640, dir_fd=folder.fd)
+    except FileNotFoundError:
+        pass  # S6_KEEP_ENV=1, or no container of ours
+    except OSError as error:
+        warn(f"{CONTAINER_ENVIRONMENT} {described(error)}, so every user of the container can read its environment")
 
 
 def setup_phase(boot: Boot) -> int:
@@ -2246,14 +2381,63 @@ def reconcile_phase(boot: Boot) -> int:
         if boot.dry_run:
             return 0  # setup would make it first
         raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; run the setup first, or set it right")
-    if not boot.dry_run:
-        own_services(boot)
-    return as_owner(boot.owner, reconcile, boot, command)
+    if boot.dry_run:
+        return as_owner(boot.owner, reconcile, boot, command)
+    if boot.sealed and boot.scandir != SCANDIR:
+        raise Fatal(f"HERMES_SEALED cannot seal S6_PROFILE_GATEWAY_SCANDIR={boot.scandir!r}; unset one of the two")
+    own_services(boot)
+    if boot.sealed:
+        code, wanted = asked_by_hermes(boot, reconcile, command)
+        publish_for_hermes(boot, wanted)
+    else:
+        code = as_owner(boot.owner, reconcile, boot, command)
+    return 0 if code == OVERDUE else code
+
+
+def asked_by_hermes(boot: Boot, action, *arguments) -> tuple[int, dict[str, tuple[bool, bool]]]:
+    """Run an action as hermes that asks for slots, by ask_for; return its exit code, and for each profile whether its
+    gateway starts, and whether it has a log folder. What hermes says is checked, and is all that root takes from it."""
+    import fcntl
+
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    os.set_blocking(writing, False)
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, ASKED_LIMIT)  # room for the longest names
+    code = as_owner(boot.owner, action, boot, *arguments, writing)
+    os.close(writing)
+    data = bytearray()
+    try:
+        while (part := os.read(reading, ASKED_LIMIT)) and len(data) < ASKED_LIMIT:
+            data += part
+    except BlockingIOError:
+        pass  # something of hermes's keeps it open
+    os.close(reading)
+    asked = (line.partition(" ") for line in data.decode("ascii", "replace").splitlines())
+    wanted = {name: ("start" in flags, "log" in flags) for name, _, flags in asked if not name_fault(name)}
+    return code, dict([*wanted.items()][:SLOT_LIMIT])
+
+
+def ask_for(output: int, profile: str, *, start: bool, to_folder: bool) -> None:
+    """As hermes: ask root for a slot."""
+    os.write(output, f"{profile} {'start' if start else ''} {'log' if to_folder else ''}\n".encode())
+
+
+def publish_for_hermes(boot: Boot, wanted: dict[str, tuple[bool, bool]]) -> None:
+    """As root: publish the slots that hermes has asked for, so that hermes can control them and nothing more."""
+    timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
+    with trusted_folder(boot.scandir) as scandir:
+        for profile, (start, to_folder) in wanted.items():
+            name, files = SLOT_PREFIX + profile, slot_files(profile, timeout, None, to_folder=to_folder)
+            try:
+                publish(scandir, name, scandir.stat(name), files, start=start, group=boot.owner[1])
+            except OSError as error:
+                say("error", f"{profile}: its slot could not be made ({reason(error)}); see to space in /run")
+    rescan(boot.scandir)
 
 
 def own_services(boot: Boot) -> None:
-    """Hand the scandir and s6-svscan's control FIFO to hermes, which publishes slots at run time, and the static
-    services' control."""
+    """Let hermes publish slots at run time, by the scandir and s6-svscan's control FIFO, unless that is sealed; what is
+    root's there stays so. And let it control the static services."""
     try:
         folder = trusted_folder(boot.scandir, make=True)
     except OSError as error:
@@ -2263,27 +2447,40 @@ def own_services(boot: Boot) -> None:
     with folder as scandir:
         if os.geteuid() != 0:
             return
-        sweep = Sweep(boot)
-        sweep.claim(".", scandir.fd)
         try:
-            with scandir.folder(".s6-svscan") as control:
-                sweep.claim(".", control.fd)
-                sweep.claim("control", control.fd)
+            os.fchown(scandir.fd, 0, 0 if boot.sealed else boot.owner[1])
+            os.fchmod(scandir.fd, 0o755 if boot.sealed else 0o1775)
+            if not boot.sealed:
+                with scandir.folder(".s6-svscan") as svscan:
+                    let_write(boot, svscan, "control")
         except FileNotFoundError:
             pass  # no s6-svscan watches it
         except OSError as error:
-            warn(f"the scandir's .s6-svscan {described(error)}, so no gateway can be added; restart the container")
-        own_static_services(boot, scandir, whole=True)
+            warn(
+                f"the scandir {shown(boot.scandir)} {described(error)}, so no gateway can be added;"
+                " restart the container"
+            )
+        own_static_services(boot, scandir, whole=not boot.sealed)
+
+
+def let_write(boot: Boot, folder: Folder, fifo: str) -> None:
+    """Let hermes write to a FIFO that is root's, and to nothing else that may be in its place. Raises OSError."""
+    fd = os.open(fifo, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder.fd)
+    try:
+        status = os.fstat(fd)
+        if stat.S_ISFIFO(status.st_mode) and status.st_uid == 0 and status.st_nlink == 1:
+            os.chown(f"/proc/self/fd/{fd}", 0, boot.owner[1])
+            os.chmod(f"/proc/self/fd/{fd}", 0o620)
+    finally:
+        os.close(fd)
 
 
 def own_static_services(boot: Boot, scandir: Folder, *, whole: bool) -> None:
-    """Let hermes see and control the image's static services, as it does its slots: s6 made their supervise folders for
-    root alone.
+    """Let hermes see and control the image's static services, but for main-hermes, on which the container's life hangs.
 
-    Who owns such a folder can make s6-supervise, which is root, write through a link; so where hermes has no scandir,
-    and with it not all that root has, it gets no more than the control file.
+    Their supervise folders stay root's, since who owns one can make s6-supervise, which is root, write through a link.
+    So can who may write to event/, where others wait for s6's word: hermes can only where it has the scandir too.
     """
-    sweep = Sweep(boot)
     try:
         names = [name for name in os.listdir(STATIC_SERVICES) if os.path.exists(f"{STATIC_SERVICES}/{name}/run")]
     except FileNotFoundError:
@@ -2291,19 +2488,21 @@ def own_static_services(boot: Boot, scandir: Folder, *, whole: bool) -> None:
     for name in names:
         for place in (lambda: Folder(f"/run/s6-rc/servicedirs/{name}"), lambda: scandir.folder(name)):
             try:
-                with place() as service, service.folder("supervise") as supervise:
-                    sweep.claim("control", supervise.fd)
-                    if not whole:
-                        os.fchmod(supervise.fd, 0o755)
+                with place() as service, service.folder("supervise") as supervise, service.folder("event") as event:
+                    if os.fstat(supervise.fd).st_uid != 0:
                         continue
-                    for path, folder in (("event", service), ("supervise", service), ("event", supervise)):
-                        sweep.claim(path, folder.fd)
+                    os.fchmod(supervise.fd, 0o711)
+                    if name != "main-hermes":
+                        let_write(boot, supervise, "control")
+                    if whole:
+                        os.fchown(event.fd, 0, boot.owner[1])
+                        os.fchmod(event.fd, 0o3730)
             except OSError:
                 continue  # not supervised here, or s6-rc's link to the other folder
 
 
-def reconcile(boot: Boot, command: list[str]) -> int:
-    """As hermes: find the profiles, publish their slots, say and log a line for each."""
+def reconcile(boot: Boot, command: list[str], output: int | None = None) -> int:
+    """As hermes: find the profiles, publish their slots, or with output ask root to, say and log a line for each."""
     with open_home(boot) as home:
         running = run_profile(boot, command, home)
         if boot.dry_run:
@@ -2316,12 +2515,13 @@ def reconcile(boot: Boot, command: list[str]) -> int:
             timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
             for profile, folder in open_profiles(boot, home, running):
                 if folder and (chosen is None or profile.name in chosen):
-                    register(home, folder, scandir, profile, timeout)
+                    register(home, folder, scandir, profile, timeout, output)
                 elif folder:
                     profile.action, profile.fault = "skipped", FULL
                 lines.append(profile.line())
         log_boot(boot, home, lines)
-        rescan(boot.scandir)
+        if output is None:
+            rescan(boot.scandir)
     return 0
 
 
@@ -2341,8 +2541,11 @@ def most_wanted(boot: Boot, home: Folder, running: str | None) -> set[str] | Non
     return {profile.name for profile in found[:SLOT_LIMIT]}
 
 
-def register(home: Folder, folder: Folder, scandir: Folder, profile: Profile, timeout: int) -> None:
-    """Publish one profile's slot; what is in the way of that, or of its log, becomes the profile's own reason."""
+def register(
+    home: Folder, folder: Folder, scandir: Folder, profile: Profile, timeout: int, output: int | None = None
+) -> None:
+    """Publish one profile's slot, or with output ask root to; what is in the way of that, or of its log, becomes the
+    profile's own reason."""
     try:
         name = SLOT_PREFIX + profile.name
         found = scandir.stat(name)
@@ -2351,8 +2554,10 @@ def register(home: Folder, folder: Folder, scandir: Folder, profile: Profile, ti
             profile.fault = clean_profile(folder) or profile.fault
         log_fault = make_log_folder(home, profile.name)
         profile.fault = profile.fault or log_fault
-        files = slot_files(profile.name, timeout, None, to_folder=not log_fault)
-        publish(scandir, name, found, files, start=profile.action == "started")
+        start = profile.action == "started"
+        if output is not None:
+            return ask_for(output, profile.name, start=start, to_folder=not log_fault)
+        publish(scandir, name, found, slot_files(profile.name, timeout, None, to_folder=not log_fault), start=start)
     except OSError as error:
         profile.action = "skipped"
         profile.fault = Fault(
@@ -2363,12 +2568,8 @@ def register(home: Folder, folder: Folder, scandir: Folder, profile: Profile, ti
 def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
     """Write the boot's lines to stderr and to logs/container-boot.log, which is rotated once it is over
     BOOT_LOG_LIMIT bytes."""
-    try:
-        if not boot.quiet:
-            sys.stderr.write("".join(lines))
-            sys.stderr.flush()
-    except OSError:
-        pass  # nobody reads it, and the volume has it too
+    if not boot.quiet:
+        write_error("".join(lines))
     try:
         with home.make("logs") as logs:
             found = logs.stat(BOOT_LOG)
@@ -2846,21 +3047,32 @@ class S6ServiceManager:
         for name, value in (extra_env or {}).items():
             if not name.isascii() or not name.isidentifier() or "\0" in value:
                 raise InvalidName(f"extra_env: {name!r} cannot be a variable; use letters, digits and _")
+        try:
+            with Folder(self.home, follow=True) as home:
+                log_fault = make_log_folder(home, profile)
+        except OSError as error:
+            raise CommandFailed(f"{profile}: {shown(self.home)} cannot be used: {reason(error)}") from error
+        if log_fault:
+            warn(log_fault)
+        files = slot_files(profile, self.stop_timeout, extra_env, to_folder=not log_fault)
+        self.publish(profile, files, start=start_now)
+
+    def publish(
+        self, profile: str, files: dict[str, tuple[str, int]], *, start: bool, group: int | None = None
+    ) -> None:
+        """Put a profile's slot into the scandir and wait until s6 supervises it. group is for root, see build. Raises
+        AlreadyRegistered, CommandFailed."""
         name = SLOT_PREFIX + profile
         if is_watched(self.scandir) and len(self.list_profile_gateways()) >= SLOT_LIMIT:
             raise CommandFailed(f"{profile}: {FULL}")
         try:
-            with Folder(self.home, follow=True) as home:
-                log_fault = make_log_folder(home, profile)
-            files = slot_files(profile, self.stop_timeout, extra_env, to_folder=not log_fault)
             with Folder(self.scandir, follow=True) as scandir, Lock(scandir):
                 if scandir.stat(name):
                     raise AlreadyRegistered(f"{profile}: has a gateway already")
-                build(scandir, name, files, start=start_now)
+                build(scandir, name, files, start=start, group=group)
         except OSError as error:
-            raise CommandFailed(f"{profile}: its slot could not be made: {reason(error)}") from error
-        if log_fault:
-            warn(log_fault)
+            advice = f"; HERMES_SEALED leaves that to root: {REGISTER}" if is_sealed(self.environment) else ""
+            raise CommandFailed(f"{profile}: its slot could not be made: {reason(error)}{advice}") from error
         rescan(self.scandir)
         if not until(lambda: is_supervised(f"{self.scandir}/{name}"), 5) and is_watched(self.scandir):
             self.withdraw(profile)
@@ -2871,9 +3083,13 @@ class S6ServiceManager:
 
         Raises NotRegistered, InvalidName, CommandFailed; when it does not end in time, its slot stays.
         """
+        self.end(profile, timeout=timeout)
+        self.withdraw(profile)
+
+    def end(self, profile: str, *, timeout: float | None = None) -> None:
+        """Stop a gateway that is to be removed. Raises as unregister_profile_gateway does."""
         if is_supervised(self.slot(profile)):
             self.raise_first(self.bring([profile], up=False, timeout=self.default_timeout(timeout)))
-        self.withdraw(profile)
 
     def withdraw(self, profile: str) -> None:
         """Remove a slot whose gateway is down, and its supervisors. Raises as unregister_profile_gateway does."""
@@ -2895,11 +3111,46 @@ class S6ServiceManager:
 
 
 DONE = {"start": "started", "stop": "stopped", "restart": "restarted"}
+REGISTER = "`docker exec CONTAINER hermes-boot gateway register -p NAME`"
+
+
+def is_sealed(environment: dict[str, str]) -> bool:
+    """Return whether the scandir is root's alone because HERMES_SEALED is on."""
+    try:
+        status = os.stat(scandir_of(environment))
+    except OSError:
+        return False
+    return switch(environment.get("HERMES_SEALED", "")) is True and status.st_uid == 0 and not status.st_mode & 0o022
+
+
+def by_hermes(timeout: float, action, *arguments) -> int:
+    """Run an operator's command as hermes and return its exit code. hermes can stop what has become hermes, so root
+    looks after the time: timeout seconds."""
+    import _signal
+
+    if os.geteuid() == 0:
+        _signal.signal(_signal.SIGTERM, lambda *_: sys.exit(128 + SIGTERM))  # else what runs as hermes would go on
+    code = as_owner(account() or (0, 0), action, *arguments, timeout=timeout)
+    return 1 if code == OVERDUE else code
+
+
+def command_timeout(environment: dict[str, str], *, waits: bool) -> int:
+    """Return how many seconds an operator's command has. One that waits for gateways may have to wait for another such
+    command first."""
+    stop = number_in(environment.get("HERMES_GATEWAY_STOP_TIMEOUT", ""), 1, MAX_SECONDS) or STOP_TIMEOUT
+    return 2 * (stop + 15) + 10 if waits else stop + 10
 
 
 def control(action: str, profile: str | None, every: bool, environment: dict[str, str]) -> int:
+    """Start, stop or restart one gateway or all. Where root alone can give a profile its slot, that comes first."""
+    if action != "stop" and not every and os.geteuid() == 0 and is_sealed(environment):
+        if code := register_as_root(Boot(environment), profile, missing=True):
+            return code
+    return by_hermes(command_timeout(environment, waits=True), control_as_hermes, action, profile, every, environment)
+
+
+def control_as_hermes(action: str, profile: str | None, every: bool, environment: dict[str, str]) -> int:
     """Start, stop or restart one gateway or all, say what became of each, and go on past a failure."""
-    become_hermes()
     manager = S6ServiceManager(environment=environment)
     names = manager.list_profile_gateways() if every else [named_profile(manager, profile)]
     failures = getattr(manager, f"{action}_all")(names)
@@ -2907,6 +3158,63 @@ def control(action: str, profile: str | None, every: bool, environment: dict[str
         if name not in failures:
             print(f"{name}: {DONE[action]}")
     return report_failures(failures)
+
+
+def register_as_root(boot: Boot, profile: str | None, *, missing: bool) -> int:
+    """In sealed mode: give a profile its slot, after hermes has looked at it; with missing, only if it has none."""
+    code, wanted = asked_by_hermes(boot, ask_for_profile, profile, missing)
+    manager = S6ServiceManager(environment=boot.environment)
+    for name, (start, to_folder) in wanted.items():
+        try:
+            files = slot_files(name, manager.stop_timeout, None, to_folder=to_folder)
+            manager.publish(name, files, start=start, group=boot.owner[1])
+        except GatewayError as error:
+            return report_failures({"": error})
+        print(f"{name}: registered{', started' if start else ''}", flush=True)
+    return 1 if code == OVERDUE else code
+
+
+def ask_for_profile(boot: Boot, option: str | None, missing: bool, output: int) -> int:
+    """As hermes: ask root for one profile's slot."""
+    manager = S6ServiceManager(environment=boot.environment)
+    profile = named_profile(manager, option)
+    try:
+        if missing and profile in manager.list_profile_gateways():
+            return 0
+        start = starts_by_itself(manager, profile)
+        with Folder(boot.home, follow=True) as home:
+            log_fault = make_log_folder(home, profile)
+    except GatewayError as error:
+        return report_failures({"": error})
+    if log_fault:
+        warn(log_fault)
+    ask_for(output, profile, start=start and not missing, to_folder=not log_fault)
+    return 0
+
+
+def unregister_as_root(boot: Boot, profile: str | None) -> int:
+    """In sealed mode: stop a gateway as hermes, and remove its slot."""
+    manager = S6ServiceManager(environment=boot.environment)
+    code, wanted = asked_by_hermes(boot, end_profile, profile)
+    for name in wanted:
+        try:
+            manager.withdraw(name)
+        except GatewayError as error:
+            return report_failures({"": error})
+        print(f"{name}: unregistered")
+    return 1 if code == OVERDUE else code
+
+
+def end_profile(boot: Boot, option: str | None, output: int) -> int:
+    """As hermes: stop a gateway, and ask root to remove its slot."""
+    manager = S6ServiceManager(environment=boot.environment)
+    try:
+        profile = manager.valid(named_profile(manager, option))
+        manager.end(profile)
+    except GatewayError as error:
+        return report_failures({"": error})
+    ask_for(output, profile, start=False, to_folder=False)
+    return 0
 
 
 def named_profile(manager: S6ServiceManager, option: str | None) -> str:
@@ -2926,16 +3234,21 @@ def report_failures(failures: dict[str, GatewayError]) -> int:
     return codes.pop() if len(codes) == 1 else int(bool(codes))
 
 
-def register_one(manager: S6ServiceManager, profile: str) -> int:
-    """Publish a profile's slot as the next boot would: started if its state says so."""
+def starts_by_itself(manager: S6ServiceManager, profile: str) -> bool:
+    """Return whether the next boot would start a profile's gateway. Raises InvalidName, NotRegistered."""
     manager.valid(profile)
     try:
         with manager.profile_folder(profile) as folder:
             if profile != "default" and (fault := soul_fault(folder)):
                 raise NotRegistered(f"no such profile: {profile}: {fault}")
-            start = prior_state(folder)[0] == "running"
+            return prior_state(folder)[0] == "running"
     except OSError:
         raise NotRegistered(f"no such profile: {profile}; make it with `hermes profile create {profile}`") from None
+
+
+def register_one(manager: S6ServiceManager, profile: str) -> int:
+    """Publish a profile's slot as the next boot would: started if its state says so."""
+    start = starts_by_itself(manager, profile)
     manager.register_profile_gateway(profile, start_now=start)
     print(f"{profile}: registered{', started' if start else ''}")
     return 0
@@ -2952,8 +3265,21 @@ def gateway_command(boot: Boot, action: str, profile: str | None, every: bool, a
     """Run `hermes_boot.py gateway ...`; return the exit code."""
     if action in DONE:
         return control(action, profile, every, boot.environment)
-    become_hermes()
     manager = S6ServiceManager(environment=boot.environment)
+    if action.endswith("register") and os.geteuid() == 0 and is_sealed(boot.environment):
+        return (
+            unregister_as_root(boot, profile)
+            if action == "unregister"
+            else register_as_root(boot, profile, missing=False)
+        )
+    timeout = command_timeout(boot.environment, waits=action == "unregister")
+    return by_hermes(timeout, gateway_as_hermes, boot, manager, action, profile, every, as_json)
+
+
+def gateway_as_hermes(
+    boot: Boot, manager: S6ServiceManager, action: str, profile: str | None, every: bool, as_json: bool
+) -> int:
+    """As hermes: run what of `gateway` is neither start, stop nor restart."""
     try:
         if action == "list":
             names = manager.list_profile_gateways()
@@ -2994,24 +3320,34 @@ def shut_down(boot: Boot) -> int:
     are over.
 
     Run by s6-overlay from cont-finish.d, before its final kill. No intent is recorded, so what ran comes back at the
-    next boot. The work is a child's, as hermes: hermes could stop that for good, so root looks after the time.
+    next boot.
     """
     patience = seconds(boot.environment, "HERMES_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT, 0)
     deadline = time.monotonic() + patience
+    set_terminal_going()
     if command := read_pid_file(COMMAND_PROCESS):
         send(command, SIGTERM)  # while we are root: it may not be hermes yet
-    child = os.fork()
-    if child == 0:
-        os._exit(guarded(end_gateways, boot, deadline))
-    if not until(lambda: os.waitpid(child, os.WNOHANG)[0], patience + 1):
-        send(child, SIGKILL)
+    try:
+        with TimeLimit(patience + 1):
+            act_as_hermes()
+            end_gateways(boot, deadline)
+    except TimeoutError:
+        pass  # a file system that does not answer
     return 0
 
 
-def end_gateways(boot: Boot, deadline: float) -> int:
-    """As hermes: bring all slots down and wait for their gateways and the container command, until the deadline on
-    the monotonic clock."""
-    become_hermes()
+def act_as_hermes() -> None:
+    """Reach files as hermes from here on, and stay root's process, which hermes cannot stop; and no other process is
+    needed, which a limit on these could deny."""
+    owner = account()
+    if os.geteuid() == 0 and owner:
+        os.setegid(owner[1])
+        os.seteuid(owner[0])
+
+
+def end_gateways(boot: Boot, deadline: float) -> None:
+    """Bring all slots down and wait for their gateways and the container command, until the deadline on the monotonic
+    clock."""
     manager = S6ServiceManager(environment=boot.environment)
     slots = [f"{manager.scandir}/{SLOT_PREFIX}{name}" for name in manager.list_profile_gateways()]
     for slot in slots:
@@ -3027,7 +3363,6 @@ def end_gateways(boot: Boot, deadline: float) -> int:
 
     until(lambda: all([ended(slot) for slot in slots]), deadline - time.monotonic())
     until(lambda: not read_pid_file(COMMAND_PROCESS), deadline - time.monotonic())
-    return 0
 
 
 # Fallback init: where s6-overlay cannot start
@@ -3073,7 +3408,7 @@ def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
     elif failed and boot.setting("S6_BEHAVIOUR_IF_STAGE2_FAILS") == "2":
         command, code = 0, 1
     else:
-        as_owner(account() or boot.owner, start_services, services)
+        start_services(services)
         command, code = start_command(children, words, environment)
     if command and children.wait(command, svscan, command=command) == svscan:
         say("error", "s6-svscan has died; the container ends, so that the engine can start it anew")
@@ -3090,24 +3425,21 @@ def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
 
 
 def lay_out_run(boot: Boot) -> None:
-    """Make /run as s6-overlay's start leaves it: an empty scandir, and the environment, one file a variable, for
-    hermes to read. Fatal when it cannot be written."""
-    gid = (
-        number_in(boot.setting("HERMES_GID") or boot.setting("PGID"), 1, MAX_ID) or boot.owner[1]
-    )  # hermes's, after the setup
+    """Make /run as s6-overlay's start leaves it: an empty scandir, and the environment, one file a variable. Fatal when
+    it cannot be written, or is not root's."""
+    parent, _, folder = CONTAINER_ENVIRONMENT.rpartition("/")
+    variables = {} if boot.setting("S6_KEEP_ENV") == "1" else boot.environment
     try:
-        parent, _, name = CONTAINER_ENVIRONMENT.rpartition("/")
-        os.makedirs(parent, 0o755, exist_ok=True)
-        with Folder(parent) as folder:
-            folder.remove(name)
-            os.mkdir(name, 0o755, dir_fd=folder.fd)
-        for name, value in boot.environment.items():
-            if boot.setting("S6_KEEP_ENV") != "1" and "/" not in name:
-                fd = os.open(f"{CONTAINER_ENVIRONMENT}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
-                if os.geteuid() == 0:
-                    os.fchown(fd, 0, gid)
-                with open(fd, "wb") as file:
-                    file.write(os.fsencode(value) + b"\n")
+        own_run(parent)
+        with trusted_folder(parent, make=True) as above:
+            above.remove(folder)
+            with above.made(folder) as files:
+                os.fchmod(files.fd, 0o750)
+                for name, value in variables.items():
+                    if "/" in name or name in (".", "..") or len(os.fsencode(name)) > 255:
+                        warn(f"the variable {shown(name)} cannot be a file's name, so gateways do not have it")
+                        continue
+                    put(files, name, f"{value}\n", 0o640)
         with trusted_folder(boot.scandir, make=True) as scandir:
             empty_scandir(boot, scandir)
     except OSError as error:
@@ -3115,6 +3447,20 @@ def lay_out_run(boot: Boot) -> None:
             f"/run cannot be written ({reason(error)}); give it a tmpfs (--tmpfs /run:exec), with `--user` one of that UID"
         ) from error
     write_pid_file(SUPERVISOR_PROCESS)
+
+
+def own_run(folder: str) -> None:
+    """As root: see to it that nobody else can rename what root puts into /run, and remove a folder there that somebody
+    else has made. Raises OSError."""
+    if os.geteuid() != 0:
+        return
+    with trusted_folder(os.path.dirname(folder)) as run:
+        if not run.is_roots() or os.fstat(run.fd).st_mode & 0o022:
+            os.fchown(run.fd, 0, 0)
+            os.fchmod(run.fd, 0o755)
+        found = run.stat(os.path.basename(folder))
+        if found and (found.st_uid != 0 or found.st_mode & 0o022):
+            run.remove(os.path.basename(folder))
 
 
 def empty_scandir(boot: Boot, scandir: Folder) -> None:
@@ -3156,14 +3502,13 @@ def publish_static_services(boot: Boot) -> list[str]:
     return published
 
 
-def start_services(slots: list[str]) -> int:
-    """As hermes, whose they are by then: start static services."""
+def start_services(slots: list[str]) -> None:
+    """Start static services."""
     for slot in slots:
         try:
             tell(f"{slot}/supervise/control", b"u")
         except OSError as error:
             warn(f"the service {os.path.basename(slot)} could not be started: {reason(error)}")
-    return 0
 
 
 def scripts_in(folder: str) -> list[str]:
@@ -3234,7 +3579,7 @@ def gateway_run(words: list[str], environment: dict[str, str]) -> int:
             stopped = was_stopped(manager, profile)
             if stopped:
                 say("info", f"{profile} was stopped and stays so; start it with `hermes -p {profile} gateway start`")
-            if stopped or (not s6_is_pid_1() and control("start", profile, False, environment) == 0):
+            if stopped or (not s6_is_pid_1() and control_as_hermes("start", profile, False, environment) == 0):
                 return execute(["/bin/sleep", "infinity"], environment)
     return execute([HERMES, *words], environment)
 
@@ -3391,7 +3736,6 @@ def table(rows: list[Row]) -> str:
 
 def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | None) -> int:
     """Print the table or JSON, again and again with watch, in seconds; return 0, or 4 when there is no such profile."""
-    become_hermes()
     while True:
         rows = [row for row in rows_of(boot) if profile in (None, row.name)]
         if not rows:
@@ -3413,6 +3757,9 @@ def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | N
 # --------------------------------------------------------------------------------------------------------------------
 
 
+HEALTH_TIMEOUT = 4  # seconds; the image's HEALTHCHECK has 5
+
+
 def health(environment: dict[str, str], live: bool) -> int:
     """Return 0 when the supervisor answers and every gateway that should be up is, or is about to be; else 1, after one
     line why.
@@ -3421,7 +3768,6 @@ def health(environment: dict[str, str], live: bool) -> int:
     parser. With live, the supervisor alone counts: whoever restarts the container upon it would take good gateways down
     for a bad one.
     """
-    become_hermes()
     boot = Boot(environment)
     if not supervisor_answers(boot.scandir):
         print(f"unhealthy: no supervisor answers on {boot.scandir}")
@@ -3620,8 +3966,15 @@ def doctor(boot: Boot, *, as_json: bool, fix: bool) -> int:
     """
     if fix and os.geteuid() == 0:
         fix_owners(boot)
-    owners = owner_checks(boot)
-    become_hermes()
+        if is_sealed(boot.environment) and not no_gateways(boot, container_words()):
+            reconcile_phase(boot)
+    return by_hermes(
+        command_timeout(boot.environment, waits=False), doctor_as_hermes, boot, owner_checks(boot), as_json, fix
+    )
+
+
+def doctor_as_hermes(boot: Boot, owners: list[Check], as_json: bool, fix: bool) -> int:
+    """As hermes: look at all that needs no root, fix it with fix, and print these checks after those of the owners."""
     checks = all_checks(boot)
     repairs = [check for check in checks if fix and check.repair]
     for check in repairs:
@@ -3692,9 +4045,7 @@ def supervisor_checks(boot: Boot) -> list[Check]:
 
 
 def fix_owners(boot: Boot) -> None:
-    """As root: hand over what the boot hands over. What keeps it from that, the checks say."""
-    if not no_gateways(boot, container_words()):
-        own_services(boot)
+    """As root: hand over what the boot hands over on the volume. What keeps it from that, the checks say."""
     try:
         sweep = sweep_volume(boot)
     except OSError:
@@ -3813,9 +4164,7 @@ def version_checks(boot: Boot) -> list[Check]:
 
 
 def path_checks() -> list[Check]:
-    """Look for the s6 programs, ours and people's, and for folders on PATH that endanger root."""
-    if fault := exposed_path(Boot(container_environment())):
-        return [Check("warn", "PATH", fault.text, fault.fix)]
+    """Look for the s6 programs, ours and people's."""
     program = s6_program("s6-svc")
     folder = os.path.dirname(program)
     if not os.access(program, os.X_OK):
@@ -4034,7 +4383,7 @@ def dispatch(words: list[str]) -> int:
     if words in ([], ["setup"], ["reconcile"], ["shutdown"]):
         return run_phases(command, dry_run=False)
     if words in (["health"], ["health", "--live"]):
-        return health(exec_environment(), bool(rest))
+        return by_hermes(HEALTH_TIMEOUT, health, exec_environment(), bool(rest))
     if command == "finish" and len(rest) >= 2:
         return finish(rest[0], rest[1])
     if command == "init" and rest:
@@ -4069,12 +4418,15 @@ def run_command(arguments) -> int:
     if command in ("", "setup", "reconcile", "shutdown"):
         return run_phases(command, dry_run=getattr(arguments, "dry_run", False))
     if command == "health":
-        return health(exec_environment(), arguments.live)
+        return by_hermes(HEALTH_TIMEOUT, health, exec_environment(), arguments.live)
     boot = Boot(exec_environment())
     if command == "gateway":
         return gateway_command(boot, arguments.action, arguments.profile, arguments.all, arguments.json)
     if command == "status":
-        return show_status(boot, arguments.profile, arguments.json, arguments.watch)
+        if arguments.watch:
+            become_hermes()
+        timeout = command_timeout(boot.environment, waits=False)
+        return by_hermes(timeout, show_status, boot, arguments.profile, arguments.json, arguments.watch)
     if command == "logs":
         return show_logs(boot, arguments.profile, arguments.lines, arguments.since, arguments.follow)
     return doctor(boot, as_json=arguments.json, fix=arguments.fix)
