@@ -109,13 +109,14 @@ def root_home(environment: dict[str, str]) -> str:
 
 def program_environment(environment: dict[str, str]) -> dict[str, str]:
     """Return the environment for a program of the image: HOME, HERMES_HOME, VIRTUAL_ENV, and PATH with our folders
-    on it."""
-    path = environment.get("PATH") or os.defpath
+    on it; last on it are the commands that `hermes profile create` makes on the volume, which root must not find."""
+    path, home = environment.get("PATH") or os.defpath, root_home(environment)
     missing = [folder for folder in COMMAND_FOLDERS if folder not in path.split(":")]
+    made = [f"{home}/.local/bin"] if f"{home}/.local/bin" not in path.split(":") else []
     return environment | {
-        "HOME": root_home(environment),
+        "HOME": home,
         "HERMES_HOME": environment.get("HERMES_HOME") or HOME,
-        "PATH": ":".join([*missing, path]),
+        "PATH": ":".join([*missing, path, *made]),
         "VIRTUAL_ENV": VENV,
     }
 
@@ -299,7 +300,7 @@ class Boot:
     """What every step needs to know: the environment, the root HERMES_HOME, who hermes is, and whether to change
     anything."""
 
-    __slots__ = ("environment", "home", "scandir", "owner", "dry_run")
+    __slots__ = ("environment", "home", "scandir", "owner", "dry_run", "by_root")
 
     def __init__(self, environment: dict[str, str], *, dry_run: bool = False) -> None:
         """Raise Fatal when HERMES_HOME is nothing to boot on."""
@@ -309,7 +310,7 @@ class Boot:
         self.owner: Owner = account() or owner_of(self.home)
         if os.geteuid() not in (0, self.owner[0]) and os.getegid() == 0:
             self.owner = os.geteuid(), 0  # OpenShift's way: any UID, with root's group
-        self.dry_run = dry_run
+        self.dry_run, self.by_root = dry_run, os.geteuid() == 0
         if not self.home.startswith("/") or os.path.realpath(self.home) == "/":
             raise Fatal(
                 f"HERMES_HOME={self.home!r} is not a folder of its own; set it to an absolute path such as {HOME}"
@@ -385,9 +386,10 @@ class Folder:
     """An open directory. What lies in it is reached by descriptor, never through a link, never blocking; errors are
     OSError."""
 
-    __slots__ = ("fd",)
+    __slots__ = ("fd", "roots_way")
 
     def __init__(self, path: str, at: int | None = None, *, follow: bool = False) -> None:
+        self.roots_way = False  # whether nobody but root can put another folder in its place, see trusted_folder
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
         self.fd = os.open(path, flags, dir_fd=at)
 
@@ -461,15 +463,23 @@ class Folder:
                 return True
             temporary = self.write_beside(name, data, mode)
             if not self.reserve(temporary, name):
-                os.unlink(temporary, dir_fd=self.fd)
+                self.unlinked(temporary)
                 return False
-            os.fsync(self.fd)
+            self.sync()
         return True
+
+    def sync(self) -> None:
+        """Bring the folder's names to disk, where its file system can: virtiofs, vboxsf and old CIFS cannot."""
+        try:
+            os.fsync(self.fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+                raise
 
     def replace(self, name: str, data: bytes, mode: int) -> None:
         """Put a file in place whole, whatever has its name, for a caller that holds the lock."""
         os.rename(self.write_beside(name, data, mode), name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-        os.fsync(self.fd)
+        self.sync()
 
     def update(self, name: str, edit, limit: int) -> None:
         """Replace a file by what edit makes of its content (None when missing), whole. Our own writers are kept out
@@ -487,7 +497,7 @@ class Folder:
                 try:
                     if before is after is None or (before and after and changes(before) == changes(after)):
                         os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-                        os.fsync(self.fd)
+                        self.sync()
                         return
                     os.unlink(temporary, dir_fd=self.fd)
                 except FileNotFoundError:
@@ -505,7 +515,7 @@ class Folder:
                 os.fchmod(fd, mode)  # what the umask has taken from it
                 os.fsync(fd)
         except OSError:
-            os.unlink(temporary, dir_fd=self.fd)
+            self.unlinked(temporary)
             raise
         return temporary
 
@@ -514,7 +524,7 @@ class Folder:
         has it."""
         try:
             os.link(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
-            os.unlink(temporary, dir_fd=self.fd)
+            self.unlinked(temporary)
         except FileExistsError:
             return False
         except OSError:  # CIFS, exFAT and FUSE may have no hard links
@@ -537,12 +547,13 @@ class Folder:
     def remove_temporaries(self, *names: str) -> None:
         """Remove what killed writers of these names left; only with the lock held is every one of them stale."""
         starts = tuple(f".{name}." for name in names)
-        for entry in os.listdir(self.fd):
-            if entry.startswith(starts) and entry.endswith(".tmp"):
-                try:
-                    os.unlink(entry, dir_fd=self.fd)
-                except OSError:
-                    continue  # a folder of that name is not ours, and in nobody's way
+        with os.scandir(self.fd) as listing:
+            for entry in listing:
+                if entry.name.startswith(starts) and entry.name.endswith(".tmp"):
+                    try:
+                        os.unlink(entry.name, dir_fd=self.fd)
+                    except OSError:
+                        continue  # a folder of that name is not ours, and in nobody's way
 
     def remove(self, name: str) -> None:
         """Remove an entry with all below it, if it is there. However deep that is: what lies two levels down is
@@ -617,6 +628,7 @@ def trusted_folder(path: str, *, make: bool = False) -> Folder:
             child = Folder("/" if target.startswith("/") else ".", folder.fd)
         os.close(folder.fd)
         folder = child
+    folder.roots_way = safe
     return folder
 
 
@@ -1016,13 +1028,13 @@ def rewrite(path: str, edit, *, dry_run: bool = False) -> bool:
     return True
 
 
-def with_field(lines: list[bytes], name: bytes, changes: dict[int, int]) -> list[bytes]:
+def with_field(lines: list[bytes], name: bytes, changes: dict[int, int | str]) -> list[bytes]:
     """Return the lines of an account file with some fields of one entry set; every other line stays byte for byte."""
 
     def edited(line: bytes) -> bytes:
         fields = line.split(b":")
-        for index, number in changes.items():
-            fields[index] = str(number).encode()
+        for index, value in changes.items():
+            fields[index] = os.fsencode(str(value))
         return b":".join(fields)
 
     return [edited(line) if line.startswith(name + b":") else line for line in lines]
@@ -1078,6 +1090,18 @@ def remap(boot: Boot) -> None:
     boot.owner = wanted
 
 
+def follow_home(boot: Boot) -> None:
+    """Give the hermes user the volume as its home in /etc/passwd, where ssh and the like look for it."""
+    if not boot.home.isprintable() or ":" in boot.home:
+        return  # nothing that has a place there
+    try:
+        if rewrite(PASSWD, lambda lines: with_field(lines, USER.encode(), {5: boot.home}), dry_run=True):
+            if boot.announce(f"set the home of {USER} to {boot.home}"):
+                rewrite(PASSWD, lambda lines: with_field(lines, USER.encode(), {5: boot.home}))
+    except OSError as error:
+        warn(f"cannot write {PASSWD} ({reason(error)}), so ssh and others look for {USER}'s files in another home")
+
+
 def given_groups() -> list[int]:
     """Return the GIDs that the container was started with (`--group-add`) and that of a mounted Docker socket,
     root's excepted."""
@@ -1120,17 +1144,49 @@ MANAGED_FOLDERS = (
     "backups cron sessions logs hooks memories skills skins plans workspace home profiles pairing platforms/pairing lazy-packages"
 ).split()
 VERSION_STAMP = ".hermes-agent-version"
-MANAGED_FILES = frozenset(
-    "config.yaml .env SOUL.md auth.json auth.lock hermes_state.db gateway.pid gateway.lock gateway_state.json processes.json"
-    f" active_profile {VERSION_STAMP}".split()
+# What hermes-agent makes at the top of its home beside these, and its tools, whose HOME that is too.
+MANAGED_TOPS = frozenset(path.partition("/")[0] for path in MANAGED_FOLDERS) | frozenset(
+    """
+    audio_cache bin browser_auth browser_recordings browser_screenshots byterover cache checkpoints chrome-debug
+    dashboard-themes delegation_cache disk-cleanup document_cache gateway google_chat_user_oauth_pending
+    google_chat_user_tokens hindsight hook_outputs image_cache images kanban lsp matrix mcp-installs mcp-tokens
+    mem0_qdrant moa-traces node node_modules pastes pending pets piper_voices_cache plugins rate_limits runtime
+    sandboxes screenshots scripts session-exports shared skill-bundles spawn-trees state state-snapshots
+    status_phrases temp_video_files temp_vision_images tmp video_cache web_cache weixin whatsapp whatsapp_cloud
+    .local .cache .config .npm .npm-global .codex .honcho .hindsight .cua-driver .ssh
+    """.split()
 )
-MANAGED_TOPS = frozenset(path.partition("/")[0] for path in MANAGED_FOLDERS)
-MANAGED_PREFIXES = ("state.db", "response_store.db")  # SQLite puts -wal and -shm beside each
+MANAGED_FILES = frozenset(
+    f"""
+    .env SOUL.md active_profile auth.json auth.lock config.yaml gateway.lock gateway.pid gateway_state.json
+    processes.json {VERSION_STAMP}
+    .anthropic_oauth.json .clean_shutdown .codex_gpt55_autoraise_notice .container-mode .drain_request.json .env.EXAMPLE
+    .gateway-planned-stop.json .gateway-takeover.json .hermes_history .install_method .managed .no-bundled-skills .op.env
+    .restart_failure_counts .restart_last_processed.json .restart_notify.json .restart_pending.json .scratch_tip_shown
+    .skills_prompt_snapshot.json .skip_upstream_prompt .sync.lock .tirith-install-failed .update_check .update_exit_code
+    .update_output.txt .update_pending.claimed.json .update_pending.json .update_prompt.json .update_response
+    channel_aliases.json channel_directory.json context_length_cache.yaml cron.pid desktop-build-stamp.json
+    distribution.yaml errors.log feishu_comment_pairing.json feishu_comment_rules.json feishu_seen_message_ids.json
+    gateway-starts.log gateway.json gateway_voice_mode.json google_chat_bot_id.json google_chat_thread_counts.json
+    google_chat_user_client_secret.json google_chat_user_oauth_pending.json google_chat_user_token.json
+    google_token.json honcho.json interrupt_debug.log mem0.json modal_snapshots.json models_dev_cache.json
+    ollama_cloud_models_cache.json profile.yaml provider_models_cache.json shell-hooks-allowlist.json
+    shell-hooks-allowlist.json.lock singularity_snapshots.json slack-manifest.json slack_tokens.json sticker_cache.json
+    supermemory.json teams_pipeline_store.json webhook_subscriptions.json
+    """.split()
+)
+MANAGED_PREFIXES = (  # databases, to which SQLite and the agent add -wal, -shm, .lock and the like, and dated copies
+    *"state.db hermes_state.db response_store.db kanban.db projects.db memory_store.db retaindb_queue.db".split(),
+    *"verification_evidence.db config.yaml. auth.json. .npm_lock_hash_".split(),
+)
+MANAGED_SUFFIXES = (".tmp", "_threads.json")  # the first one on names with a dot in front only
 SHARED_FOLDERS, SHARED_DEPTH, MOST_SWEEPERS = (
     64,
     6,
     4,
 )  # folders to share among processes, looked for down to this depth
+MOST_LEVELS = 2000  # below a managed folder; no path reaches further
+MOST_NAMES, MOST_SHARED = 200_000, 8192  # of folders, kept in memory at a time, and of one folder's to share
 
 
 class Sweep:
@@ -1138,16 +1194,15 @@ class Sweep:
 
     Only wrong owners change. Every change is made on a descriptor opened without following a link, so that no rename
     can turn it on another entry; by name only in a folder that nobody but root can change at that moment (see entries).
-    Four kinds of entry are left alone, since root would give away more than the volume: links' targets, other file
-    systems mounted below, device nodes, and files with more names than one, of which a name may lie outside (those that
-    belong to hermes's former UIDs excepted, which hermes could write anyway).
+    Three kinds of entry are left alone, since root would give away more than the volume: links' targets, device nodes,
+    and files with more names than one, of which a name may lie outside (those that belong to hermes's former UIDs
+    excepted, which hermes could write anyway). A mount below the volume is the operator's, wherever the engine was led
+    to put it by links on the volume: of its entries, too, only those of the former UIDs change, unless it is empty.
     """
 
-    __slots__ = (
-        *"uid gid dry_run former mounted left_behind".split(),
-        *"changed checked linked failed first failure".split(),
-    )
-    COUNTS, WORDS = ("changed", "checked", "linked", "failed"), ("first", "failure")
+    COUNTS = tuple("changed checked linked failed kept deep strangers left_behind".split())
+    WORDS = tuple("first failure first_kept first_stranger first_left_behind".split())
+    __slots__ = (*"uid gid dry_run former mounted home held".split(), *COUNTS, *WORDS)
 
     def __init__(self, boot: Boot, *, former: int = -1, mounted: bool = False) -> None:
         """former is the UID that hermes had before, -1 for none; mounted says whether there are other file systems
@@ -1155,15 +1210,18 @@ class Sweep:
         self.uid, self.gid = boot.owner
         self.dry_run = boot.dry_run
         self.former = {former, self.uid}
+        self.home: MountId = (-1, b"")  # where the volume itself is
+        self.held = 0  # names of folders in memory
         # Nothing of hermes's runs before the CMD; from then on it can move what is mounted elsewhere.
         self.mounted = mounted or os.path.exists(COMMAND_PROCESS)
         self.reset()
 
     def reset(self) -> None:
         """Forget what was counted."""
-        self.left_behind: list[str] = []
-        self.changed = self.checked = self.linked = self.failed = 0
-        self.first = self.failure = ""
+        for name in self.COUNTS:
+            setattr(self, name, 0)
+        for name in self.WORDS:
+            setattr(self, name, "")
 
     def claim(self, name: str, at: int, *, writable: bool = False) -> None:
         """Give one entry to hermes; with writable, for a file at the top of the volume, which may be mounted there
@@ -1174,8 +1232,10 @@ class Sweep:
             return  # removed while we looked
         try:
             status = os.fstat(fd)
-            if not self.may_change(status) or (self.mounted and not writable and mount_of(fd) != mount_of(at)):
-                return  # its device would say less: overlayfs shows those of its layers
+            if not self.may_change(status) or (
+                self.mounted and self.is_theirs(fd, at, status) and self.keep(name, at, status)
+            ):
+                return
             path = f"/proc/self/fd/{fd}"
             if (status.st_uid, status.st_gid) != (self.uid, self.gid):
                 if not self.dry_run:
@@ -1194,6 +1254,24 @@ class Sweep:
         if not self.first:
             self.first = f"{path_in(at, name)} belongs to {status.st_uid}:{status.st_gid}"
 
+    def notice(self, entry: os.DirEntry) -> None:
+        """Count an entry at the top of the volume that nobody manages, where it is not hermes's."""
+        owner = owner_in(entry)
+        if owner != self.uid:
+            self.strangers += 1
+            self.first_stranger = self.first_stranger or entry.name
+            if owner in self.former:
+                self.left_behind += 1
+                self.first_left_behind = self.first_left_behind or entry.name
+
+    def kept_fault(self, boot: Boot) -> Fault:
+        """Return what there is to say of mounts whose entries stay whose they are."""
+        mount = holding_mount(self.first_kept, mount_points())[0].rstrip("/")
+        return Fault(
+            f"{self.kept} entries of mounts below {shown(boot.home)} are not {USER}'s and stay so, the first in {shown(mount)}",
+            f"if {USER} is to write there: chown -hR {self.uid}:{self.gid} on the host, in what is mounted",
+        )
+
     def may_change(self, status: os.stat_result) -> bool:
         """Return whether root may act on an entry, by its descriptor's status."""
         kind = stat.S_IFMT(status.st_mode)
@@ -1201,6 +1279,21 @@ class Sweep:
             self.linked += 1
             return False
         return kind not in (stat.S_IFBLK, stat.S_IFCHR)
+
+    def is_theirs(self, fd: int, at: int, status: os.stat_result) -> bool:
+        """Return whether an open entry is of a mount below the volume; an empty file that is one itself is as good as
+        new. Its device would say less: overlayfs shows those of its layers."""
+        mount, above = mount_of(fd), mount_of(at)
+        new = mount != above and stat.S_ISREG(status.st_mode) and status.st_size == 0
+        return mount != (self.home[1] or above) and not new
+
+    def keep(self, name: str, at: int, status: os.stat_result) -> bool:
+        """Return whether an entry of a mount below the volume stays whose it is, and count it then."""
+        if status.st_uid in self.former:
+            return False
+        self.kept += 1
+        self.first_kept = self.first_kept or os.path.normpath(os.path.join(os.readlink(f"/proc/self/fd/{at}"), name))
+        return True
 
     def place(self, fd: int) -> MountId:
         """Return where an open folder is, as far as that can differ here."""
@@ -1211,22 +1304,25 @@ class Sweep:
         self.failure = self.failure or f"{path_in(at, name)}: {reason(error)}"
         self.failed += 1
 
-    def entries(self, fd: int) -> list[str]:
-        """Check an open folder and every entry of it but the folders, whose names are returned.
+    def entries(self, fd: int, place: MountId, room: int) -> list[str]:
+        """Check an open folder and every entry of it but the folders, whose names are returned, so many at most.
 
         The folder itself comes last. Until then, before anything of hermes's runs, nobody but root can rename in a
-        folder that is not hermes's and that only its owner may write: there a chown by name does what four calls by
-        descriptor would.
+        folder that is root's and that only its owner may write: there a chown by name does what four calls by
+        descriptor would. Another user's becomes root's for that time: a container of that UID may run.
         """
         uid, gid, folders, checked = self.uid, self.gid, [], 0
-        own = os.fstat(fd)
-        still = not self.mounted and own.st_uid != uid and not own.st_mode & 0o022
+        own, theirs = os.fstat(fd), place != self.home
+        still = not self.mounted and not theirs and own.st_uid != uid and not own.st_mode & 0o022
+        if still and own.st_uid and not self.dry_run:
+            still = self.taken(fd)
         with os.scandir(fd) as listing:
             for entry in listing:
                 checked += 1
                 try:
                     if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.name)
+                        if len(folders) < room:
+                            folders.append(entry.name)
                         continue
                     status = entry.stat(follow_symlinks=False)
                 except OSError:
@@ -1238,9 +1334,38 @@ class Sweep:
                 elif self.may_change(status):
                     self.change(entry.name, fd, status, True)
         self.checked += checked
-        if own.st_uid != uid or own.st_gid != gid:
+        if (own.st_uid != uid or own.st_gid != gid) and not (theirs and self.keep(".", fd, own)):
             self.change(".", fd, own, False)
         return folders
+
+    def room(self) -> int:
+        """Return how many names of folders may be kept of the next listing: a part of what is left for all, so that
+        every level has some."""
+        return max(16, (MOST_NAMES - self.held) // 4)
+
+    def more_folders(self, fd: int, skip: int, room: int) -> list[str]:
+        """Return the names of an open folder's next folders, after the first ones, so many at most: a listing is read
+        again and again rather than kept."""
+        names = []
+        with os.scandir(fd) as listing:
+            for entry in listing:
+                if not entry.is_dir(follow_symlinks=False):
+                    continue
+                if skip:
+                    skip -= 1
+                elif len(names) < room:
+                    names.append(entry.name)
+                else:
+                    break
+        return names
+
+    def taken(self, fd: int) -> bool:
+        """Make an open folder root's own until its entries are checked; return whether that could be."""
+        try:
+            os.chown(fd, 0, -1)
+        except OSError:
+            return False
+        return True
 
     def change(self, name: str, fd: int, status: os.stat_result, inside: bool) -> None:
         """Give an open folder (as "."), or an entry inside of it that nobody but root can move, to hermes."""
@@ -1256,38 +1381,42 @@ class Sweep:
         else:
             self.note(name, fd, status)
 
-    def tree(self, folder: Folder) -> None:
-        """Check an open folder and all below it; it is closed. One descriptor at any depth: the way back up is `..`,
-        checked to be where we came from."""
-        fd = folder.fd
+    def tree(self, folder: Folder, names: list[str] | None = None) -> None:
+        """Check an open folder and all below it; it is closed. names are its first folders, where its entries have been
+        checked. One descriptor at any depth: the way back up is `..`, checked to be where we came from."""
+        fd, held = folder.fd, self.held
         try:
             place = self.place(fd)
-            above = [(os.fstat(fd).st_ino, self.entries(fd))]
+            above = [Level(self, fd, place, names)]
             while True:
-                _, folders = above[-1]
-                if folders:
-                    fd = self.descend(fd, folders.pop(), place, above)
+                if name := above[-1].next(self, fd):
+                    fd = self.descend(fd, name, place, above)
                     continue
                 above.pop()
                 if not above:
                     return
                 fd = replace_fd(fd, os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd))
-                if os.fstat(fd).st_ino != above[-1][0]:
+                if os.fstat(fd).st_ino != above[-1].inode:
                     raise OSError(errno.ESTALE, "was moved while it was being swept")
         finally:
             os.close(fd)
+            self.held = held
 
-    def descend(self, fd: int, name: str, place: MountId, above: list[tuple[int, list[str]]]) -> int:
-        """Check a folder's entries and make it the current one, unless it is gone, unreadable or another file
-        system."""
+    def descend(self, fd: int, name: str, place: MountId, above: list[Level]) -> int:
+        """Check a folder's entries and make it the current one, unless it is gone, unreadable, another file system, or
+        deeper than any path can lead."""
+        if len(above) >= MOST_LEVELS:
+            self.deep += 1
+            return fd
         child = self.open_folder(fd, name, place)
         if child is None:
             return fd
-        above.append((os.fstat(child.fd).st_ino, self.entries(child.fd)))
+        above.append(Level(self, child.fd, place))
         return replace_fd(fd, child.fd)
 
     def open_folder(self, fd: int, name: str, place: MountId) -> Folder | None:
-        """Open a folder to check it, None when it is gone, unreadable or another file system."""
+        """Open a folder to check it, None when it is gone, unreadable or another file system, which is checked by
+        itself."""
         try:
             child = Folder(name, fd)
         except (FileNotFoundError, NotADirectoryError):
@@ -1299,15 +1428,26 @@ class Sweep:
             return None
         if self.place(child.fd) == place:
             return child
-        os.close(child.fd)
+        self.mount(child)
         return None
 
-    def volume(self, home: Folder) -> None:
-        """Check all managed folders. The upper levels here; once there are folders enough to share, all cores take
+    def mount(self, top: Folder) -> None:
+        """Check what is mounted below the volume; it is closed. What belongs to a former UID is hermes's there too, and
+        an empty one is as good as new. Without these only its top is looked at: the rest may be a host's whole disk."""
+        status, empty = os.fstat(top.fd), is_empty(top)
+        if not empty and len(self.former - {-1}) > 1:
+            self.tree(top)
+            return
+        with top:
+            if (status.st_uid, status.st_gid) != (self.uid, self.gid) and (empty or not self.keep(".", top.fd, status)):
+                self.change(".", top.fd, status, False)
+
+    def volume(self, home: Folder, names: list[str]) -> None:
+        """Check the managed folders. The upper levels here; once there are folders enough to share, all cores take
         from them."""
         waiting: list[tuple[str, MountId]] = []  # a folder's path, and where it must be
-        for path in MANAGED_FOLDERS:
-            waiting += self.check_managed(home, path)
+        for name in names:
+            waiting += self.check_managed(home, name)
         done = 0
         while done < len(waiting) < SHARED_FOLDERS:
             path, place = waiting[done]
@@ -1317,29 +1457,34 @@ class Sweep:
         if done < len(waiting):
             self.share(home, waiting[done:])
 
-    def check_managed(self, home: Folder, path: str) -> list[tuple[str, MountId]]:
-        """Check one managed folder's entries; return its folders. A link or a file in its place is said and left
-        alone."""
-        parent = os.path.dirname(path)
+    def check_managed(self, home: Folder, name: str) -> list[tuple[str, MountId]]:
+        """Check one managed folder's entries; return its folders. A link or a file in its place is left alone, and
+        said of those that we make."""
         try:
-            if parent:
-                with home.folder(parent) as above:
-                    self.checked += 1
-                    self.claim(".", above.fd)
-            folder = home.folder(path)
-            self.checked += 1
-            return [(f"{path}/{name}", place) for name, place in self.opened(folder)]
+            folder = home.folder(name)
         except FileNotFoundError:
-            return []  # made later, by hermes
+            return []  # removed while we looked
         except OSError as error:
-            warn(f"{path} on the volume {described(error)}; its owners were not checked; put a plain folder there")
+            if any(path.partition("/")[0] == name for path in MANAGED_FOLDERS):
+                warn(f"{name} on the volume {described(error)}; its owners were not checked; put a plain folder there")
             return []
+        self.checked += 1
+        if self.place(folder.fd) != self.home and is_empty(folder):
+            self.mount(folder)
+            return []
+        return [(f"{name}/{below}", place) for below, place in self.opened(folder)]
 
     def opened(self, folder: Folder) -> list[tuple[str, MountId]]:
-        """Check an open folder's entries and close it; return its folders, and where they must be."""
-        with folder:
-            place = self.place(folder.fd)
-            return [(name, place) for name in self.entries(folder.fd)]
+        """Check an open folder's entries and close it; return its folders, and where they must be. One with too many to
+        share is checked here with all below it."""
+        place, room = self.place(folder.fd), min(MOST_SHARED, self.room())
+        names = self.entries(folder.fd, place, room)
+        if len(names) >= room:
+            self.tree(folder, names)
+            return []
+        os.close(folder.fd)
+        self.held += len(names)
+        return [(name, place) for name in names]
 
     def below(self, home: Folder, path: str, place: MountId, action) -> list[tuple[str, MountId]]:
         """Open a folder anew and take an action on it; return the folders it names, as volume() wants them. Whatever
@@ -1414,8 +1559,18 @@ class Sweep:
                 f"{self.failed} entries on {shown(boot.home)} could not be given to {self.uid}:{self.gid}, the first: {self.failure};"
                 " going on, since a rootless engine, NFS, a NAS or a read-only mount may refuse that and still work"
             )
+        if self.kept:
+            warn(self.kept_fault(boot))
+        if self.deep:
+            warn(
+                f"{self.deep} folders on {shown(boot.home)} are over {MOST_LEVELS} levels down, so they were left alone"
+            )
         if self.left_behind:
-            warn(f"{USER} was another user before; {foreign_fault(boot.home, self.left_behind, boot.owner)}")
+            warn(
+                f"{USER} was another user before; {self.left_behind} entries at the top of {shown(boot.home)} that are none of"
+                f" the agent's own stay whose they are, the first: {shown(self.first_left_behind)};"
+                f" chown what {USER} needs to {self.uid}:{self.gid} on the host, with the container stopped"
+            )
         if self.linked:
             warn(
                 f"{self.linked} files on {shown(boot.home)} have hard links and another owner, so they were left alone;"
@@ -1423,10 +1578,39 @@ class Sweep:
             )
 
 
-def foreign_fault(home: str, names: list[str], owner: Owner) -> Fault:
-    """Return what there is to say of entries at the top of the volume that are not hermes's, nor ours to give to it."""
-    first = f"{len(names)} entries at the top of {shown(home)} stay whose they are, the first: {shown(min(names))}"
-    return Fault(first, f"those that are the agent's: chown -hR {owner[0]}:{owner[1]} {shown(home)}/NAME")
+class Level:
+    """A folder on the way down through a tree: which it is, and the names of its folders that are still to be
+    checked."""
+
+    __slots__ = ("inode", "names", "listed", "cut")
+
+    def __init__(self, sweep: Sweep, fd: int, place: MountId, names: list[str] | None = None) -> None:
+        room = sweep.room() if names is None else len(names)
+        names = sweep.entries(fd, place, room) if names is None else names
+        self.inode, self.listed = os.fstat(fd).st_ino, 0
+        self.take(sweep, names, room)
+
+    def take(self, sweep: Sweep, names: list[str], room: int) -> None:
+        """Keep names; where there was no room for more, there may be more."""
+        self.names, self.cut = names, len(names) >= room
+        self.listed += len(names)
+        sweep.held += len(names)
+
+    def next(self, sweep: Sweep, fd: int) -> str:
+        """Return the next folder's name, "" when all are checked."""
+        if not self.names and self.cut:
+            room = sweep.room()
+            self.take(sweep, sweep.more_folders(fd, self.listed, room), room)
+        if not self.names:
+            return ""
+        sweep.held -= 1
+        return self.names.pop()
+
+
+def is_empty(folder: Folder) -> bool:
+    """Return whether nothing is in a folder."""
+    with os.scandir(folder.fd) as listing:
+        return next(listing, None) is None
 
 
 def path_in(folder: int, name: str) -> str:
@@ -1464,6 +1648,29 @@ def holding_mount(path: str, mounts: list[tuple[str, str]]) -> tuple[str, str]:
     )
 
 
+WAL_IS_UNSAFE = frozenset("9p cifs fakeowner nfs nfs4 smb3 smbfs vboxsf virtiofs".split())
+
+
+def mount_faults(boot: Boot) -> list[Fault]:
+    """Return what is wrong with what is mounted where."""
+    faults, mounts = [], mount_points()
+    if any(point == f"{IMAGE}/" for point, _ in mounts):
+        text = f"something is mounted over {IMAGE}, so what runs is not what the image has"
+        faults.append(Fault(text, f"take it away; what is to stay belongs on {HOME}"))
+    if loses_wal(kind := holding_mount(boot.home, mounts)[1]):
+        text = f"{shown(boot.home)} is on {kind}, where SQLite's WAL is not safe, so state.db may be damaged"
+        fix = (
+            "keep it on a disk of the engine's own, such as a named volume; hermes-agent 0.19 has no setting that helps"
+        )
+        faults.append(Fault(text, fix))
+    return faults
+
+
+def loses_wal(kind: str) -> bool:
+    """Return whether a kind of file system does not share memory as SQLite's WAL needs it."""
+    return kind in WAL_IS_UNSAFE or kind.startswith("fuse")
+
+
 def has_mounts_beside(home: str) -> bool:
     """Return whether something is mounted below the mount that holds a folder: hermes may be able to move it, by a
     folder above."""
@@ -1496,22 +1703,22 @@ def sweep_volume(boot: Boot) -> Sweep:
     """Check all that hermes manages on the volume, and change wrong owners unless it is a dry run. Who the volume
     belongs to until then is who hermes was before, root excepted."""
     with trusted_folder(boot.home) as home:
-        former = os.fstat(home.fd).st_uid or -1
-        sweep = Sweep(boot, former=former, mounted=has_mounts_beside(boot.home))
+        top = os.fstat(home.fd).st_uid if home.roots_way else 0  # else hermes could have put another's folder there
+        sweep = Sweep(boot, former=top or -1, mounted=has_mounts_beside(boot.home))
+        sweep.home = sweep.place(home.fd)
+        folders: list[str] = []
         with os.scandir(home.fd) as listing:
-            entries = list(listing)
-        files = [
-            entry.name for entry in entries if is_managed_file(entry.name) and entry.is_file(follow_symlinks=False)
-        ]
-        others = [entry for entry in entries if not is_managed(entry.name)]
-        sweep.checked += 1 + len(files)
-        for name in files:
-            sweep.claim(name, home.fd, writable=True)
-        sweep.volume(home)
+            for entry in listing:
+                if entry.name in MANAGED_TOPS:
+                    folders.append(entry.name)
+                elif not is_managed_file(entry.name):
+                    sweep.notice(entry)
+                elif entry.is_file(follow_symlinks=False):
+                    sweep.checked += 1
+                    sweep.claim(entry.name, home.fd, writable=True)
+        sweep.volume(home, sorted(folders))
+        sweep.checked += 1
         sweep.claim(".", home.fd)  # last: until then it tells, at the next boot too, who hermes was
-        sweep.left_behind = (
-            [entry.name for entry in others if owner_in(entry) == former] if former not in (-1, sweep.uid) else []
-        )
     return sweep
 
 
@@ -1535,14 +1742,11 @@ def owner_in(entry: os.DirEntry) -> int:
         return 0
 
 
-def is_managed(name: str) -> bool:
-    """Return whether an entry at the top of the volume is one that hermes keeps."""
-    return name in MANAGED_TOPS or is_managed_file(name)
-
-
 def is_managed_file(name: str) -> bool:
     """Return whether a top-level file is one that hermes keeps."""
-    return name in MANAGED_FILES or name.startswith(MANAGED_PREFIXES)
+    if name in MANAGED_FILES or name.startswith(MANAGED_PREFIXES):
+        return True
+    return name.endswith(MANAGED_SUFFIXES) and (name[0] == "." or not name.endswith(".tmp"))
 
 
 # Seeding
@@ -1559,6 +1763,9 @@ TEMPLATES = (
     ("SOUL.md", 0o644, "docker/SOUL.md"),
 )
 STATE_FILE = "gateway_state.json"
+BOOTSTRAPS = {"auth.json": "HERMES_AUTH_JSON_BOOTSTRAP", STATE_FILE: "HERMES_GATEWAY_BOOTSTRAP_STATE"}
+TO_MIGRATE = 75  # seed's exit code
+MIGRATION_LOG = "config-migration.log"
 PROBE = "hermes-write-test"
 
 
@@ -1589,31 +1796,87 @@ def open_home(boot: Boot) -> Folder:
     except FileNotFoundError:
         raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; mount a volume there, or set it right") from None
     except OSError as error:
-        uid, gid = owner_of(boot.home)
+        where = barred(boot.home)
+        about = (
+            "it" if where == os.path.realpath(boot.home) else f"{shown(where)} on the way, which hermes may not enter,"
+        )
         raise Fatal(
-            f"{shown(boot.home)} cannot be read by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)}; it belongs to {uid}:{gid}"
+            f"{shown(boot.home)} cannot be read by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)};"
+            f" {about} {owner_and_mode(where)}; let hermes in, or set HERMES_HOME to a folder elsewhere"
         ) from error
+
+
+def barred(path: str) -> str:
+    """As hermes: return the first folder on the way to a path that cannot be entered, else the path itself."""
+    real = os.path.realpath(path)
+    names = real.split("/")[1:]
+    folders = ["/" + "/".join(names[:count]) for count in range(len(names))]
+    return next((folder for folder in folders if not os.access(folder, os.X_OK)), real)
+
+
+def owner_and_mode(name: str, at: int | None = None) -> str:
+    """Return to whom an entry belongs and with what mode, in words."""
+    status = os.stat(name, dir_fd=at, follow_symlinks=False)
+    return f"belongs to {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}"
 
 
 def seed(boot: Boot) -> int:
     """As hermes: try the volume, make the managed folders, put missing files in place. Never overwrites. Fatal if
-    not writable."""
+    not writable. Returns TO_MIGRATE when the configuration is of an older hermes-agent."""
+    if not boot.dry_run:
+        give_access(os.path.realpath(boot.home))
     with open_home(boot) as home:
         if not boot.dry_run:
             try_volume(boot, home)
+        fresh = home.stat("config.yaml") is None
         for path in MANAGED_FOLDERS:
             seed_folder(boot, home, path)
         for name, mode, content in seeds(boot):
             seed_file(boot, home, name, mode, content)
-        secrets = home.stat(".env")
-        if secrets and stat.S_ISREG(secrets.st_mode) and secrets.st_mode & 0o004:
-            warn(f".env on the volume can be read by everyone (mode {stat.S_IMODE(secrets.st_mode):04o}); chmod 600 it")
-    return 0
+        check_files(home)
+        remove_install_method(boot, home)
+        return TO_MIGRATE if wants_migration(boot, home, fresh=fresh) else 0
+
+
+def give_access(path: str, at: int | None = None) -> None:
+    """As hermes: give the owner all rights on a folder of its own, should the agent have taken them."""
+    try:
+        status = os.stat(path, dir_fd=at, follow_symlinks=False)
+        mode = stat.S_IMODE(status.st_mode)
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and mode & 0o700 != 0o700:
+            os.chmod(path, mode | 0o700, dir_fd=at)
+    except OSError:
+        pass  # what comes next says it
+
+
+def check_files(home: Folder) -> None:
+    """As hermes: say what others can read, and what hermes cannot."""
+    for name in (".env", "config.yaml", "auth.json"):
+        found = home.stat(name)
+        if not found or not stat.S_ISREG(found.st_mode):
+            continue
+        if not os.access(name, os.R_OK, dir_fd=home.fd):
+            warn(
+                f"{name} on the volume cannot be read by hermes: it {owner_and_mode(name, home.fd)}; give it to hermes"
+            )
+        elif found.st_mode & 0o004 and name == ".env":
+            mode = stat.S_IMODE(found.st_mode)
+            warn(f"{name} on the volume can be read by everyone (mode {mode:04o}); `hermes-boot doctor --fix`")
+
+
+def remove_install_method(boot: Boot, home: Folder) -> None:
+    """As hermes: remove what older images left: it has the agent tell people to pull another image."""
+    name = ".install_method"
+    try:
+        if home.read(name, 100).strip() == b"docker" and boot.announce(f"remove the stale {name}"):
+            os.unlink(name, dir_fd=home.fd)
+    except OSError:
+        pass  # not there, or none of ours
 
 
 def probe(home: Folder) -> None:
-    """Write a small file on the volume, safely, and remove it. Raises OSError."""
-    os.unlink(home.write_beside(PROBE, b"hermes\n", 0o600), dir_fd=home.fd)
+    """Write a small file on the volume, safely, and remove it, unless somebody else has. Raises OSError."""
+    home.unlinked(home.write_beside(PROBE, b"hermes\n", 0o600))
 
 
 def try_volume(boot: Boot, home: Folder) -> None:
@@ -1650,6 +1913,7 @@ def seed_folder(boot: Boot, home: Folder, path: str) -> None:
             if not os.path.isdir(f"{boot.home}/{path}"):
                 boot.announce(f"make the folder {path}")
             return
+        give_access(path.partition("/")[0], home.fd)
         with home.make(path):
             pass
     except OSError as error:
@@ -1658,7 +1922,11 @@ def seed_folder(boot: Boot, home: Folder, path: str) -> None:
 
 def seed_file(boot: Boot, home: Folder, name: str, mode: int, content: bytes) -> None:
     """Put a file in place unless something has its name, be that a dangling link."""
-    if home.stat(name) or not boot.announce(f"seed {name}"):
+    if found := home.stat(name):
+        if name in BOOTSTRAPS and not stat.S_ISREG(found.st_mode):
+            warn(f"{BOOTSTRAPS[name]} is not used, since {name} on the volume is a link or a folder; remove that")
+        return
+    if not boot.announce(f"seed {name}"):
         return
     try:
         home.write(name, content, mode, replace=False)
@@ -1707,70 +1975,148 @@ def image_version() -> str:
     return ""
 
 
-def volume_version(boot: Boot) -> str:
-    """Return the version of hermes-agent that last ran on the volume, "" on one from before this was noted."""
+def volume_version(home: Folder) -> str:
+    """As hermes: return the version of hermes-agent that last ran on the volume, "" on one from before this was
+    noted."""
     try:
-        with Folder(boot.home, follow=True) as home:
-            return home.read(VERSION_STAMP, 100).decode(errors="replace").strip()
+        return home.read(VERSION_STAMP, 100).decode(errors="replace").strip()
     except OSError:
         return ""
 
 
-def version_key(version: str) -> list[int]:
-    """Return a version's numbers for comparing."""
-    return [int(part) if part.isascii() and part.isdigit() else 0 for part in version.split(".")]
+VERSION = r"""v?(?:(\d+)!)?(\d+(?:\.\d+)*)(?:[-_.]?(alpha|a|beta|b|preview|pre|c|rc)[-_.]?(\d*))?
+(?:-(\d+)|[-_.]?(post|rev|r)[-_.]?(\d*))?(?:[-_.]?(dev)[-_.]?(\d*))?(?:\+[a-z0-9._-]+)?"""
 
 
-def migrate_config(boot: Boot, *, fresh: bool) -> None:
-    """Run `hermes config migrate` when the image's agent is newer than the one that last ran on this volume.
+def version_key(version: str) -> tuple:
+    """Return what sorts versions in PEP 440's order, but for local ones; what is no version comes first."""
+    import re  # 8 ms, so only where two versions differ
 
-    Which that was is kept in a file on the volume; a fresh volume has nothing to migrate. A failure is tried again at
-    the next boot.
+    match = re.fullmatch(VERSION.replace("\n", ""), version.strip().lower(), re.ASCII)
+    if not match:
+        return (-1,)
+    epoch, release, pre, pre_number, post, post_word, post_number, dev, dev_number = match.groups()
+    numbers = [int(number) for number in release.split(".")]
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    # alpha, beta and candidate come by their letter, before a final release; one that is only under development before all
+    stage = {"p": "r", "c": "r"}.get(pre[0], pre[0]) if pre else "" if dev and post is post_word is None else "z"
+    after = int(post or post_number or 0) if post or post_word else -1
+    return int(epoch or 0), numbers, stage, int(pre_number or 0), after, not dev, int(dev_number or 0)
+
+
+def is_newer(version: str, than: str) -> bool:
+    """Return whether a version is a later one than another."""
+    return version != than and version_key(version) > version_key(than)
+
+
+def wants_migration(boot: Boot, home: Folder, *, fresh: bool) -> bool:
+    """As hermes: return whether the image's agent is newer than the one that last ran on this volume.
+
+    Which that was is kept in a file on the volume; a fresh volume has nothing to migrate.
     """
-    version = image_version()
-    if not version or switch(boot.setting("HERMES_SKIP_CONFIG_MIGRATION")):
-        return
-    last = volume_version(boot)
-    if version_key(version) <= version_key(last):
-        return
-    if not fresh:
-        if not boot.announce(
-            f"migrate the configuration from {shown(last) if last else 'an unknown version'} to {version}"
-        ):
-            return
-        if as_owner(boot.owner, back_up_config, boot):
-            warn("the configuration was not migrated, since it could not be backed up")
-            return
-        environment = program_environment(boot.environment)
-        if code := run_helper([HERMES, "config", "migrate"], environment):
-            warn(f"config migration ended with code {code}; run `hermes config migrate` by hand")
-            return
-    if not boot.dry_run:
-        as_owner(boot.owner, stamp_version, boot, version)
+    version, last = image_version(), volume_version(home)
+    if not version or switch(boot.setting("HERMES_SKIP_CONFIG_MIGRATION")) or not is_newer(version, last):
+        return False
+    if fresh:
+        if not boot.dry_run:
+            stamp_version(home, version)
+        return False
+    return boot.announce(f"migrate the configuration from {shown(last) if last else 'an unknown version'} to {version}")
 
 
-def back_up_config(boot: Boot) -> int:
-    """As hermes: keep a dated copy of config.yaml and .env in backups/."""
-    date, name = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime()), "backups"
+def migrate_config(boot: Boot) -> int:
+    """As hermes: run `hermes config migrate` for every profile that has a config.yaml of an older version; return 1 when
+    one was not migrated, which is tried again at the next boot. What the agent says is in logs/."""
+    version, code = image_version(), 0
+    with open_home(boot) as home, home.make("logs") as logs:
+        fd = os.open(
+            MIGRATION_LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=logs.fd
+        )
+        for profile, folder in open_profiles(boot, home, None):
+            if folder and is_older_config(folder):
+                failure = migration_failure(boot, folder, profile.name, fd)
+                if failure or not boot.quiet:
+                    say("warning" if failure else "info", f"{profile.name}: configuration {failure or 'migrated'}")
+                code = code or int(bool(failure))
+        os.close(fd)
+        if not code:
+            stamp_version(home, version)
+    return code
+
+
+def is_older_config(folder: Folder) -> bool:
+    """Return whether a profile's config.yaml is not of the image's version, by the number that the agent keeps in it."""
+    import re
+
     try:
-        with Folder(boot.home, follow=True) as home, home.make("backups") as backups:
-            for name in ("config.yaml", ".env"):
-                if home.stat(name):
-                    backups.write(f"{name}.{date}", home.read(name, 16 << 20), 0o600, replace=True)
+        found = re.search(rb"^_config_version:\s*(\d+)", folder.read("config.yaml", 16 << 20), re.MULTILINE)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # the migration says it
+    for source in installed("hermes_cli/config.py"):
+        latest = re.search(rb'"_config_version":\s*(\d+)', content(source)) if os.path.exists(source) else None
+        if found and latest:
+            return int(found[1]) < int(latest[1])
+    return True
+
+
+def migration_failure(boot: Boot, folder: Folder, profile: str, log: int) -> str:
+    """Back a profile's configuration up and migrate it; return why that was not done, "" when it was."""
+    import subprocess
+
+    try:
+        back_up_config(folder)
     except OSError as error:
-        warn(f"{name} {described(error)}; fix that")
-        return 1
-    return 0
+        return f"not migrated, since {error.filename or 'a copy'} {described(error)}"
+    words = [HERMES, "-p", profile, "config", "migrate"]
+    environment = program_environment(boot.environment) | {"HERMES_HOME": boot.home}
+    try:
+        done = subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    except OSError as error:
+        return f"not migrated: {HERMES}: {reason(error)}"
+    return (
+        f"migration ended with code {shell_code(done.returncode)}; logs/{MIGRATION_LOG} says why"
+        if done.returncode
+        else ""
+    )
 
 
-def stamp_version(boot: Boot, version: str) -> int:
+def back_up_config(folder: Folder) -> None:
+    """Keep a copy of a profile's config.yaml and .env in its backups/, with the date that the file is of, so that a
+    migration that fails again makes no other. Raises OSError."""
+    for name in ("config.yaml", ".env"):
+        found = folder.stat(name)
+        if found is None:
+            continue
+        try:
+            if name == "config.yaml" and is_fixed(folder, name):
+                raise OSError(errno.EROFS, "is mounted by itself and not writable; migrate what is mounted there")
+            data = folder.read(name, 16 << 20)
+            date = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime(found.st_mtime))
+            with folder.make("backups") as backups:
+                backups.write(f"{name}.{date}", data, 0o600, replace=False)
+        except OSError as error:
+            error.filename = error.filename or name
+            raise
+
+
+def is_fixed(folder: Folder, name: str) -> bool:
+    """Return whether a file can neither be written nor replaced, being a mount."""
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder.fd)
+    try:
+        return mount_of(fd) != mount_of(folder.fd) and not os.access(name, os.W_OK, dir_fd=folder.fd)
+    finally:
+        os.close(fd)
+
+
+def stamp_version(home: Folder, version: str) -> None:
     """As hermes: note the version that now runs on this volume."""
     try:
-        with Folder(boot.home, follow=True) as home:
-            home.write(VERSION_STAMP, f"{version}\n".encode(), 0o644, replace=True)
+        home.write(VERSION_STAMP, f"{version}\n".encode(), 0o644, replace=True)
     except OSError as error:
         warn(f"{VERSION_STAMP} could not be written: {reason(error)}")
-    return 0
 
 
 # Profiles and their state
@@ -1780,6 +2126,7 @@ STATE_LIMIT = 512 << 10  # bytes; real ones have a few hundred
 STALE_FILES = ("gateway.pid", "processes.json")  # of a dead container's processes
 PROFILE_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
 SLOT_PREFIX, SLOT_NAME_LIMIT = "gateway-", 251
+MOST_PROFILES = 20_000
 
 
 class Profile:
@@ -1969,7 +2316,7 @@ def open_profiles(boot: Boot, home: Folder, running: str | None):
     yield decide(boot, home, "default", running), home
     try:
         with home.folder("profiles") as profiles:
-            for name in sorted(os.listdir(profiles.fd), key=os.fsencode):
+            for name in profile_names(profiles):
                 if found := inspect(boot, profiles, name, running):
                     yield found
                     if found[1]:
@@ -1980,6 +2327,29 @@ def open_profiles(boot: Boot, home: Folder, running: str | None):
         warn(
             f"profiles on the volume {described(error)}, so no profile but default has a gateway; put a plain folder there"
         )
+
+
+def profile_names(profiles: Folder) -> list[str]:
+    """Return the entries of profiles/ that could be profiles, in name order; of more than MOST_PROFILES only those that
+    are, up to that number, since hermes can make millions."""
+    names: list[str] = []
+    many = False
+    with os.scandir(profiles.fd) as listing:
+        for entry in listing:
+            if entry.is_symlink() or entry.is_dir(follow_symlinks=False):
+                names.append(entry.name)
+            if len(names) > 2 * MOST_PROFILES:
+                many, names = True, real_profiles(profiles, names)
+    if many:
+        names = real_profiles(profiles, names)
+        warn(f"profiles on the volume has over {MOST_PROFILES} entries; those without SOUL.md are not looked at")
+    return sorted(names, key=os.fsencode)
+
+
+def real_profiles(profiles: Folder, names: list[str]) -> list[str]:
+    """Return the first MOST_PROFILES names, in order, of folders that have a SOUL.md."""
+    found = [name for name in names if os.access(f"{name}/SOUL.md", os.F_OK, dir_fd=profiles.fd)]
+    return sorted(found, key=os.fsencode)[:MOST_PROFILES]
 
 
 def inspect(boot: Boot, profiles: Folder, name: str, running: str | None) -> tuple[Profile, Folder | None] | None:
@@ -2287,6 +2657,8 @@ def setup(boot: Boot) -> int:
             f" or use `--user {boot.owner[0]}`, or any UID with GID 0 on a volume that group 0 may write"
         )
     check_switches(boot)
+    for fault in mount_faults(boot):
+        warn(fault)
     remap(boot)
     if not boot.dry_run:
         close_environment(boot)
@@ -2294,6 +2666,7 @@ def setup(boot: Boot) -> int:
         warn("HERMES_SEALED seals nothing here: without root, all in this container is hermes's, and nothing is root's")
     boot.announce(f"run as {boot.owner[0]}:{boot.owner[1]}")
     if euid == 0:
+        follow_home(boot)
         join_groups(boot)
         own_volume(boot)
     elif not boot.dry_run:
@@ -2302,12 +2675,14 @@ def setup(boot: Boot) -> int:
         make_home(boot)
     if not os.path.isdir(boot.home):
         return 0  # dry run on a volume that is still to be made
-    fresh = not os.path.lexists(f"{boot.home}/config.yaml")
     reader = image_owner if boot.dry_run else boot.owner  # a dry run has not given the volume to the new one
-    if (code := as_owner(reader, seed, boot)) not in (0, OVERDUE):
+    code = as_owner(reader, seed, boot)
+    if code not in (0, OVERDUE, TO_MIGRATE):
         return code
     sync_skills(boot)
-    migrate_config(boot, fresh=fresh)
+    failed = run_helper([BOOT, "migrate"], program_environment(boot.environment)) if code == TO_MIGRATE else 0
+    if failed > 1:  # else it has said why
+        warn(f"the configuration was not migrated as a whole (code {failed}); the next boot goes on with it")
     return 0
 
 
@@ -2532,7 +2907,7 @@ def most_wanted(boot: Boot, home: Folder, running: str | None) -> set[str] | Non
         return None
     try:
         with home.folder("profiles") as profiles:
-            if len(os.listdir(profiles.fd)) < SLOT_LIMIT:
+            if len(profile_names(profiles)) < SLOT_LIMIT:
                 return None
     except OSError:
         return None
@@ -3827,9 +4202,12 @@ def unread_logs(logs: Folder, last: int) -> list:
     current is opened before the archives are listed: when s6-log rotates in between, it is found among them, and what
     is newer comes with the next call. So nothing is read twice or missed.
     """
+    import heapq
+
     current = open_log(logs, "current")
-    archived = [name for name in sorted(os.listdir(logs.fd)) if name.startswith("@")][-MOST_ARCHIVES:]
-    archives = [open_log(logs, name) for name in archived]
+    with os.scandir(logs.fd) as listing:
+        archived = heapq.nlargest(MOST_ARCHIVES, (entry.name for entry in listing if entry.name[0] == "@"))
+    archives = [open_log(logs, name) for name in reversed(archived)]
     files = [file for file in (*archives, current) if file]
     inodes = [os.fstat(file.fileno()).st_ino for file in files]
     start = inodes.index(last) if last in inodes else 0
@@ -3904,21 +4282,25 @@ def since_when(text: str) -> str:
     raise ValueError(f"{text!r} is neither a time span (30s, 10m, 2h, 1d) nor a date (2026-05-21, 2026-05-21T06:18)")
 
 
-def show_logs(boot: Boot, profile: str | None, count: int | None, since: str | None, follow: bool) -> int:
-    """Print a gateway's log, its last count lines of those from since on; return 0, or 4 when there is none."""
+def show_logs(
+    boot: Boot, profile: str | None, count: int | None, since: str | None, follow: bool, raw: bool = False
+) -> int:
+    """Print a gateway's log, its last count lines of those from since on; return 0, or 4 when there is none. On a
+    terminal, unless raw, nothing in it can act on that."""
     from collections import deque
 
     become_hermes()
     manager = S6ServiceManager(boot.scandir, boot.home, environment=boot.environment)
     name, after = named_profile(manager, profile), (since or "").encode()
+    harmless = not raw and sys.stdout.isatty()
     try:
         manager.valid(name)
         with Folder(boot.home, follow=True) as home, home.folder(f"logs/gateways/{name}") as logs:
             lines = (line for line in log_lines(logs, follow=follow) if line is None or line[: len(after)] >= after)
             past = iter(lines.__next__, None)  # up to the first pause
-            write_lines(past if count is None else deque(past, count))
+            write_lines(past if count is None else deque(past, count), harmless)
             for line in lines:
-                write_lines([line]) if line else time.sleep(0.2)
+                write_lines([line], harmless) if line else time.sleep(0.2)
     except FileNotFoundError:
         return report_failures({"": NotRegistered(f"{name}: no log here; `hermes-boot status` lists the gateways")})
     except GatewayError as error:
@@ -3932,10 +4314,25 @@ def show_logs(boot: Boot, profile: str | None, count: int | None, since: str | N
     return 0
 
 
-def write_lines(lines) -> None:
-    """Write log lines to stdout as they are, and at once."""
-    sys.stdout.buffer.writelines(lines)
+def write_lines(lines, harmless: bool) -> None:
+    """Write log lines to stdout, as they are or harmless to a terminal, and at once."""
+    sys.stdout.buffer.writelines(map(visible, lines) if harmless else lines)
     sys.stdout.buffer.flush()
+
+
+def visible(line: bytes) -> bytes:
+    """Return a line with its text as it is and all else as `cat -v` shows it: controls, bytes that are no text, and what
+    turns or hides text (bidi and other format characters)."""
+
+    def notation(byte: int) -> str:
+        low = byte & 0x7F
+        return ("M-" if byte > 0x7F else "") + (f"^{chr(low ^ 0x40)}" if low < 0x20 or low == 0x7F else chr(low))
+
+    text = line.decode("utf-8", "surrogateescape")
+    return "".join(
+        letter if letter.isprintable() or letter in "\t\n\u3000" else "".join(map(notation, os.fsencode(letter)))
+        for letter in text
+    ).encode()
 
 
 # Doctor
@@ -4074,8 +4471,12 @@ def owner_checks(boot: Boot) -> list[Check]:
         return [*checks, Check("warn", "owners", f"could not be checked: {reason(error)}", "run it as root")]
     finally:
         boot.dry_run = False
-    if names := foreign_entries(boot):
-        fault = foreign_fault(boot.home, names, boot.owner)
+    if sweep.strangers:
+        found = f"{sweep.strangers} entries at the top of {shown(boot.home)} are neither {USER}'s nor the agent's own"
+        fix = f"move them off the volume, where {USER} can put them among its own, or chown them on the host"
+        checks.append(Check("warn", "owner", f"{found}, the first: {shown(sweep.first_stranger)}", fix))
+    if sweep.kept:
+        fault = sweep.kept_fault(boot)
         checks.append(Check("warn", "owner", fault.text, fault.fix))
     fix = "restart the container, or run `hermes-boot doctor --fix` as root"
     if sweep.changed:
@@ -4086,19 +4487,6 @@ def owner_checks(boot: Boot) -> list[Check]:
             Check("fail", "owners", f"{sweep.failed} folders cannot be read, the first: {sweep.failure}", fix)
         )
     return checks or [Check("pass", "owners", f"{sweep.checked} entries are {ours}'s")]
-
-
-def foreign_entries(boot: Boot) -> list[str]:
-    """Return the entries at the top of the volume that nobody manages and that are neither hermes's nor root's."""
-    try:
-        with os.scandir(boot.home) as listing:
-            return [
-                entry.name
-                for entry in listing
-                if not is_managed(entry.name) and owner_in(entry) not in (0, boot.owner[0])
-            ]
-    except OSError:
-        return []  # the volume's own check says it
 
 
 def volume_checks(boot: Boot) -> list[Check]:
@@ -4114,12 +4502,13 @@ def volume_checks(boot: Boot) -> list[Check]:
                 "mount a volume there, or set HERMES_HOME right",
             )
         ]
-    space, kind, checks = free.f_bavail * free.f_frsize, holding_mount(boot.home, mount_points())[1], []
+    space, kind = free.f_bavail * free.f_frsize, holding_mount(boot.home, mount_points())[1]
+    checks = [Check("warn", "volume", fault.text, fault.fix) for fault in mount_faults(boot)]
     if space < 64 << 20:
-        largest = f"du -xh {quoted(boot.home)} | sort -h | tail"
+        largest = f"du -xh {quoted(boot.home)} | sort -h | tail | cat -v"
         checks.append(Check("warn", "volume", f"only {space >> 20} MiB are free", f"free some; the largest: {largest}"))
     if free.f_files and free.f_favail < 1000:
-        most = f"du -x --inodes {quoted(boot.home)} | sort -n | tail"
+        most = f"du -x --inodes {quoted(boot.home)} | sort -n | tail | cat -v"
         fix = f"remove some; most are where this says: {most}"
         checks.append(Check("warn", "volume", f"only {free.f_favail} more files fit (inodes)", fix))
     started = time.monotonic()
@@ -4145,22 +4534,23 @@ def volume_checks(boot: Boot) -> list[Check]:
 
 def version_checks(boot: Boot) -> list[Check]:
     """Compare the image's agent with the one that last ran on the volume."""
-    image, volume = image_version(), volume_version(boot)
-    if image and volume and version_key(image) < version_key(volume):
+    image, volume, fixed = image_version(), "", False
+    try:
+        with Folder(boot.home, follow=True) as home:
+            volume, fixed = volume_version(home), is_fixed(home, "config.yaml")
+    except OSError:
+        pass  # the volume's own check says it; without a config.yaml there is none to migrate
+    if image and volume and is_newer(volume, image):
         found = f"hermes-agent {shown(volume)} has run on this volume, the image has {image}"
         return [Check("warn", "versions", found, f"use an image of {shown(volume)} or later")]
-    if image and volume != image and not switch(boot.setting("HERMES_SKIP_CONFIG_MIGRATION")):
+    if image and is_newer(image, volume) and not switch(boot.setting("HERMES_SKIP_CONFIG_MIGRATION")):
         found = f"the configuration is of {shown(volume) if volume else 'an unknown version'}, the image has {image}"
-        return [
-            Check("warn", "versions", found, "restart the container, which migrates it; its log says what hinders that")
-        ]
-    return [
-        Check(
-            "pass",
-            "versions",
-            f"hermes-agent {image or 'missing'} in the image, {shown(volume) if volume else 'none'} on the volume",
-        )
-    ]
+        fix = "restart the container, which migrates it; its log says what hinders that"
+        if fixed:
+            fix = "config.yaml is mounted read-only: migrate what is mounted, or set HERMES_SKIP_CONFIG_MIGRATION=1"
+        return [Check("warn", "versions", found, fix)]
+    found = f"hermes-agent {image or 'missing'} in the image, {shown(volume) if volume else 'none'} on the volume"
+    return [Check("pass", "versions", found)]
 
 
 def path_checks() -> list[Check]:
@@ -4186,10 +4576,11 @@ def skipped_fix(boot: Boot, profile: Profile) -> tuple[str, str]:
     """Return why a folder is no profile, and the command that fixes it."""
     fault = profile.fault or Fault("")
     path = shell_word(f"{boot.home}/profiles/{profile.name}")
+    drop = f"{s6_program('s6-setuidgid')} {USER} " if boot.by_root else ""  # root acts on nothing there, see README
     if fault.fix == "rename the folder":
-        return fault.text, f"mv {path} {shell_word(f'{boot.home}/profiles/NEW-NAME')}"
+        return fault.text, f"{drop}mv {path} {shell_word(f'{boot.home}/profiles/NEW-NAME')}"
     if "no SOUL.md" in fault.text:
-        return fault.text, f"touch {path}/SOUL.md to make it one, else rm -r {path}"
+        return fault.text, f"{drop}touch {path}/SOUL.md to make it one, else {drop}rm -r {path}"
     return fault.text, fault.fix
 
 
@@ -4220,7 +4611,7 @@ def secret_check(home: Folder, profile: str, name: str) -> Check:
         os.close(fd)
         return f"chmod 600 {shown(path)}"
 
-    return Check("warn", profile, f"{name} can be read by everyone", f"chmod 600 {quoted(path)}", fix)
+    return Check("warn", profile, f"{name} can be read by everyone", "hermes-boot doctor --fix", fix)
 
 
 CAUSES = (  # words of a log in small letters, what they mean, and what to do
@@ -4384,6 +4775,8 @@ def dispatch(words: list[str]) -> int:
         return run_phases(command, dry_run=False)
     if words in (["health"], ["health", "--live"]):
         return by_hermes(HEALTH_TIMEOUT, health, exec_environment(), bool(rest))
+    if words == ["migrate"]:
+        return migrate_config(Boot(process_environment()))
     if command == "finish" and len(rest) >= 2:
         return finish(rest[0], rest[1])
     if command == "init" and rest:
@@ -4428,7 +4821,7 @@ def run_command(arguments) -> int:
         timeout = command_timeout(boot.environment, waits=False)
         return by_hermes(timeout, show_status, boot, arguments.profile, arguments.json, arguments.watch)
     if command == "logs":
-        return show_logs(boot, arguments.profile, arguments.lines, arguments.since, arguments.follow)
+        return show_logs(boot, arguments.profile, arguments.lines, arguments.since, arguments.follow, arguments.raw)
     return doctor(boot, as_json=arguments.json, fix=arguments.fix)
 
 
@@ -4523,6 +4916,7 @@ def add_operators_commands(commands):
     diagnosis.add_argument("--fix", action="store_true", help="fix what is safe to fix, saying each step")
     logs.add_argument("-f", "--follow", action="store_true", help="go on as the log grows")
     logs.add_argument("-n", "--lines", type=whole, metavar="N", help="the last N lines")
+    logs.add_argument("--raw", action="store_true", help="as it was written, control characters too, on a terminal")
     logs.add_argument("--since", type=moment, metavar="TIME", help="30s, 10m, 2h, 1d ago, or a date")
     return gateway
 

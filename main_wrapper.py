@@ -87,13 +87,14 @@ def root_home(environment: dict[str, str]) -> str:
 
 def program_environment(environment: dict[str, str]) -> dict[str, str]:
     """Return the environment for a program of the image: HOME, HERMES_HOME, VIRTUAL_ENV, and PATH with our folders
-    on it."""
-    path = environment.get("PATH") or os.defpath
+    on it; last on it are the commands that `hermes profile create` makes on the volume, which root must not find."""
+    path, home = environment.get("PATH") or os.defpath, root_home(environment)
     missing = [folder for folder in COMMAND_FOLDERS if folder not in path.split(":")]
+    made = [f"{home}/.local/bin"] if f"{home}/.local/bin" not in path.split(":") else []
     return environment | {
-        "HOME": root_home(environment),
+        "HOME": home,
         "HERMES_HOME": environment.get("HERMES_HOME") or HOME,
-        "PATH": ":".join([*missing, path]),
+        "PATH": ":".join([*missing, path, *made]),
         "VIRTUAL_ENV": VENV,
     }
 
