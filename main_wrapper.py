@@ -86,20 +86,19 @@ def root_home(environment: dict[str, str]) -> str:
 
 
 def program_environment(environment: dict[str, str]) -> dict[str, str]:
-    """Return the environment for a program of the image: HOME, HERMES_HOME, VIRTUAL_ENV, PATH with our folders on it,
-    and a user's name, for any UID that has none."""
-    path = environment.get("PATH") or os.defpath
+    """Return the environment for a program of the image: HOME, HERMES_HOME, VIRTUAL_ENV, and PATH with our folders
+    on it; last on it are the commands that `hermes profile create` makes on the volume, which root must not find. A
+    UID without a name has hermes's."""
+    path, home = environment.get("PATH") or os.defpath, root_home(environment)
     missing = [folder for folder in COMMAND_FOLDERS if folder not in path.split(":")]
-    return (
-        {"USER": USER, "LOGNAME": USER}
-        | environment
-        | {
-            "HOME": root_home(environment),
-            "HERMES_HOME": environment.get("HERMES_HOME") or HOME,
-            "PATH": ":".join([*missing, path]),
-            "VIRTUAL_ENV": VENV,
-        }
-    )
+    made = [f"{home}/.local/bin"] if f"{home}/.local/bin" not in path.split(":") else []
+    own = {
+        "HOME": home,
+        "HERMES_HOME": environment.get("HERMES_HOME") or HOME,
+        "PATH": ":".join([*missing, path, *made]),
+        "VIRTUAL_ENV": VENV,
+    }
+    return {"USER": USER, "LOGNAME": USER} | environment | own
 
 
 def s6_program(name: str) -> str:
@@ -321,6 +320,15 @@ def obstacle() -> str:
     return "" if is_roots else f"/run belongs to another user and {SUEXEC} is not setuid root"
 
 
+def exposed_folders(environment: dict[str, str]) -> list[str]:
+    """Return the folders on PATH that hermes can write and that come before one of the system's: s6-overlay, a setuid
+    program of its own too, finds programs there that it runs as root."""
+    homes = [f"{os.path.realpath(home).rstrip('/')}/" for home in (root_home(environment), HOME)]
+    folders = (environment.get("PATH") or os.defpath).split(":")
+    ours = [f for f in folders if not f.startswith("/") or f"{os.path.realpath(f)}/".startswith(tuple(homes))]
+    return [] if ours and folders[-len(ours) :] == ours else ours
+
+
 def init(words: list[str]) -> int:
     """Be /init: s6-overlay's own where that can start, else hermes_boot.py as the fallback init; in a container that
     is supervised already, the wrapper."""
@@ -331,6 +339,14 @@ def init(words: list[str]) -> int:
         fault = "/run is mounted noexec, so s6 cannot run anything there; mount it with exec: --tmpfs /run:exec"
         print(f"init: fatal: {fault}", file=sys.stderr)
         return NOT_EXECUTABLE
+    if exposed := exposed_folders(environment):
+        names = ":".join(exposed)
+        print(
+            f"init: fatal: PATH has {names!r} before the system's folders, so hermes could put programs there for root"
+            " to run; put it last, with -e PATH=",
+            file=sys.stderr,
+        )
+        return 1
     if why := obstacle():
         return execute([BOOT, "init", why, *words], environment)
     return execute([S6_INIT, *words], environment)
