@@ -2759,6 +2759,9 @@ def setup_phase(boot: Boot) -> int:
     return code
 
 
+OF_THE_RUNNER = ("s6-ipcserverd", "s6-sudod")  # what s6-rc's oneshot runner is made of
+
+
 def is_cont_init(boot: Boot) -> bool:
     """Return whether this is one of the boot's scripts: s6-rc tells its oneshots their name."""
     return boot.setting("RC_NAME") == "legacy-cont-init"
@@ -2799,15 +2802,16 @@ def end_boot() -> int:
         file.write(f"{128 + SIGTERM}\n")
     for process in [init, *children.get(init, [])]:  # rc.init, and s6-rc, which ends once its scripts have
         send(process, SIGTERM)
-    deadline = time.monotonic() + 1
+    deadline, told = time.monotonic() + 1, set()  # some are PID 1's children, once their parents have ended
     while time.monotonic() < deadline + 1:
-        left = [
-            process for process in descendants(runner) if command_of(process)[0] not in ("s6-ipcserverd", "s6-sudod")
-        ]
+        found = {process for process in descendants(runner) if command_of(process)[0] not in OF_THE_RUNNER}
+        left = {process for process in found | told if command_of(process)[1]}
         if not left:
             break
-        for process in left:
-            send(process, SIGTERM if time.monotonic() < deadline else SIGKILL)
+        over = time.monotonic() >= deadline
+        for process in left if over else left - told:
+            send(process, SIGKILL if over else SIGTERM)
+        told |= left
         time.sleep(0.05)
     return 0
 
