@@ -855,7 +855,7 @@ def run_helper(argv: list[str], environment: dict[str, str]) -> int:
         os.dup2(2, 1)
         children = Children()
         try:
-            helper = children.start(as_hermes(argv), environment)
+            helper = children.start(as_hermes(argv), environment, setsid=True)  # else the terminal could stop it
         except OSError as error:
             say("error", f"cannot run {argv[0]!r}: {reason(error)}")
             return NOT_FOUND
@@ -936,10 +936,11 @@ class Children:
         except (ImportError, OSError):
             warn("this Python has no ctypes, so orphans go to PID 1, which may not reap them")
 
-    def start(self, argv: list[str], environment: dict[str, str]) -> int:
-        """Start a program in a process group of its own, with signals as it expects them; return its pid. Raises
-        OSError."""
-        pid = os.posix_spawnp(argv[0], argv, environment, setpgroup=0, setsigmask=(), setsigdef=(SIGPIPE, SIGXFSZ))
+    def start(self, argv: list[str], environment: dict[str, str], **group: object) -> int:
+        """Start a program in a process group of its own (or with setsid=True, a session), with signals as it expects
+        them; return its pid. Raises OSError."""
+        group = group or {"setpgroup": 0}
+        pid = os.posix_spawnp(argv[0], argv, environment, setsigmask=(), setsigdef=(SIGPIPE, SIGXFSZ), **group)
         self.codes[pid] = None
         return pid
 
