@@ -238,6 +238,11 @@ def shown(name: str) -> str:
     return text if len(text) <= 100 else f"{text[:80]}...({len(name)} characters)"
 
 
+def printable(text: str) -> str:
+    """Return a sentence from the volume fit for one line of a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text).strip()[:200]
+
+
 def reason(error: OSError) -> str:
     """Return an operating system error in words, without the number."""
     return error.strerror or str(error)
@@ -283,7 +288,7 @@ class Boot:
     """What every step needs to know: the environment, the root HERMES_HOME, who hermes is, and whether to change
     anything."""
 
-    __slots__ = ("environment", "home", "scandir", "owner", "dry_run")
+    __slots__ = ("environment", "home", "scandir", "owner", "dry_run", "multiplexes")
 
     def __init__(self, environment: dict[str, str], *, dry_run: bool = False) -> None:
         """Raise Fatal when HERMES_HOME is nothing to boot on."""
@@ -294,6 +299,7 @@ class Boot:
         if os.geteuid() not in (0, self.owner[0]) and os.getegid() == 0:
             self.owner = os.geteuid(), 0  # OpenShift's way: any UID, with root's group
         self.dry_run = dry_run
+        self.multiplexes: bool | None = None  # see is_multiplexed; None: not looked up yet
         if not self.home.startswith("/") or os.path.realpath(self.home) == "/":
             raise Fatal(
                 f"HERMES_HOME={self.home!r} is not a folder of its own; set it to an absolute path such as {HOME}"
@@ -1696,17 +1702,21 @@ SLOT_PREFIX, SLOT_NAME_LIMIT = "gateway-", 251
 class Profile:
     """What the reconciler found of one profile, and what it makes of that."""
 
-    __slots__ = ("name", "prior_state", "action", "fault")
+    __slots__ = ("name", "prior_state", "action", "fault", "prior_exit")
 
-    def __init__(self, name: str, prior_state: str | None, action: str, fault: Fault | None = None) -> None:
+    def __init__(
+        self, name: str, prior_state: str | None, action: str, fault: Fault | None = None, prior_exit: str = ""
+    ) -> None:
         self.name, self.prior_state, self.action, self.fault = name, prior_state, action, fault
+        self.prior_exit = prior_exit
 
     def line(self) -> str:
         """Return the profile's line for the boot log."""
         date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         state = "none" if self.prior_state is None else shown(self.prior_state)
         why = f' reason="{self.fault}"' if self.fault else ""
-        return f"{date} profile={shown(self.name)} prior_state={state} action={self.action}{why}\n"
+        end = f" prior_exit={self.prior_exit}" if self.prior_exit else ""
+        return f"{date} profile={shown(self.name)} prior_state={state} action={self.action}{why}{end}\n"
 
 
 def profile_folder(home: Folder, profile: str) -> Folder:
@@ -1751,12 +1761,6 @@ def read_state(folder: Folder) -> tuple[dict[str, object], Fault | None]:
         return {}, Fault(f"{STATE_FILE} is not a JSON object", advice)
 
 
-def prior_state(folder: Folder) -> tuple[str | None, Fault | None]:
-    """Return the state a gateway should be in by its state file, and what is wrong with that file."""
-    state, fault = read_state(folder)
-    return (None, fault) if fault else intent_of(state)
-
-
 def intent_of(state: dict[str, object]) -> tuple[str | None, Fault | None]:
     """Return the state that a gateway should be in, and what is wrong with it.
 
@@ -1771,6 +1775,27 @@ def intent_of(state: dict[str, object]) -> tuple[str | None, Fault | None]:
     if intent is None or isinstance(intent, str):
         return intent, None
     return None, Fault(f"{STATE_FILE} has a state that is no string", "start or stop the gateway to set it")
+
+
+def prior_exit(folder: Folder, state: dict[str, object]) -> str:
+    """Return how a gateway ended last: `clean` where it has said so by its state or its marker, which its next start
+    removes, `unclean` where it was still at work by its own word, `unknown` where it has said nothing."""
+    own = state.get("gateway_state")
+    if own not in ("starting", "running", "draining", "degraded"):
+        return "clean" if own == "stopped" else "unknown"
+    try:
+        return "clean" if folder.stat(".clean_shutdown") else "unclean"
+    except OSError:
+        return "unknown"
+
+
+def mode_of(folder: Folder, name: str) -> str:
+    """Return an entry's mode and owner, to follow what is wrong with it."""
+    try:
+        status = folder.stat(name)
+    except OSError:
+        return ""
+    return f", mode {stat.S_IMODE(status.st_mode):04o}, owner {status.st_uid}:{status.st_gid}" if status else ""
 
 
 def soul_fault(folder: Folder) -> Fault | None:
@@ -1830,7 +1855,9 @@ def run_profile(boot: Boot, command: list[str], home: Folder) -> str | None:
     supervisor."""
     option, words = profile_option(command)
     supervised = "--no-supervise" not in words and not switch(boot.setting("HERMES_GATEWAY_NO_SUPERVISE"))
-    return chosen_profile(option, boot.environment, home) if words[:2] == ["gateway", "run"] and supervised else None
+    if words[:2] != ["gateway", "run"] or not supervised:
+        return None
+    return chosen_profile(option, boot.environment, None if is_multiplexed(boot) else home)
 
 
 def chosen_profile(option: str | None, environment: dict[str, str], home: Folder | None) -> str:
@@ -1848,9 +1875,47 @@ def chosen_profile(option: str | None, environment: dict[str, str], home: Folder
     return (first[0].strip() if first else "") or "default"
 
 
-def is_multiplexed(environment: dict[str, str], name: str) -> bool:
-    """Return whether a profile's gateway is left to the default one, which serves all profiles."""
-    return name != "default" and switch(environment.get("GATEWAY_MULTIPLEX_PROFILES", "")) is True
+MULTIPLEXED = Fault("multiplex_profiles leaves it to the default gateway")
+
+
+def is_multiplexed(boot: Boot, name: str = "") -> bool:
+    """Return whether a profile's gateway is left to the default one, which serves all profiles: as the variable says,
+    else the root profile's config.yaml."""
+    if boot.multiplexes is None:
+        boot.multiplexes = switch(boot.setting("GATEWAY_MULTIPLEX_PROFILES"))
+    if boot.multiplexes is None:
+        try:
+            with open_home(boot) as home:
+                text = home.read("config.yaml", 16 << 20).decode("utf-8-sig", "replace")
+        except (OSError, Fatal):
+            text = ""
+        boot.multiplexes = switch(yaml_value(text, "multiplex_profiles", "gateway")) is True
+    return name != "default" and boot.multiplexes
+
+
+def yaml_value(text: str, key: str, section: str) -> str:
+    """Return what a YAML file has for a key at the top or, unless it is there, in a section, "" for nothing. No more of
+    YAML is understood than people write for such a key: block style, a section in braces, quotes and comments."""
+    top = nested = None
+    inside, indent = False, 0
+    for line in text.splitlines() if key in text else ():
+        bare = line.strip()
+        depth = len(line) - len(line.lstrip(" "))
+        name, _, value = f"{bare} ".partition(": ")
+        name, value = name.strip("\"' "), value.partition(" #")[0].strip()
+        if not bare or bare.startswith("#"):
+            continue
+        if depth == 0:
+            inside, indent = name == section, 0
+            top = value if name == key else top
+            pairs = value.strip("{}").split(",") if inside and value.startswith("{") else []
+        else:
+            indent = indent or depth
+            pairs = [bare] if inside and depth == indent else []
+        for pair in pairs:
+            name, _, value = f"{pair} ".partition(": ")
+            nested = value.partition(" #")[0] if name.strip("\"' ") == key else nested
+    return (top if top is not None else nested or "").strip("\"' ")
 
 
 def list_profiles(boot: Boot, home: Folder, running: str | None) -> list[Profile]:
@@ -1897,7 +1962,7 @@ def inspect(boot: Boot, profiles: Folder, name: str, running: str | None) -> tup
             if not fault:
                 return decide(boot, folder, name, running), folder
     except OSError as error:
-        fault = Fault(f"profiles/{shown(name)} {described(error)}", "fix or remove it")
+        fault = Fault(f"profiles/{shown(name)} {described(error)}{mode_of(profiles, name)}", "fix or remove it")
     if folder:
         os.close(folder.fd)
     return Profile(name, None, "skipped", fault), None
@@ -1905,13 +1970,13 @@ def inspect(boot: Boot, profiles: Folder, name: str, running: str | None) -> tup
 
 def decide(boot: Boot, folder: Folder, name: str, running: str | None) -> Profile:
     """Decide from a profile's state file whether its gateway starts: only `running` does."""
-    state, fault = prior_state(folder)
+    whole, fault = read_state(folder)
+    state, fault = (None, fault) if fault else intent_of(whole)
     if state is None and not fault and name == running:
         state = "running"
-    left = state == "running" and is_multiplexed(boot.environment, name)
-    if left:
-        fault = Fault("GATEWAY_MULTIPLEX_PROFILES leaves it to the default gateway")
-    return Profile(name, state, "started" if state == "running" and not left else "registered", fault)
+    left = state == "running" and is_multiplexed(boot, name)
+    action = "started" if state == "running" and not left else "registered"
+    return Profile(name, state, action, MULTIPLEXED if left else fault, prior_exit(folder, whole))
 
 
 def clean_profile(folder: Folder) -> Fault | None:
@@ -1935,6 +2000,7 @@ FULL = Fault(f"s6-svscan takes no more than {SLOT_LIMIT} gateways", "use another
 EX_CONFIG = 78
 STOP_TIMEOUT = 30  # seconds until SIGKILL, unless HERMES_GATEWAY_STOP_TIMEOUT says otherwise
 BACK_OFF_LIMIT = 60  # seconds
+LOGGER_MEMORY = 16 << 10  # KiB of address space; s6-log keeps all that the container's stderr does not take
 
 
 def shell_word(path: str) -> str:
@@ -1982,6 +2048,9 @@ def run_script(profile: str, extra_env: dict[str, str] | None = None) -> str:
         'cd "$home" || cd /',
     ]
     if profile != "default":
+        gone = f'{{ echo "{profile}: profiles/{profile} is no folder, so its gateway is parked"; exit {EX_CONFIG}; }}'
+        folder = f'-d "$home/profiles/{profile}"'  # root may be refused what hermes is not, on NFS
+        lines.append(f"[ {folder} ] || s6-setuidgid {USER} test {folder} || {gone}")
         lines.append("unset $(awk 'BEGIN { for (name in ENVIRON) if (name ~ /^API_SERVER_[A-Z0-9_]+$/) print name }')")
     lines += [f"export {name}={quoted(value)}" for name, value in sorted((extra_env or {}).items())]
     return "\n".join([*lines, *dropping(f"hermes {arguments}")]) + "\n"
@@ -1994,9 +2063,19 @@ def finish_script(profile: str) -> str:
 
 def log_run_script(profile: str, *, to_folder: bool = True) -> str:
     """Return a slot's log/run: each line to the container's stderr, and with a timestamp to the profile's log
-    folder."""
-    logger = "s6-log 1" + (f' n10 s1000000 T "$home/logs/gateways/{profile}"' if to_folder else "")
-    return "\n".join(["#!/command/with-contenv sh", OWN_STDERR, *FIND_HOME, *dropping(logger)]) + "\n"
+    folder, unless somebody has locked that: a logger that does not come up would stop its gateway."""
+    folder = f'"$home/logs/gateways/{profile}"'
+    lines = ["#!/command/with-contenv sh", OWN_STDERR, *FIND_HOME]
+    if to_folder:
+        lines += [
+            f'[ "$(id -u)" = 0 ] && set -- s6-setuidgid {USER} || set --',
+            f'"$@" s6-setlock -n {folder}/lock true 2>/dev/null || {{',
+            f'  echo "{profile}: logs/gateways/{profile} is locked or cannot be used, so its log goes to the container\'s alone"',
+            f'  ulimit -v {LOGGER_MEMORY}; exec "$@" s6-log 1',
+            "}",
+        ]
+    logger = "s6-log 1" + (f" n10 s1000000 T {folder}" if to_folder else "")
+    return "\n".join([*lines, f"ulimit -v {LOGGER_MEMORY}", *dropping(logger)]) + "\n"
 
 
 def slot_files(
@@ -2066,7 +2145,8 @@ def build(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, star
 
 
 def refresh(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool) -> None:
-    """Bring an existing slot's files up to date, each replaced whole; its process, if it has one, goes on."""
+    """Bring an existing slot's files up to date, each replaced whole; its process, if it has one, goes on. Takes no
+    lock: who manages the slot has that."""
     wanted = dict(files) if start else files | {"down": ("", 0o644)}
     with scandir.folder(name) as slot:
         for path, (content, mode) in wanted.items():
@@ -2077,7 +2157,7 @@ def refresh(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, st
                 except OSError:
                     current = None
                 if current != content.encode():
-                    folder.write(file, content.encode(), mode, replace=True)
+                    folder.replace(file, content.encode(), mode)
         if start and slot.stat("down"):
             slot.remove("down")
         if slot.stat("back-off") is None:
@@ -2300,10 +2380,14 @@ def own_static_services(boot: Boot, scandir: Folder, *, whole: bool) -> None:
 
 def reconcile(boot: Boot, command: list[str]) -> int:
     """As hermes: find the profiles, publish their slots, say and log a line for each."""
+    if "TZ" in boot.environment:
+        os.environ["TZ"] = boot.environment["TZ"]  # for the boot log's dates
+        time.tzset()
     with open_home(boot) as home:
         running = run_profile(boot, command, home)
         if boot.dry_run:
             for profile in list_profiles(boot, home, running):
+                profile.prior_exit = ""
                 verb = "skip" if profile.action == "skipped" else "publish"
                 boot.announce(f"{verb}: {profile.line().split(' ', 1)[1].rstrip()}")
             return 0
@@ -2345,6 +2429,8 @@ def register(home: Folder, folder: Folder, scandir: Folder, profile: Profile, ti
         status = slot_status(f"/proc/self/fd/{scandir.fd}/{name}") if found else None
         if not (status and status.up):  # else these files are a living process's
             profile.fault = clean_profile(folder) or profile.fault
+        else:
+            profile.prior_exit = ""
         log_fault = make_log_folder(home, profile.name)
         profile.fault = profile.fault or log_fault
         files = slot_files(profile.name, timeout, None, to_folder=not log_fault)
@@ -2403,6 +2489,14 @@ def supervisor_answers(scandir: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def is_ours(slot: str, profile: str) -> bool:
+    """Return whether a slot is as we make it: hermes-agent's own manager has another finish, and no back-off."""
+    try:
+        return read_small(f"{slot}/finish") == finish_script(profile).encode()
+    except OSError:
+        return False
 
 
 def is_supervised(slot: str) -> bool:
@@ -2494,12 +2588,67 @@ def is_looping(status: SlotStatus, times: list[float]) -> bool:
     )
 
 
-def finish(profile: str, code: str) -> int:
+def svscan_pid() -> int:
+    """Return the pid of this container's s6-svscan, 0 when there is none."""
+    if s6_is_pid_1():
+        return 1
+    init = read_pid_file(SUPERVISOR_PROCESS)
+    names = {pid: content(f"/proc/{pid}/comm") for pid in children_of(init)} if init else {}
+    return next((pid for pid, name in names.items() if name == b"s6-svscan\n"), 0)
+
+
+def stray_supervisors(scandir: str) -> list[str]:
+    """Return the names of the slots and loggers, `gateway-NAME` and `gateway-NAME/log`, that have a supervisor too many:
+    somebody has removed or replaced their folder, and s6-svscan was not told to let go of the old one's."""
+    result, seen = [], set()
+    for process in children_of(svscan) if (svscan := svscan_pid()) else []:
+        try:
+            words = [os.fsdecode(word) for word in content(f"/proc/{process}/cmdline").split(b"\0")]
+        except OSError:
+            continue  # ended meanwhile, or not ours to read
+        if words[0] == "s6-supervise" and words[1].startswith(SLOT_PREFIX):
+            if words[1] in seen or not os.path.isdir(f"{scandir}/{words[1]}"):
+                result.append(words[1])
+            seen.add(words[1])
+    return result
+
+
+def let_go(scandir: str, supervised, logged, timeout: float) -> bool:
+    """Have s6-svscan end the supervisors of slots that are gone; return whether a slot's supervisor ends within timeout
+    seconds, and its logger's. That ends with the last writer of its pipe; where a child of the gateway's has kept that,
+    a second is enough."""
+    rescan(scandir, b"an")
+    until(lambda: not supervised(), timeout)
+    if not until(lambda: not logged(), 1):
+        rescan(scandir, b"aN")
+    return until(lambda: not supervised() and not logged(), 5)
+
+
+def end_group(group: str) -> None:
+    """End what a gateway has left in its process group: its helpers, which would keep its pipes and ports. What it has
+    started in groups of their own (terminals, background commands) may outlive it, and is the next start's to find."""
+
+    def left() -> bool:
+        try:
+            os.killpg(int(group), 0)
+        except OSError:
+            return False
+        return True
+
+    for number in (SIGTERM, SIGKILL) if number_in(group, 2, 1 << 22) else ():
+        if left():
+            os.killpg(int(group), number)
+            until(lambda: not left(), 1)
+
+
+def finish(profile: str, code: str, group: str = "") -> int:
     """Be a slot's finish, as hermes, in the slot: park after EX_CONFIG, wait after many deaths, else return at once.
 
-    profile is a name for the log; code is the exit code of run, 256 when a signal ended it. The wait is that of a
-    process which reads the FIFO back-off, so whoever opens that for writing ends it.
+    profile is a name for the log; code is the exit code of run, 256 when a signal ended it; group is its process group,
+    which s6 names since 2.12. The wait is that of a process which reads the FIFO back-off, so whoever opens that for
+    writing ends it.
     """
+    end_group(group)
     if code == str(EX_CONFIG):
         return PERMANENT_FAILURE
     status, delay = slot_status("."), back_off(death_times("."))
@@ -2538,15 +2687,6 @@ class InvalidName(GatewayError, ValueError):
 
 class CommandFailed(GatewayError):
     """What s6 was to bring about did not come about in time."""
-
-
-def was_stopped(manager: S6ServiceManager, profile: str) -> bool:
-    """Return whether the operator wants a gateway down."""
-    try:
-        with manager.profile_folder(profile) as folder:
-            return read_state(folder)[0].get("desired_state") == "stopped"
-    except OSError:
-        return False
 
 
 class S6ServiceManager:
@@ -2596,10 +2736,12 @@ class S6ServiceManager:
             return f"no such gateway: {profile}; this container has none, and `hermes-boot doctor` says why"
         try:
             with self.profile_folder(profile) as folder:
-                if not soul_fault(folder):
+                if profile == "default" or not soul_fault(folder):
                     return f"no such gateway: {profile}; its profile has no slot yet: `hermes-boot gateway register -p {profile}`"
-        except OSError:
+        except FileNotFoundError:
             pass  # no such profile either
+        except OSError as error:
+            return f"no such gateway: {profile}; it has no slot, and profiles/{profile} {described(error)}"
         near = difflib.get_close_matches(profile, names, 1)
         advice = f"did you mean {near[0]}?" if near else f"make the profile with `hermes profile create {profile}`"
         return f"no such gateway: {profile}; {advice}"
@@ -2625,6 +2767,10 @@ class S6ServiceManager:
     def is_running(self, name: str) -> bool:
         """Return whether a gateway's process is up, by s6. Raises NotRegistered, CommandFailed."""
         return self.status(name).up
+
+    def was_stopped(self, profile: str) -> bool:
+        """Return whether the operator wants a gateway down."""
+        return self.state_of(profile).get("desired_state") == "stopped"
 
     def record(self, name: str, desired: str) -> None:
         """Write the operator's intent to a profile's state file, keeping every other key. Raises InvalidName,
@@ -2658,6 +2804,14 @@ class S6ServiceManager:
             raise CommandFailed(
                 f"{profile}: done, but {STATE_FILE} {described(error)}, so the next boot will not know of it"
             ) from error
+
+    def state_of(self, profile: str) -> dict[str, object]:
+        """Return a profile's state, empty where it has none that can be read."""
+        try:
+            with self.profile_folder(profile) as folder:
+                return read_state(folder)[0]
+        except OSError:
+            return {}
 
     def profile_folder(self, profile: str) -> Folder:
         """Open a profile's folder."""
@@ -2710,8 +2864,10 @@ class S6ServiceManager:
             raise error
 
     def start_all(self, names: list[str], *, timeout: float = 10) -> dict[str, GatewayError]:
-        """Start gateways, all at once; return what failed, by name."""
-        return self.carry_out(names, "running", ((True, timeout),))
+        """Start gateways, all at once, publishing slots that are missing; return what failed, by name."""
+        failures: dict[str, GatewayError] = {}
+        ready = [name for name in dict.fromkeys(names) if self.tried(failures, name, self.publish_missing)]
+        return failures | self.carry_out(ready, "running", ((True, timeout),))
 
     def stop_all(self, names: list[str], *, timeout: float | None = None) -> dict[str, GatewayError]:
         """Stop gateways, all at once; return what failed, by name."""
@@ -2732,9 +2888,12 @@ class S6ServiceManager:
         """
         failures: dict[str, GatewayError] = {}
         known = [name for name in dict.fromkeys(names) if self.tried(failures, name, self.slot)]
-        locks = self.lock_all(known, sum(patience for _, patience in steps), failures)
+        ours, theirs = sum(patience for _, patience in steps), self.default_timeout(None) + 10  # of a restart
+        locks = self.lock_all(known, ours + theirs, failures)
         try:
             known = [name for name in known if name not in failures]
+            if desired == "running":
+                known = [name for name in known if self.tried(failures, name, self.make_ours)]
             self.record_all(known, desired)
             for up, patience in steps:
                 failures |= self.bring([name for name in known if name not in failures], up=up, timeout=patience)
@@ -2793,8 +2952,10 @@ class S6ServiceManager:
                     del waiting[name]
             if time.monotonic() > deadline or (untold and not supervisor_answers(self.scandir)):
                 break
-            time.sleep(0.005 if len(waiting) < 20 else 0.05)
+            time.sleep(0.005 if len(waiting) < 20 and time.time() - began < 1 else 0.05)
         for name in waiting:
+            if up and name not in untold and self.is_up(name):
+                continue  # it takes its time, which is no failure
             unwatched = f"no supervisor answers within {timeout:g} s; run `hermes-boot doctor`"
             overdue = f"did not {'come up' if up else 'end'} within {timeout:g} s"
             failures[name] = CommandFailed(f"{name}: {unwatched if name in untold else overdue}")
@@ -2816,19 +2977,61 @@ class S6ServiceManager:
 
     def settled(self, name: str, up: bool, began: float, failures: dict[str, GatewayError]) -> bool:
         """Return whether a slot is where it was told to be, or will not get there, which is a failure; began is when
-        it was told, in seconds since 1970."""
+        it was told, in seconds since 1970. A gateway is up once it says so, or has been up for START_SECONDS."""
         try:
-            status = self.status(name)
+            slot, status = self.slot(name), self.status(name)
         except GatewayError as error:
             failures[name] = error
             return True
-        if up and not status.up and not status.wanted and status.since >= began:
-            advice = f"`hermes-boot logs -p {name} -n 20` says why"
-            failures[name] = CommandFailed(f"{name}: ended at once with {ending(status.ended)} and is parked; {advice}")
+        if not up:
+            return status.pid == 0
+        ends = [ended for when, ended in deaths(slot) if when >= began]
+        parked = not status.up and not status.wanted and status.since >= began
+        if parked or len(ends) > 1:
+            what = f"ended with {ending(ends[-1] if ends else status.ended)} and is parked"
+            what = what if parked else f"is in a crash loop, with {ending(ends[-1])}"
+            failures[name] = CommandFailed(f"{name}: {what}; `hermes-boot logs -p {name} -n 20` says why")
             return True
-        return status.up if up else status.pid == 0
+        return status.up and state_of(status, self.state_of(self.valid(name)), [], True) == "up"
+
+    def is_up(self, name: str) -> bool:
+        """Return whether a gateway's process is up, False too where nothing is known of it."""
+        status = slot_status(self.slot(name))
+        return status is not None and status.up
 
     # Registration
+
+    def publish_missing(self, name: str) -> None:
+        """Publish the slot of a profile that has come by import, install, rename or from outside; `slot` says what is
+        wrong with any other name. Raises as register_profile_gateway does."""
+        profile = self.valid(name)
+        if os.path.isdir(f"{self.scandir}/{SLOT_PREFIX}{profile}") or not os.access(self.scandir, os.W_OK):
+            return
+        try:
+            with self.profile_folder(profile) as folder:
+                if profile != "default" and soul_fault(folder):
+                    return
+        except OSError:
+            return
+        try:
+            self.register_profile_gateway(profile, start_now=False)
+        except AlreadyRegistered:
+            pass  # by somebody else meanwhile
+
+    def make_ours(self, name: str) -> None:
+        """Bring a slot that hermes-agent's own manager has made to what the boot makes of it. Raises CommandFailed."""
+        slot = self.slot(name)
+        profile = self.valid(name)
+        if is_ours(slot, profile):
+            return
+        try:
+            with Folder(self.home, follow=True) as home, Folder(self.scandir, follow=True) as scandir:
+                files = slot_files(profile, self.stop_timeout, None, to_folder=not make_log_folder(home, profile))
+                refresh(scandir, os.path.basename(slot), files, start=True)
+            tell(f"{slot}/log/supervise/control", b"t")  # the logger too has a new run
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise CommandFailed(f"{profile}: its slot could not be brought up to date: {reason(error)}") from error
 
     def register_profile_gateway(
         self, profile: str, *, extra_env: dict[str, str] | None = None, start_now: bool = True
@@ -2848,6 +3051,12 @@ class S6ServiceManager:
         try:
             with Folder(self.home, follow=True) as home:
                 log_fault = make_log_folder(home, profile)
+                try:
+                    with profile_folder(home, profile) as folder:
+                        stale = clean_profile(folder)
+                except OSError:
+                    stale = None  # the gateway says what it thinks of that
+            self.end_strays(name)
             files = slot_files(profile, self.stop_timeout, extra_env, to_folder=not log_fault)
             with Folder(self.scandir, follow=True) as scandir, Lock(scandir):
                 if scandir.stat(name):
@@ -2855,12 +3064,24 @@ class S6ServiceManager:
                 build(scandir, name, files, start=start_now)
         except OSError as error:
             raise CommandFailed(f"{profile}: its slot could not be made: {reason(error)}") from error
-        if log_fault:
-            warn(log_fault)
+        for fault in (stale, log_fault):
+            if fault:
+                warn(f"{profile}: {fault}")
         rescan(self.scandir)
         if not until(lambda: is_supervised(f"{self.scandir}/{name}"), 5) and is_watched(self.scandir):
             self.withdraw(profile)
             raise CommandFailed(f"{profile}: s6-svscan did not take up its slot within 5 s")
+
+    def end_strays(self, name: str) -> None:
+        """End what runs in a slot of this name whose folder somebody has removed: the new one would run beside it.
+        Raises CommandFailed."""
+
+        def strays() -> list[str]:
+            return [found for found in stray_supervisors(self.scandir) if found in (name, f"{name}/log")]
+
+        patience = self.default_timeout(None)
+        if strays() and not let_go(self.scandir, lambda: name in strays(), lambda: f"{name}/log" in strays(), patience):
+            raise CommandFailed(f"{name}: a gateway without a slot has not ended within {patience:g} s; end it by its pid")
 
     def unregister_profile_gateway(self, profile: str, *, timeout: float | None = None) -> None:
         """Stop a gateway within timeout seconds and remove its slot, supervisors and logger included.
@@ -2879,9 +3100,8 @@ class S6ServiceManager:
             with Folder(self.scandir, follow=True) as scandir:
                 with Lock(scandir):
                     os.rename(name, removed, src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
-                rescan(self.scandir, b"an")
                 path = f"{self.scandir}/{removed}"
-                if not until(lambda: not is_supervised(path) and not is_supervised(f"{path}/log"), 10):
+                if not let_go(self.scandir, lambda: is_supervised(path), lambda: is_supervised(f"{path}/log"), 10):
                     raise CommandFailed(f"{profile}: its supervisors did not end within 10 s")
                 scandir.remove(removed)
         except FileNotFoundError:
@@ -2922,14 +3142,14 @@ def report_failures(failures: dict[str, GatewayError]) -> int:
     return codes.pop() if len(codes) == 1 else int(bool(codes))
 
 
-def register_one(manager: S6ServiceManager, profile: str) -> int:
+def register_one(boot: Boot, manager: S6ServiceManager, profile: str) -> int:
     """Publish a profile's slot as the next boot would: started if its state says so."""
     manager.valid(profile)
     try:
         with manager.profile_folder(profile) as folder:
             if profile != "default" and (fault := soul_fault(folder)):
                 raise NotRegistered(f"no such profile: {profile}: {fault}")
-            start = prior_state(folder)[0] == "running"
+            start = decide(boot, folder, profile, None).action == "started"
     except OSError:
         raise NotRegistered(f"no such profile: {profile}; make it with `hermes profile create {profile}`") from None
     manager.register_profile_gateway(profile, start_now=start)
@@ -2958,7 +3178,7 @@ def gateway_command(boot: Boot, action: str, profile: str | None, every: bool, a
         name = named_profile(manager, profile)
         if action == "status":
             return gateway_status(boot, manager, [] if every or profile is None else [name], as_json)
-        return (register_one if action == "register" else unregister_one)(manager, name)
+        return register_one(boot, manager, name) if action == "register" else unregister_one(manager, name)
     except GatewayError as error:
         return report_failures({"": error})
 
@@ -2982,6 +3202,7 @@ def to_json(value: object) -> str:
 # Shutdown
 # --------------------------------------------------------------------------------------------------------------------
 
+EXIT_CODE = "/run/s6-linux-init-container-results/exitcode"
 SHUTDOWN_TIMEOUT = 8  # seconds for all when the container ends, unless HERMES_SHUTDOWN_TIMEOUT says otherwise
 
 
@@ -3001,7 +3222,20 @@ def shut_down(boot: Boot) -> int:
         os._exit(guarded(end_gateways, boot, deadline))
     if not until(lambda: os.waitpid(child, os.WNOHANG)[0], patience + 1):
         send(child, SIGKILL)
+    if command and read_pid_file(COMMAND_PROCESS):
+        set_exit_code(128 + SIGTERM)
     return 0
+
+
+def set_exit_code(code: int) -> None:
+    """Leave the container's exit code for s6-overlay's end: of a container command that lives on, nobody else tells
+    it, and the code would be 0."""
+    try:
+        fd = os.open(EXIT_CODE, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW)
+        os.write(fd, b"%d\n" % code)
+        os.close(fd)
+    except OSError:
+        pass  # the fallback init knows by itself
 
 
 def end_gateways(boot: Boot, deadline: float) -> int:
@@ -3218,20 +3452,28 @@ def gateway_run(words: list[str], environment: dict[str, str]) -> int:
     only wait.
 
     One that was stopped stays so, while hermes-agent would start it. Any other is hermes-agent's to start, by s6 where
-    that is PID 1; below another one it does not see s6, so we do it.
+    that is PID 1; below another one it does not see s6, and of multiplexing it knows nothing here, so we do it. Where
+    there are no gateways by HERMES_RECONCILE, it runs in the foreground.
     """
     option, rest = profile_option(words)
     become_hermes()
+    if switch(environment.get("HERMES_RECONCILE", "")) is False:
+        environment = environment | {"HERMES_GATEWAY_NO_SUPERVISE": "1"}
+    help_wanted = {"-h", "--help", "--no-supervise"} & set(rest)
+    if help_wanted or switch(environment.get("HERMES_GATEWAY_NO_SUPERVISE", "")):
+        return execute([HERMES, *words], environment)
     sys.stdout = sys.stderr  # stdout is the program's
-    if "--no-supervise" not in rest and not switch(environment.get("HERMES_GATEWAY_NO_SUPERVISE", "")):
-        manager = S6ServiceManager(environment=environment)
-        profile = named_profile(manager, option)
-        if profile in manager.list_profile_gateways():
-            stopped = was_stopped(manager, profile)
-            if stopped:
-                say("info", f"{profile} was stopped and stays so; start it with `hermes -p {profile} gateway start`")
-            if stopped or (not s6_is_pid_1() and control("start", profile, False, environment) == 0):
-                return execute(["/bin/sleep", "infinity"], environment)
+    boot = Boot(environment)
+    manager = S6ServiceManager(boot.scandir, boot.home, environment=environment)
+    profile = chosen_profile(option, environment, None) if is_multiplexed(boot) else named_profile(manager, option)
+    if profile in manager.list_profile_gateways():
+        stopped = manager.was_stopped(profile)
+        if stopped:
+            say("info", f"{profile} was stopped and stays so; start it with `hermes -p {profile} gateway start`")
+        elif not s6_is_pid_1() or is_multiplexed(boot):
+            control("start", profile, False, environment)  # what fails is said, and s6's to try again
+        if stopped or not s6_is_pid_1() or is_multiplexed(boot):
+            return execute(["/bin/sleep", "infinity"], environment)
     return execute([HERMES, *words], environment)
 
 
@@ -3242,7 +3484,7 @@ def gateway_run(words: list[str], environment: dict[str, str]) -> int:
 class Row:
     """What `status` says of one gateway; the fields are its columns."""
 
-    __slots__ = ("name", "state", "since", "pid", "restarts", "wanted", "last_exit", "autostart", "why", "last_line")
+    __slots__ = ("name", "state", "since", "pid", "restarts", "wanted", "last_exit", "autostart", "why", "last_line", "platforms")
 
     def as_dict(self) -> dict[str, object]:
         """Return the row for JSON; times are seconds since 1970."""
@@ -3255,6 +3497,7 @@ START_SECONDS = 3  # a gateway up for less is still starting, unless it has said
 def rows_of(boot: Boot) -> list[Row]:
     """Return a row for every profile of the volume and for every slot, default first."""
     manager = S6ServiceManager(boot.scandir, boot.home, environment=boot.environment)
+    boot.multiplexes = None  # looked up anew, under --watch
     with open_home(boot) as home:
         names = {
             "default",
@@ -3274,8 +3517,11 @@ def row_of(boot: Boot, home: Folder, name: str) -> Row:
         with profile_folder(home, name) as folder:
             state, fault = read_state(folder)
             row.autostart, row.why = autostart(boot, name, state, fault)
-    except OSError:
+    except FileNotFoundError:
         pass  # a slot whose profile is gone
+    except OSError as error:
+        row.why = f"profiles/{name} {described(error)}{mode_of(home, f'profiles/{name}')}"
+    row.platforms = failed_platforms(state, status)
     times = death_times(slot)
     row.state = state_of(status, state, times, os.path.isdir(slot))
     row.since = round(status.since, 3) if status else None
@@ -3288,6 +3534,19 @@ def row_of(boot: Boot, home: Folder, name: str) -> Row:
     row.last_exit = ending(tally[-1][1]) if tally else None
     row.last_line = (last_lines(home, name, 1) or [""])[0]
     return row
+
+
+def failed_platforms(state: dict[str, object], status: SlotStatus | None) -> dict[str, tuple[str, str]]:
+    """Return code and message of each messaging platform that has failed, by a running gateway's own word; what one that
+    has ended has left there says nothing."""
+    platforms = state.get("platforms")
+    if not isinstance(platforms, dict) or status is None or not status.up or state.get("pid") != status.pid:
+        return {}
+    return {
+        printable(name): (printable(str(entry.get("error_code") or "")), printable(str(entry.get("error_message") or "")))
+        for name, entry in platforms.items()
+        if isinstance(entry, dict) and (entry.get("error_code") or entry.get("state") in ("fatal", "retrying"))
+    }
 
 
 def state_of(status: SlotStatus | None, state: dict[str, object], times: list[float], registered: bool) -> str:
@@ -3314,8 +3573,8 @@ def autostart(boot: Boot, name: str, state: dict[str, object], fault: Fault | No
     intent, fault = (None, fault) if fault else intent_of(state)
     if fault:
         return False, fault.text
-    if intent == "running" and is_multiplexed(boot.environment, name):
-        return False, "GATEWAY_MULTIPLEX_PROFILES leaves it to the default gateway"
+    if intent == "running" and is_multiplexed(boot, name):
+        return False, MULTIPLEXED.text
     return intent == "running", "never started" if intent is None else shown(intent)
 
 
@@ -3343,7 +3602,7 @@ def cells(row: Row) -> tuple[str, ...]:
     """Return a row's columns as text."""
     return (
         row.name,
-        row.state,
+        ", ".join([row.state, *(f"{name}: {code or text or 'failed'}" for name, (code, text) in row.platforms.items())]),
         "-" if row.since is None else duration(time.time() - row.since),
         str(row.pid or "-"),
         str(row.restarts),
@@ -3434,6 +3693,7 @@ def health(environment: dict[str, str], live: bool) -> int:
         for profile, status in statuses.items()
         if (why := unhealthy_reason(manager, profile, status))
     ]
+    ill += [f"{profile}: no slot" for profile in wanted_without_slot(boot, statuses)]
     wanted = sum(1 for status in statuses.values() if status and status.wanted)
     print(f"unhealthy: {'; '.join(ill)}" if ill else f"healthy: {wanted} up, {len(statuses) - wanted} not wanted")
     return int(bool(ill))
@@ -3444,12 +3704,36 @@ def unhealthy_reason(manager: S6ServiceManager, profile: str, status: SlotStatus
     if status is None:
         return "no supervisor"
     if not status.wanted:
-        parked = not status.up and status.ended == EX_CONFIG << 8 and not was_stopped(manager, profile)
+        parked = not status.up and status.ended == EX_CONFIG << 8 and not manager.was_stopped(profile)
         return f"parked after {ending(status.ended)}" if parked else ""
-    if is_looping(status, death_times(f"{manager.scandir}/{SLOT_PREFIX}{profile}")):
+    slot = f"{manager.scandir}/{SLOT_PREFIX}{profile}"
+    if is_looping(status, death_times(slot)):
         return "crash loop"
     down = time.time() - status.since
-    return f"down for {duration(down)}" if not status.up and down > START_GRACE else ""
+    if not status.up and down > START_GRACE:
+        return f"down for {duration(down)}"
+    logger = slot_status(f"{slot}/log")
+    silent = logger is None or (not logger.up and time.time() - logger.since > START_GRACE)
+    return "no logger" if silent and down > START_GRACE and os.path.isdir(f"{slot}/log") else ""
+
+
+def wanted_without_slot(boot: Boot, registered: dict[str, SlotStatus | None]) -> list[str]:
+    """Return the profiles that should run and have no slot, where there is room for one. Nothing is read of those that
+    have one."""
+    try:
+        with open_home(boot) as home:
+            try:
+                with home.folder("profiles") as profiles:
+                    names = {"default", *os.listdir(profiles.fd)}
+            except OSError:
+                names = {"default"}
+            missing = names - set(registered)
+            if not missing or len(registered) >= SLOT_LIMIT or no_gateways(boot, container_words()):
+                return []
+            found = [profile for profile in list_profiles(boot, home, None) if profile.name in missing]
+    except Fatal:
+        return []
+    return sorted(profile.name for profile in found if profile.action == "started")
 
 
 # Logs
@@ -3532,10 +3816,7 @@ def last_lines(home: Folder, profile: str, count: int) -> list[str]:
     with file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
         lines = file.read(4096).decode(errors="replace").splitlines()
-    texts = [
-        "".join(letter if letter.isprintable() else " " for letter in line.partition("  ")[2]).strip()[:200]
-        for line in lines
-    ]
+    texts = [printable(line.partition("  ")[2]) for line in lines]
     return [text for text in texts if text][-count:]
 
 
@@ -3646,8 +3927,10 @@ def all_checks(boot: Boot) -> list[Check]:
             if why := no_gateways(boot, container_words()):
                 return [*checks, Check("pass", "gateways", f"none here, since {why}")]
             full = sum(row.state != "no slot" for row in rows) >= SLOT_LIMIT
+            checks += stray_checks(boot)
             for row in rows:
                 checks += [gateway_check(boot, home, row, full), *logger_checks(boot, home, row.name)]
+                checks += [*platform_checks(row, rows), *foreign_checks(boot, row.name)]
     except OSError as error:
         checks.append(
             Check(
@@ -3887,7 +4170,8 @@ def gateway_check(boot: Boot, home: Folder, row: Row, full: bool) -> Check:
     can be."""
     name, start = row.name, f"`hermes -p {row.name} gateway start`"
     if row.why == "no such profile":
-        return Check("warn", name, "has a slot, but its profile is gone", f"`hermes-boot gateway unregister -p {name}`")
+        fix, found = f"`hermes-boot gateway unregister -p {name}`", "has a slot, but its profile is gone"
+        return Check("warn", name, found, fix, lambda: unregister_gone(boot, name))
     if row.state == "no slot" and full:
         return Check("warn", name, f"has no slot, since {FULL.text}", FULL.fix)
     if row.state in ("no slot", "no supervisor"):
@@ -3905,9 +4189,58 @@ def gateway_check(boot: Boot, home: Folder, row: Row, full: bool) -> Check:
         return Check("fail", name, f"{state} after {row.last_exit}; {cause}", f"{fix}, then {start}{said}")
     if row.state == "down" and row.autostart:
         return Check("warn", name, "is down, though it should run", start)
+    if row.state == "down" and row.why == MULTIPLEXED.text:
+        return Check("pass", name, f"down, since {MULTIPLEXED.text}")
     if row.state == "down":
         return Check("pass", name, f"down, as it was left ({row.why}); to have it up: {start}")
     return Check("pass", name, f"{row.state} for {duration(time.time() - (row.since or time.time()))}")
+
+
+def unregister_gone(boot: Boot, name: str) -> str:
+    """Remove the slot of a profile that is gone."""
+    try:
+        S6ServiceManager(boot.scandir, boot.home, environment=boot.environment).unregister_profile_gateway(name)
+    except GatewayError as error:
+        raise OSError(errno.EBUSY, str(error)) from error
+    return "removed its slot"
+
+
+def stray_checks(boot: Boot) -> list[Check]:
+    """Look for supervisors whose slot somebody has removed."""
+    names = stray_supervisors(boot.scandir)
+
+    def fix() -> str:
+        patience = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1) + 5
+        left = lambda logger: any(name.endswith("/log") is logger for name in stray_supervisors(boot.scandir))  # noqa: E731
+        if not let_go(boot.scandir, lambda: left(False), lambda: left(True), patience):
+            raise OSError(errno.EBUSY, "they do not end")
+        return "ended them"
+
+    found = f"{' '.join(names)}: supervised, and perhaps running, though their slots are gone"
+    return [Check("fail", "supervisors", found, "hermes-boot doctor --fix", fix)] if names else []
+
+
+def foreign_checks(boot: Boot, name: str) -> list[Check]:
+    """Look for a slot that hermes-agent's own manager has made: it has no back-off, the wrong HOME, and a root logger."""
+    slot = f"{boot.scandir}/{SLOT_PREFIX}{name}"
+    if is_ours(slot, name) or not os.path.isdir(slot):
+        return []
+    found = "its slot is not as the boot makes it; the next start or restart brings it up to date"
+    return [Check("warn", name, found, f"`hermes -p {name} gateway restart`")]
+
+
+def platform_checks(row: Row, rows: list[Row]) -> list[Check]:
+    """Look for messaging platforms that have failed, and for who else has a platform's token."""
+    checks = []
+    for platform, (code, message) in row.platforms.items():
+        found, fix = f"{platform}: {message or code or 'failed'}", f"`hermes-boot logs -p {row.name} -n 50`"
+        if code.endswith("_lock") or code == "lock_conflict":
+            number = message.partition("PID ")[2].partition(")")[0]
+            other = next((each.name for each in rows if number and str(each.pid) == number), f"process {number or '?'}")
+            found = f"{platform}: {other} has its token or account ({code})"
+            fix = f"give each profile one of its own: `hermes -p {row.name} setup`"
+        checks.append(Check("fail", row.name, found, fix))
+    return checks
 
 
 def likely_cause(row: Row, lines: list[str]) -> tuple[str, str]:
@@ -3926,7 +4259,7 @@ def likely_cause(row: Row, lines: list[str]) -> tuple[str, str]:
 def dashboard_checks(boot: Boot) -> list[Check]:
     """Look whether the dashboard runs, where it should."""
     if not switch(container_environment().get("HERMES_DASHBOARD", "")):
-        return []
+        return [Check("pass", "dashboard", "off (HERMES_DASHBOARD)")]
     slot = f"{boot.scandir}/dashboard"
     status = slot_status(slot)
     if status and status.up and not is_looping(status, death_times(slot)):
@@ -3948,7 +4281,8 @@ def repair_slot(boot: Boot, name: str) -> str:
         profile = decide(boot, folder, name, None)
         timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
         register(home, folder, scandir, profile, timeout)
-        rescan(boot.scandir, b"an")
+        path = f"{boot.scandir}/{old}"
+        let_go(boot.scandir, lambda: is_supervised(path), lambda: is_supervised(f"{path}/log"), 5)
         try:
             scandir.remove(old)
         except OSError:
@@ -3960,27 +4294,37 @@ def repair_slot(boot: Boot, name: str) -> str:
 
 
 def logger_checks(boot: Boot, home: Folder, name: str) -> list[Check]:
-    """Look for a logger that does not get its folder, most often because another container has it locked."""
-    slot = f"{boot.scandir}/{SLOT_PREFIX}{name}/log"
+    """Look for a logger that does not come up, or that does without its folder, most often because another container
+    has it locked."""
+    slot, folder = f"{boot.scandir}/{SLOT_PREFIX}{name}/log", f"logs/gateways/{name}"
     status = slot_status(slot)
-    if status is None or not is_looping(status, death_times(slot)):
+    if status is None or not (is_looping(status, death_times(slot)) or time.time() - status.since > START_SECONDS):
         return []
-    folder = f"logs/gateways/{name}"
-    if log_is_locked(home, folder):
+    holder, logger = lock_holder(home, folder), status.pid if status.up else -1
+    if holder == logger or (holder is None and not status.wanted):
+        return []
+    if holder == 0:
         fix = "give each container a volume of its own, or all but one HERMES_RECONCILE=0"
-        return [Check("fail", name, f"{folder} is locked by another container", fix)]
-    return [
-        Check(
-            "fail",
-            name,
-            "its logger dies again and again",
-            f"make {folder} on the volume a plain folder that hermes can write",
-        )
-    ]
+        return [Check("fail", name, f"{folder} is locked by another container, so its log goes to its own alone", fix)]
+    if not status.up:
+        fix = f"make {folder} on the volume a plain folder that hermes can write"
+        return [Check("fail", name, "its logger dies again and again", fix)]
+
+    def repair() -> str:
+        for number in (SIGTERM, SIGKILL) if holder else ():
+            if lock_holder(home, folder) == holder:
+                send(holder, number)
+                until(lambda: lock_holder(home, folder) != holder, 2)
+        tell(f"{slot}/supervise/control", b"t")
+        return "started its logger anew"
+
+    why = f"{folder} is locked by a logger without a supervisor (PID {holder})" if holder else f"{folder} is not used"
+    return [Check("fail", name, f"{why}, so its log goes to the container's alone", "hermes-boot doctor --fix", repair)]
 
 
-def log_is_locked(home: Folder, folder: str) -> bool:
-    """Return whether a process holds s6-log's lock, without taking it."""
+def lock_holder(home: Folder, folder: str) -> int | None:
+    """Return the pid of the process that holds s6-log's lock, 0 for one of another container, None for nobody. The lock
+    is not taken."""
     import fcntl
     import struct
 
@@ -3988,11 +4332,12 @@ def log_is_locked(home: Folder, folder: str) -> bool:
         with home.folder(folder) as logs:
             fd = os.open("lock", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=logs.fd)
     except OSError:
-        return False
+        return None
     try:
         layout = "hhqqi4x"  # struct flock: type, whence, start, length, pid
         answer = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-        return struct.unpack(layout, answer)[0] != fcntl.F_UNLCK
+        kind, *_, pid = struct.unpack(layout, answer)
+        return None if kind == fcntl.F_UNLCK else max(0, pid)
     finally:
         os.close(fd)
 
@@ -4032,7 +4377,7 @@ def dispatch(words: list[str]) -> int:
     if words in (["health"], ["health", "--live"]):
         return health(exec_environment(), bool(rest))
     if command == "finish" and len(rest) >= 2:
-        return finish(rest[0], rest[1])
+        return finish(*rest[0:2], *rest[4:5])
     if command == "init" and rest:
         return fallback_init(rest[0], rest[1:])
     if command == "container-command":

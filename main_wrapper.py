@@ -222,6 +222,11 @@ def hermes_command(words: list[str]) -> int:
         environment = container_environment()
     if (request := gateway_request(words)) and supervised():
         return execute([BOOT, *request], environment)
+    if profile_option(words)[1][:2] == ["gateway", "run"] and not environment.get("HERMES_S6_SUPERVISED_CHILD"):
+        # Below another PID 1 the agent does not see s6; without gateways by HERMES_RECONCILE it would ask s6 for one.
+        alone = switch(environment.get("HERMES_RECONCILE", "")) is False
+        if supervised() and (alone or not s6_is_pid_1()):
+            return execute([BOOT, "container-command", *words], environment)
     if switch(environment.get("HERMES_DOCKER_EXEC_AS_ROOT", "")):
         return execute([HERMES, *words], environment)
     return execute(as_hermes([HERMES, *words]), program_environment(environment))

@@ -37,6 +37,8 @@ IMAGE_ENVIRONMENT = {
     "HERMES_DISABLE_LAZY_INSTALLS": "1",
     "HERMES_LAZY_INSTALL_TARGET": "/opt/data/lazy-packages",
     "PATH": "/opt/hermes/bin:/opt/hermes/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/command",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONUNBUFFERED": "1",
     "VIRTUAL_ENV": "/opt/hermes/.venv",
     "S6_BEHAVIOUR_IF_STAGE2_FAILS": "2",
     "S6_KILL_FINISH_MAXTIME": "86400000",
