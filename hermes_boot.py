@@ -4310,16 +4310,21 @@ def logger_checks(boot: Boot, home: Folder, name: str) -> list[Check]:
         fix = f"make {folder} on the volume a plain folder that hermes can write"
         return [Check("fail", name, "its logger dies again and again", fix)]
 
-    def repair() -> str:
-        for number in (SIGTERM, SIGKILL) if holder else ():
-            if lock_holder(home, folder) == holder:
-                send(holder, number)
-                until(lambda: lock_holder(home, folder) != holder, 2)
-        tell(f"{slot}/supervise/control", b"t")
-        return "started its logger anew"
-
     why = f"{folder} is locked by a logger without a supervisor (PID {holder})" if holder else f"{folder} is not used"
-    return [Check("fail", name, f"{why}, so its log goes to the container's alone", "hermes-boot doctor --fix", repair)]
+    return [Check("fail", name, f"{why}, so its log goes to the container's alone", "hermes-boot doctor --fix", lambda: renew_logger(boot, name))]
+
+
+def renew_logger(boot: Boot, name: str) -> str:
+    """End a logger without a supervisor that has a gateway's log folder, and start the gateway's own anew."""
+    folder = f"logs/gateways/{name}"
+    with open_home(boot) as home:
+        holder = lock_holder(home, folder)
+        for number in (SIGTERM, SIGKILL) if holder else ():
+            send(holder, number)
+            if until(lambda: lock_holder(home, folder) != holder, 2):
+                break
+    tell(f"{boot.scandir}/{SLOT_PREFIX}{name}/log/supervise/control", b"t")
+    return "started its logger anew"
 
 
 def lock_holder(home: Folder, folder: str) -> int | None:
