@@ -2022,7 +2022,7 @@ FIND_HOME = (  # in shell, what root_home does
     'case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac',
 )
 # s6-log makes its stdout non-blocking, for all who share it: so not the container command's stderr itself, but the same
-# file opened anew.
+# file opened anew. Its stderr is that one too: on a stderr that nobody reads, its last words would keep it from ending.
 OWN_STDERR = "if [ -w /proc/self/fd/2 ] && [ ! -S /proc/self/fd/2 ]; then exec 1>>/proc/self/fd/2; else exec 1>&2; fi"
 
 
@@ -2065,7 +2065,7 @@ def log_run_script(profile: str, *, to_folder: bool = True) -> str:
     """Return a slot's log/run: each line to the container's stderr, and with a timestamp to the profile's log
     folder, unless somebody has locked that: a logger that does not come up would stop its gateway."""
     folder = f'"$home/logs/gateways/{profile}"'
-    lines = ["#!/command/with-contenv sh", OWN_STDERR, *FIND_HOME]
+    lines = ["#!/command/with-contenv sh", OWN_STDERR, "exec 2>&1", *FIND_HOME]
     if to_folder:
         lines += [
             f'[ "$(id -u)" = 0 ] && set -- s6-setuidgid {USER} || set --',
