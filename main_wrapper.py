@@ -87,13 +87,14 @@ def root_home(environment: dict[str, str]) -> str:
 
 def program_environment(environment: dict[str, str]) -> dict[str, str]:
     """Return the environment for a program of the image: HOME, HERMES_HOME, VIRTUAL_ENV, and PATH with our folders
-    on it."""
-    path = environment.get("PATH") or os.defpath
+    on it; last on it are the commands that `hermes profile create` makes on the volume, which root must not find."""
+    path, home = environment.get("PATH") or os.defpath, root_home(environment)
     missing = [folder for folder in COMMAND_FOLDERS if folder not in path.split(":")]
+    made = [f"{home}/.local/bin"] if f"{home}/.local/bin" not in path.split(":") else []
     return environment | {
-        "HOME": root_home(environment),
+        "HOME": home,
         "HERMES_HOME": environment.get("HERMES_HOME") or HOME,
-        "PATH": ":".join([*missing, path]),
+        "PATH": ":".join([*missing, path, *made]),
         "VIRTUAL_ENV": VENV,
     }
 
@@ -278,9 +279,26 @@ def obstacle() -> str:
     return "" if may_take_it else "/run belongs to another user and no new privileges are allowed"
 
 
+def exposed_folders(environment: dict[str, str]) -> list[str]:
+    """Return the folders on PATH that hermes can write and that come before one of the system's: s6-overlay, a setuid
+    program of its own too, finds programs there that it runs as root."""
+    homes = [f"{os.path.realpath(home).rstrip('/')}/" for home in (root_home(environment), HOME)]
+    folders = (environment.get("PATH") or os.defpath).split(":")
+    ours = [f for f in folders if not f.startswith("/") or f"{os.path.realpath(f)}/".startswith(tuple(homes))]
+    return [] if ours and folders[-len(ours) :] == ours else ours
+
+
 def init(words: list[str]) -> int:
     """Be /init: s6-overlay's own where that can start, else hermes_boot.py as the fallback init."""
     environment = process_environment()
+    if exposed := exposed_folders(environment):
+        names = ":".join(exposed)
+        print(
+            f"init: fatal: PATH has {names!r} before the system's folders, so hermes could put programs there for root"
+            " to run; put it last, with -e PATH=",
+            file=sys.stderr,
+        )
+        return 1
     if why := obstacle():
         return execute([BOOT, "init", why, *words], environment)
     return execute([S6_INIT, *words], environment)
