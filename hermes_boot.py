@@ -109,16 +109,18 @@ def root_home(environment: dict[str, str]) -> str:
 
 def program_environment(environment: dict[str, str]) -> dict[str, str]:
     """Return the environment for a program of the image: HOME, HERMES_HOME, VIRTUAL_ENV, and PATH with our folders
-    on it; last on it are the commands that `hermes profile create` makes on the volume, which root must not find."""
+    on it; last on it are the commands that `hermes profile create` makes on the volume, which root must not find. A
+    UID without a name has hermes's."""
     path, home = environment.get("PATH") or os.defpath, root_home(environment)
     missing = [folder for folder in COMMAND_FOLDERS if folder not in path.split(":")]
     made = [f"{home}/.local/bin"] if f"{home}/.local/bin" not in path.split(":") else []
-    return environment | {
+    own = {
         "HOME": home,
         "HERMES_HOME": environment.get("HERMES_HOME") or HOME,
         "PATH": ":".join([*missing, path, *made]),
         "VIRTUAL_ENV": VENV,
     }
+    return {"USER": USER, "LOGNAME": USER} | environment | own
 
 
 def s6_program(name: str) -> str:
@@ -293,6 +295,7 @@ def guarded(action, *arguments) -> int:
 # --------------------------------------------------------------------------------------------------------------------
 
 IMAGE = "/opt/hermes"
+WRAPPER = f"{IMAGE}/docker/main-wrapper.sh"
 SCANDIR = "/run/service"
 MAX_SECONDS = 86400
 SWITCHES = (
@@ -578,11 +581,19 @@ class Folder:
                         for deeper in os.listdir(below.fd):
                             if not below.unlinked(deeper):
                                 moved += 1
-                                os.rename(
-                                    deeper, f".moved-{moved}-{time.time_ns()}", src_dir_fd=below.fd, dst_dir_fd=top.fd
-                                )
+                                below.move_up(deeper, top, f".moved-{moved}-{time.time_ns()}")
                     os.rmdir(entry, dir_fd=top.fd)
         os.rmdir(name, dir_fd=self.fd)
+
+    def move_up(self, name: str, top: Folder, new: str) -> None:
+        """Move a folder of this one to top, or remove it where that cannot be (EXDEV): overlayfs moves no folder of an
+        image's layer, and there none is deeper than a path can name."""
+        try:
+            os.rename(name, new, src_dir_fd=self.fd, dst_dir_fd=top.fd)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            self.remove(name)
 
     def same_place(self, below: Folder) -> None:
         """Raise OSError (EBUSY) when a folder of this one is a mount: what lies there is not ours to remove."""
@@ -740,6 +751,19 @@ class TimeLimit:
         raise TimeoutError
 
 
+def end_on_sigterm() -> None:
+    """Have SIGTERM end this process and its children at once, with code 143. What they write is put in place whole, and
+    what they began is taken up at the next boot, so nothing is left half done."""
+    import _signal  # `signal` itself would cost 5 ms for its enums
+
+    def end(*_: object) -> None:
+        for child in families().get(os.getpid(), []):
+            send(child, SIGTERM)
+        os._exit(128 + SIGTERM)
+
+    _signal.signal(SIGTERM, end)
+
+
 def shell_code(code: int) -> int:
     """Return an exit code as a shell gives it: 128 + n where signal n ended the process, which Python calls -n."""
     return code if code >= 0 else 128 - code
@@ -837,11 +861,11 @@ def run_helper(argv: list[str], environment: dict[str, str]) -> int:
         os.dup2(2, 1)
         children = Children()
         try:
-            helper = children.start(as_hermes(argv), environment)
+            helper = children.start(as_hermes(argv), environment, setsid=True)  # else the terminal could stop it
         except OSError as error:
             say("error", f"cannot run {argv[0]!r}: {reason(error)}")
             return NOT_FOUND
-        children.wait(helper, timeout=HELPER_TIMEOUT)
+        children.wait(helper, command=helper, timeout=HELPER_TIMEOUT)
         code = children.codes[helper]
         if not children.end_all(0) and not kill_all_of_hermes():
             warn(f"{argv[-1]} has left processes that do not end; restart the container")
@@ -918,10 +942,11 @@ class Children:
         except (ImportError, OSError):
             warn("this Python has no ctypes, so orphans go to PID 1, which may not reap them")
 
-    def start(self, argv: list[str], environment: dict[str, str]) -> int:
-        """Start a program in a process group of its own, with signals as it expects them; return its pid. Raises
-        OSError."""
-        pid = os.posix_spawnp(argv[0], argv, environment, setpgroup=0, setsigmask=(), setsigdef=(SIGPIPE, SIGXFSZ))
+    def start(self, argv: list[str], environment: dict[str, str], **group: object) -> int:
+        """Start a program in a process group of its own (or with setsid=True, a session), with signals as it expects
+        them; return its pid. Raises OSError."""
+        group = group or {"setpgroup": 0}
+        pid = os.posix_spawnp(argv[0], argv, environment, setsigmask=(), setsigdef=(SIGPIPE, SIGXFSZ), **group)
         self.codes[pid] = None
         return pid
 
@@ -1061,6 +1086,14 @@ def with_member(lines: list[bytes], member: bytes, groups: list[int]) -> list[by
     if missing and result and not result[-1].endswith(b"\n"):
         result[-1] += b"\n"
     return result + [b"%s-%s:x:%s:%s\n" % (member, group, group, member) for group in sorted(missing)]
+
+
+def rootless_advice(owner: Owner) -> str:
+    """Return what else helps where UIDs are not the machine's, "" where they are: rootless Podman can map ours to
+    hermes's."""
+    identity = [b"0", b"0", b"4294967295"]
+    mapped = content("/proc/self/uid_map").split() != identity
+    return f"; with rootless Podman: --userns=keep-id:uid={owner[0]},gid={owner[1]}" if mapped else ""
 
 
 def remap(boot: Boot) -> None:
@@ -1908,7 +1941,7 @@ def try_volume(boot: Boot, home: Folder) -> None:
             advice = "chmod u+rwx it"
         raise Fatal(
             f"{shown(boot.home)} cannot be written by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)}; it belongs to"
-            f" {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}; {advice}"
+            f" {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}; {advice}{rootless_advice(boot.owner)}"
         ) from error
 
 
@@ -2734,7 +2767,7 @@ def setup(boot: Boot) -> int:
     if euid not in (0, boot.owner[0]):
         raise Fatal(
             f"started as UID {euid}, which is not {USER}'s; drop `--user` and set HERMES_UID={euid} HERMES_GID={os.getegid()},"
-            f" or use `--user {boot.owner[0]}`, or any UID with GID 0 on a volume that group 0 may write"
+            f" or use `--user {boot.owner[0]}`, or any UID with GID 0 on a volume that group 0 may write{rootless_advice(boot.owner)}"
         )
     check_switches(boot)
     for fault in mount_faults(boot):
@@ -2790,10 +2823,74 @@ def setup_phase(boot: Boot) -> int:
         return guarded(setup, boot)
     if not read_pid_file(COMMAND_PROCESS):  # at a boot, not by `docker exec`
         mark_setup(failed=True)
+        if s6_is_pid_1() and is_cont_init(boot):
+            watch_for_stop()
     code = guarded(setup, boot)
     if code == 0:
         mark_setup(failed=False)
     return code
+
+
+def is_cont_init(boot: Boot) -> bool:
+    """Return whether this is one of the boot's scripts: s6-rc tells its oneshots their name."""
+    return boot.setting("RC_NAME") == "legacy-cont-init"
+
+
+def watch_for_stop() -> None:
+    """Have a stop of the container end the boot first: s6-overlay's waits until that is over, however long it takes.
+
+    s6-svscan runs a script of its folder's upon SIGTERM; ours calls end-boot, then s6-overlay's own. With
+    S6_CMD_RECEIVE_SIGNALS=1 that has another name.
+    """
+    script = f"{SCANDIR}/.s6-svscan/SIGTERM"
+    if os.path.exists(f"{script}.s6-linux-init"):
+        script += ".s6-linux-init"
+    try:
+        if os.path.lexists(COMMAND_PROCESS):  # an earlier start's, where /run is kept
+            os.unlink(COMMAND_PROCESS)
+        os.link(script, f"{script}.s6-overlay")
+        with Folder(f"{SCANDIR}/.s6-svscan") as folder:
+            text = f'#!/bin/sh\n[ -e {COMMAND_PROCESS} ] || {BOOT} end-boot\nexec "$0.s6-overlay"\n'
+            put(folder, "SIGTERM+", text, 0o755)
+        os.rename(f"{SCANDIR}/.s6-svscan/SIGTERM+", script)
+    except OSError as error:
+        warn(f"{script} cannot be replaced ({reason(error)}), so a stop waits until the boot is over")
+    if any(name == "s6-rc" and b"-bda" in words for name, words in map(command_of, descendants(1))):
+        end_boot()  # it came before us, and s6-overlay's now waits for us
+
+
+def end_boot() -> int:
+    """End a boot that is under way, within two seconds: first what would go on to the container's command, then the
+    scripts, by SIGTERM and a second later by SIGKILL. The container's exit code is then 143."""
+    children = families()
+    first = {word: process for process in children.get(1, []) for word in command_of(process)[1]}
+    init, runner = first.get(b"/run/s6/basedir/scripts/rc.init"), first.get(b"s6rc-oneshot-runner")
+    if not init or not runner:
+        return 0
+    with open("/run/s6-linux-init-container-results/exitcode", "w") as file:
+        file.write(f"{128 + SIGTERM}\n")
+    for process in [init, *children.get(init, [])]:  # rc.init, and s6-rc, which ends once its scripts have
+        send(process, SIGTERM)
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline + 1:
+        left = [
+            process for process in descendants(runner) if command_of(process)[0] not in ("s6-ipcserverd", "s6-sudod")
+        ]
+        if not left:
+            break
+        for process in left:
+            send(process, SIGTERM if time.monotonic() < deadline else SIGKILL)
+        time.sleep(0.05)
+    return 0
+
+
+def command_of(process: int) -> tuple[str, list[bytes]]:
+    """Return a process's name and the words of its command line, empty when it has ended."""
+    try:
+        name = content(f"/proc/{process}/comm").decode(errors="replace").rstrip("\n")
+        return name, content(f"/proc/{process}/cmdline").split(b"\0")[:-1]
+    except OSError:
+        return "", []
 
 
 def mark_setup(*, failed: bool) -> None:
@@ -2887,7 +2984,8 @@ def publish_for_hermes(boot: Boot, wanted: dict[str, tuple[bool, bool]]) -> None
                 publish(scandir, name, scandir.stat(name), files, start=start, group=boot.owner[1])
             except OSError as error:
                 say("error", f"{profile}: its slot could not be made ({reason(error)}); see to space in /run")
-    rescan(boot.scandir)
+    if not is_cont_init(boot):
+        rescan(boot.scandir)
 
 
 def own_services(boot: Boot) -> None:
@@ -2979,7 +3077,7 @@ def reconcile(boot: Boot, command: list[str], output: int | None = None) -> int:
                     profile.action, profile.fault = "skipped", FULL
                 lines.append(profile.line())
         log_boot(boot, home, lines)
-        if output is None:
+        if output is None and not is_cont_init(boot):  # else root does, or the service hermes-gateways, after cont-init
             rescan(boot.scandir)
     return 0
 
@@ -3290,6 +3388,14 @@ class S6ServiceManager:
             raise NotRegistered(self.unknown(profile))
         return path
 
+    def own_slot(self, name: str) -> str:
+        """Return a slot that we may control. Raises CommandFailed for one that is another user's, else as slot does."""
+        slot = self.slot(name)
+        control = f"{slot}/supervise/control"
+        if os.path.exists(control) and not os.access(control, os.W_OK):
+            raise CommandFailed(f"{name}: UID {os.geteuid()} may not control it; run this as {USER} or root")
+        return slot
+
     def valid(self, name: str) -> str:
         """Return the profile that a name is about: itself where it has a slot, else what follows `gateway-`. Raises
         InvalidName."""
@@ -3460,7 +3566,7 @@ class S6ServiceManager:
         cannot be written is a failure, but the steps are taken all the same.
         """
         failures: dict[str, GatewayError] = {}
-        known = [name for name in dict.fromkeys(names) if self.tried(failures, name, self.slot)]
+        known = [name for name in dict.fromkeys(names) if self.tried(failures, name, self.own_slot)]
         locks = self.lock_all(known, self.default_timeout(None) + 10, failures)  # what a restart may take
         try:
             known = [name for name in known if name not in failures]
@@ -3682,7 +3788,7 @@ class S6ServiceManager:
 
     def end(self, profile: str, *, timeout: float | None = None) -> None:
         """Stop a gateway that is to be removed. Raises as unregister_profile_gateway does."""
-        if is_supervised(self.slot(profile)):
+        if is_supervised(self.own_slot(profile)):
             self.raise_first(self.bring([profile], up=False, timeout=self.default_timeout(timeout)))
 
     def withdraw(self, profile: str) -> None:
@@ -3971,10 +4077,9 @@ def end_gateways(boot: Boot, deadline: float) -> None:
 # Fallback init: where s6-overlay cannot start
 # --------------------------------------------------------------------------------------------------------------------
 
+DASHBOARD_PORT = "9119"
 CONT_INIT, CONT_FINISH = "/etc/cont-init.d", "/etc/cont-finish.d"
-STATIC_FILES = {"run": 0o755, "finish": 0o755} | dict.fromkeys(
-    "type timeout-kill timeout-finish notification-fd down-signal max-death-tally".split(), 0o644
-)
+SERVICE_TIMEOUT = 60  # seconds for a static service to come up, unless its timeout-up says otherwise
 
 
 def fallback_init(why: str, words: list[str]) -> int:
@@ -3984,7 +4089,7 @@ def fallback_init(why: str, words: list[str]) -> int:
     s6-svscan itself needs no PID 1 and no folder of its own. The order, the scripts and their meaning are the same.
     """
     sys.argv = ["/init"]
-    return supervise(words or [f"{IMAGE}/docker/main-wrapper.sh"], process_environment(), why)
+    return supervise(words or [WRAPPER], process_environment(), why)
 
 
 def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
@@ -3998,25 +4103,25 @@ def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
     except OSError as error:
         raise Fatal(f"s6-svscan cannot be run: {reason(error)}; use the image as it was built") from error
     until(lambda: has_reader(f"{boot.scandir}/.s6-svscan/control"), 5)
-    services = publish_static_services(boot)
+    services = static_services(boot)
+    publish_services(boot, children, environment, services)
     if not boot.quiet:
         say("info", f"s6-svscan runs as PID {svscan}, without s6-overlay ({why}); gateways are supervised all the same")
-    failed = [
-        script
-        for script in scripts_in(CONT_INIT)
-        if not children.asked_to_end and run_to_end(children, script, environment)
-    ]
+    strict = boot.setting("S6_BEHAVIOUR_IF_STAGE2_FAILS") == "2"
+    boot_environment = environment | {"RC_NAME": "legacy-cont-init"}
+    failed = any([run_to_end(children, [script], boot_environment) for script in names_in(CONT_INIT)])
+    if not (failed and strict):
+        failed |= start_services(children, environment | {"S6_PROFILE_GATEWAY_SCANDIR": boot.scandir}, services)
     if children.asked_to_end:
         command, code = 0, -SIGTERM
-    elif failed and boot.setting("S6_BEHAVIOUR_IF_STAGE2_FAILS") == "2":
+    elif failed and strict:
         command, code = 0, 1
     else:
-        start_services(services)
         command, code = start_command(children, words, environment)
     if command and children.wait(command, svscan, command=command) == svscan:
         say("error", "s6-svscan has died; the container ends, so that the engine can start it anew")
-    for script in scripts_in(CONT_FINISH):  # these tell the gateways and the command to end, and wait for them
-        run_to_end(children, script, environment)
+    for script in names_in(CONT_FINISH):  # these tell the gateways and the command to end, and wait for them
+        run_to_end(children, [script], environment, to_its_end=True)
     send(svscan, SIGTERM)  # not by its control file, which is hermes's: root does not open that
     children.wait(svscan, timeout=0.5)
     if command:
@@ -4034,8 +4139,11 @@ def lay_out_run(boot: Boot) -> None:
     variables = {} if boot.setting("S6_KEEP_ENV") == "1" else boot.environment
     try:
         own_run(parent)
+        with trusted_folder("/run") as run:
+            run.remove("s6-rc")
         with trusted_folder(parent, make=True) as above:
             above.remove(folder)
+            above.remove("legacy-services")
             with above.made(folder) as files:
                 os.fchmod(files.fd, 0o750)
                 for name, value in variables.items():
@@ -4075,63 +4183,158 @@ def empty_scandir(boot: Boot, scandir: Folder) -> None:
     os.mkdir(".s6-svscan", 0o755, dir_fd=scandir.fd)
 
 
-def publish_static_services(boot: Boot) -> list[str]:
-    """Put the image's static services into the scandir, down until the boot is over; return their paths. They are
-    started without s6-rc and so in no order; s6 restarts what needs another one first."""
-    try:
-        names = os.listdir(f"{STATIC_SERVICES}/user/contents.d")
-    except OSError:
-        return []
-    published = []
-    with trusted_folder(boot.scandir) as scandir:
-        for name in names:
-            files = {}
-            for file, mode in STATIC_FILES.items():
-                try:
-                    files[file] = (os.fsdecode(content(f"{STATIC_SERVICES}/{name}/{file}")), mode)
-                except OSError:
-                    continue  # a bundle, or a service without that file
-            if "run" not in files:
-                continue
-            try:
-                scandir.remove(name)
-                build(scandir, name, files, start=False)
-            except OSError as error:
-                warn(f"the service {shown(name)} could not be published: {reason(error)}")
-            else:
-                published.append(f"{boot.scandir}/{name}")
-    rescan(boot.scandir)
-    until(lambda: all(is_supervised(path) for path in published), 5)
-    return published
+BUNDLES = ("user", "user2")  # what s6-overlay starts
 
 
-def start_services(slots: list[str]) -> None:
-    """Start static services."""
-    for slot in slots:
+class Service:
+    """A service of the image's or of a derived one's: its name, kind, folder and what it needs, in the way of s6-rc's
+    source definition directories (see s6-rc-compile); kind is `legacy` for one of /etc/services.d."""
+
+    __slots__ = ("copy", "folder", "kind", "name", "needs")
+
+    def __init__(self, name: str, folder: str, kind: str = "") -> None:
+        self.name, self.folder = name, f"{folder}/{name}"
+        self.kind = kind or ("bundle" if name in BUNDLES else self.word("type"))
+        self.copy = f"/run/{'s6/legacy-services' if kind else 's6-rc/servicedirs'}/{name}"
+        self.needs = ["user"] if kind else self.names("contents" if self.kind == "bundle" else "dependencies")
+
+    def word(self, file: str) -> str:
+        """Return what a small file of it says, "" when there is none."""
         try:
-            tell(f"{slot}/supervise/control", b"u")
-        except OSError as error:
-            warn(f"the service {os.path.basename(slot)} could not be started: {reason(error)}")
+            return os.fsdecode(content(f"{self.folder}/{file}")).strip()
+        except OSError:
+            return ""
+
+    def is_up(self) -> bool:
+        """Return whether it has come up, and where it has a way to say so, whether it is ready."""
+        if self.word("notification-fd"):
+            return bool(read_small(f"{self.copy}/supervise/status")[-1] & 8)  # s6_svstatus's flagready
+        status = slot_status(self.copy)
+        return bool(deaths(self.copy)) or (status is not None and status.up)
+
+    def names(self, what: str) -> list[str]:
+        """Return the names in a folder of it, or in the file of its older form."""
+        paths = names_in(f"{self.folder}/{what}.d")
+        return [os.path.basename(path) for path in paths] or [
+            line for line in self.word(what).split("\n") if line and not line.startswith("#")
+        ]
 
 
-def scripts_in(folder: str) -> list[str]:
-    """Return the executable files of a folder, in name order."""
+def static_services(boot: Boot) -> list[Service]:
+    """Return all services to start, each after what it needs, those of /etc/services.d last; warn of what only
+    s6-overlay can do."""
+    order: dict[str, Service] = {}
+    lost = [name for name in ("S6_RUNTIME_PROFILE", "S6_STAGE2_HOOK") if boot.setting(name)]
+    lost += names_in("/etc/fix-attrs.d")
+
+    def visit(name: str, above: tuple[str, ...] = ()) -> None:
+        if name in order or name in ("base", "fix-attrs", "legacy-cont-init", "legacy-services"):
+            return
+        service = Service(name, STATIC_SERVICES)
+        if name in above or service.kind not in ("bundle", "longrun", "oneshot"):
+            lost.append(f"{name}, which {'needs itself' if name in above else 'is no service'}")
+            return
+        for needed in service.needs:
+            visit(needed, (*above, name))
+        lost.extend(f"{file} of {name}" for file in ("consumer-for", "producer-for", "down") if service.word(file))
+        if not service.word("consumer-for"):
+            order[name] = service
+
+    for bundle in BUNDLES:
+        visit(bundle)
+    if lost:
+        warn(f"without s6-overlay these have no effect: {', '.join(map(shown, lost))}")
+    return [
+        *order.values(),
+        *(Service(os.path.basename(path), "/etc/services.d", "legacy") for path in names_in("/etc/services.d")),
+    ]
+
+
+def publish_services(boot: Boot, children: Children, environment: dict[str, str], services: list[Service]) -> None:
+    """Put services into the scandir as s6-rc does, links to copies of their folders; they are down until their turn."""
+    published = [service for service in services if service.kind in ("longrun", "legacy")]
+    with trusted_folder(boot.scandir) as scandir:
+        for service in published:
+            try:
+                os.makedirs(os.path.dirname(service.copy), exist_ok=True)
+                if run_to_end(children, ["cp", "-R", service.folder, service.copy], environment, to_its_end=True):
+                    continue  # cp has said why
+                for path in (service.copy, f"{service.copy}/log"):
+                    if os.path.exists(f"{path}/run"):
+                        os.chmod(f"{path}/run", 0o755)
+                        os.close(os.open(f"{path}/down", os.O_WRONLY | os.O_CREAT, 0o644))
+                scandir.remove(service.name)
+                os.symlink(service.copy, service.name, dir_fd=scandir.fd)
+            except OSError as error:
+                warn(f"the service {shown(service.name)} could not be published: {reason(error)}")
+    rescan(boot.scandir)
+    until(lambda: all(is_supervised(service.copy) for service in published), 5)
+
+
+def start_services(children: Children, environment: dict[str, str], services: list[Service]) -> bool:
+    """Start services in order, but for those whose needs have failed; return whether one has, after a line."""
+    failed: set[str] = set()
+    for service in services:
+        if children.asked_to_end:
+            break
+        missing = failed.intersection(service.needs)
+        if service.kind == "bundle":
+            failed |= {service.name} if missing else set()
+        elif why := f"{shown(min(missing))} has failed" if missing else start_service(children, environment, service):
+            failed.add(service.name)
+            warn(f"the service {shown(service.name)} could not be started: {why}")
+    return bool(failed)
+
+
+def start_service(children: Children, environment: dict[str, str], service: Service) -> str:
+    """Run a oneshot, or bring a longrun up, or ready where it says so; return what went wrong. Root opens the control
+    FIFO of what may be hermes's, but its folder is root's."""
+    if service.kind == "oneshot":
+        code = run_to_end(children, [s6_program("execlineb"), "-P", f"{service.folder}/up"], environment)
+        return f"its `up` ended with code {code}" if code else ""
+    patience = number_in(service.word("timeout-up"), 1, MAX_SECONDS * 1000) or SERVICE_TIMEOUT * 1000
+    deadline = time.monotonic() + patience / 1000
     try:
-        paths = [f"{folder}/{name}" for name in sorted(os.listdir(folder))]
+        for slot in (f"{service.copy}/log", service.copy):
+            if os.path.exists(f"{slot}/run"):
+                tell(f"{slot}/supervise/control", b"u")
+        while service.kind != "legacy" and not children.asked_to_end and not service.is_up():
+            status = slot_status(service.copy)
+            if status is None or (deaths(service.copy) and status.pid == 0 and not status.wanted):
+                return "it ended for good"
+            if time.monotonic() > deadline:
+                return f"it did not come up within {patience / 1000:g} s"
+            children.wait(timeout=0.005)
+    except OSError as error:
+        return reason(error)
+    return ""
+
+
+def names_in(folder: str) -> list[str]:
+    """Return the paths of what is in a folder, in name order, as s6-overlay lists it: without dot files."""
+    try:
+        return [f"{folder}/{name}" for name in sorted(os.listdir(folder)) if not name.startswith(".")]
     except OSError:
         return []
-    return [path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)]
 
 
-def run_to_end(children: Children, script: str, environment: dict[str, str]) -> int:
-    """Run one of the boot's scripts; return its exit code."""
+def run_to_end(children: Children, argv: list[str], environment: dict[str, str], *, to_its_end: bool = False) -> int:
+    """Run one of the boot's programs; return its exit code. Unless it is to get to its end, SIGTERM ends it: all of its
+    process group, by SIGKILL after a second, and none is begun then."""
+    if children.asked_to_end and not to_its_end:
+        return 128 + SIGTERM
     try:
-        pid = children.start([script], environment)
+        pid = children.start(argv, environment)
     except OSError as error:
-        warn(f"{script}: {reason(error)}")
+        advice = "; chmod +x it" if isinstance(error, PermissionError) else ""
+        warn(f"{argv[0]} cannot be run: {reason(error)}{advice}")
         return 1
-    children.wait(pid)
-    return children.codes[pid]
+    children.wait(pid, command=0 if to_its_end else pid)
+    for number in (SIGTERM, SIGKILL):
+        if children.codes[pid] is None:
+            send(-pid, number)
+            children.wait(pid, timeout=1)
+    return shell_code(children.codes[pid] or 0)
 
 
 def start_command(children: Children, words: list[str], environment: dict[str, str]) -> tuple[int, int]:
@@ -4161,7 +4364,10 @@ def dashboard(environment: dict[str, str]) -> int:
     except OSError:
         os.chdir("/")  # the agent says what it thinks of that
     address = environment.get("HERMES_DASHBOARD_HOST") or "127.0.0.1"
-    port = environment.get("HERMES_DASHBOARD_PORT") or "9119"
+    port = environment.get("HERMES_DASHBOARD_PORT") or DASHBOARD_PORT
+    if number_in(port, 1, 65535) is None:  # Kubernetes gives tcp://... for a service named hermes-dashboard
+        warn(f"HERMES_DASHBOARD_PORT={port!r} is not a number from 1 to 65535; using {DASHBOARD_PORT}")
+        port = DASHBOARD_PORT
     return execute(as_hermes([HERMES, "dashboard", "--host", address, "--port", port, "--no-open"]), environment)
 
 
@@ -5107,6 +5313,11 @@ def main(argv: list[str]) -> int:
         words = [ROLES[name]]
     if name == "entrypoint.sh":
         warn("docker/entrypoint.sh is deprecated; use the image's ENTRYPOINT, /init")
+        if argv[1:] or 1 in (
+            os.getpid(),
+            os.getppid(),
+        ):  # the container's start, else `docker exec`, which has no parent here
+            return execute(["/init", WRAPPER, *argv[1:]], process_environment())
     if name == "hermes-boot":
         words = words or ["--help"]  # whoever types that wants to look, not to boot
     return guarded(dispatch, words)
@@ -5123,6 +5334,8 @@ def dispatch(words: list[str]) -> int:
         return migrate_config(Boot(process_environment()))
     if command == "finish" and len(rest) >= 2:
         return finish(*rest[0:2], *rest[4:5])
+    if words == ["end-boot"]:
+        return end_boot()
     if command == "init" and rest:
         return fallback_init(rest[0], rest[1:])
     if command == "container-command":
@@ -5145,6 +5358,7 @@ def run_phases(role: str, *, dry_run: bool) -> int:
     boot = Boot(container_environment(), dry_run=dry_run)
     if role == "shutdown":
         return shut_down(boot)
+    end_on_sigterm()
     code = setup_phase(boot) if role != "reconcile" else 0
     return code if code or role == "setup" else reconcile_phase(boot)
 

@@ -16,9 +16,8 @@ from sandbox import wait_for
 
 SEALED = {"HERMES_SEALED": "1"}
 INIT = ("/init", "/opt/hermes/docker/main-wrapper.sh")
-# what users give each other a file of in /run, by their kind: the FIFOs of our slots and of the dashboard; s6-rc's
-# socket answers root alone, and the links are what a process of hermes's holds open itself
-WRITABLE = "find /run -writable ! -type l ! -path '/run/s6-rc*/servicedirs/s6rc-oneshot-runner/s' ! -path /run/lock 2>/dev/null"
+# s6-rc's socket is everybody's to open, and answers root alone
+WRITABLE = "find /run -writable ! -type l ! -path '/run/s6-rc*/s6rc-oneshot-runner/s' ! -path /run/lock 2>/dev/null"
 SERVICES = [(), INIT]
 
 
@@ -32,7 +31,9 @@ def host(gateways, request):
 
 def new_profile(host, name: str) -> None:
     """Make a profile as hermes does, at run time."""
-    script = f"mkdir -p /opt/data/profiles/{name} && cd /opt/data/profiles/{name} && touch SOUL.md && echo 'exec sleep infinity' >does"
+    script = (
+        f"mkdir -p /opt/data/profiles/{name} && cd /opt/data/profiles/{name} && touch SOUL.md && echo '{RUN}' >does"
+    )
     assert host.box.exec("sh", "-c", script, user="hermes").returncode == 0
 
 
