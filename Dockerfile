@@ -88,7 +88,9 @@ RUN apt-get update \
  && groupadd --gid 10000 hermes \
  && useradd --uid 10000 --gid 10000 --home-dir /opt/data --no-create-home --shell /bin/bash hermes \
  && install -d -o hermes -g hermes /opt/data \
- && find / -xdev -type f -perm /6000 -exec chmod a-s {} +
+ && find / -xdev -type f -perm /6000 -exec chmod a-s {} + \
+ && rm -rf /run/lock /var/tmp \
+ && ln -s ../tmp /var/tmp
 COPY --from=s6-overlay /s6/ /
 COPY --from=agent /opt/hermes/ /opt/hermes/
 COPY --from=agent /names/ /
