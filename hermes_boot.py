@@ -1241,12 +1241,13 @@ class Sweep:
 
     COUNTS = tuple("changed checked linked failed kept deep strangers left_behind".split())
     WORDS = tuple("first failure first_kept first_stranger first_left_behind".split())
-    __slots__ = (*"uid gid dry_run former mounted home held".split(), *COUNTS, *WORDS)
+    __slots__ = (*"uid gid by_group dry_run former mounted home held".split(), *COUNTS, *WORDS)
 
     def __init__(self, boot: Boot, *, former: int = -1, mounted: bool = False) -> None:
         """former is the UID that hermes had before, -1 for none; mounted says whether there are other file systems
         that it could move below a folder that is checked."""
         self.uid, self.gid = boot.owner
+        self.by_group = boot.owner != account()  # OpenShift's way
         self.dry_run = boot.dry_run
         self.former = {former, self.uid}
         self.home: MountId = (-1, b"")  # where the volume itself is
@@ -1289,6 +1290,8 @@ class Sweep:
 
     def note(self, name: str, at: int, status: os.stat_result) -> None:
         """Count a wrong owner; the first one is shown, by its path."""
+        if self.by_group and is_groups(status, self.gid):
+            return
         self.changed += 1
         if not self.first:
             self.first = f"{path_in(at, name)} belongs to {status.st_uid}:{status.st_gid}"
@@ -1296,7 +1299,7 @@ class Sweep:
     def notice(self, entry: os.DirEntry) -> None:
         """Count an entry at the top of the volume that nobody manages, where it is not hermes's."""
         owner = owner_in(entry)
-        if owner != self.uid:
+        if owner != self.uid and not (self.by_group and is_groups(entry.stat(follow_symlinks=False), self.gid)):
             self.strangers += 1
             self.first_stranger = self.first_stranger or entry.name
             if owner in self.former:
@@ -1650,6 +1653,12 @@ def is_empty(folder: Folder) -> bool:
     """Return whether nothing is in a folder."""
     with os.scandir(folder.fd) as listing:
         return next(listing, None) is None
+
+
+def is_groups(status: os.stat_result, gid: int) -> bool:
+    """Return whether a group can use an entry, by its status, as its owner could."""
+    wanted = 0o070 if stat.S_ISDIR(status.st_mode) else 0o060
+    return stat.S_ISLNK(status.st_mode) or (status.st_gid == gid and status.st_mode & wanted == wanted)
 
 
 def path_in(folder: int, name: str) -> str:
@@ -2831,6 +2840,9 @@ def setup_phase(boot: Boot) -> int:
     return code
 
 
+OF_THE_RUNNER = ("s6-ipcserverd", "s6-sudod")  # what s6-rc's oneshot runner is made of
+
+
 def is_cont_init(boot: Boot) -> bool:
     """Return whether this is one of the boot's scripts: s6-rc tells its oneshots their name."""
     return boot.setting("RC_NAME") == "legacy-cont-init"
@@ -2871,15 +2883,16 @@ def end_boot() -> int:
         file.write(f"{128 + SIGTERM}\n")
     for process in [init, *children.get(init, [])]:  # rc.init, and s6-rc, which ends once its scripts have
         send(process, SIGTERM)
-    deadline = time.monotonic() + 1
+    deadline, told = time.monotonic() + 1, set()  # some are PID 1's children, once their parents have ended
     while time.monotonic() < deadline + 1:
-        left = [
-            process for process in descendants(runner) if command_of(process)[0] not in ("s6-ipcserverd", "s6-sudod")
-        ]
+        found = {process for process in descendants(runner) if command_of(process)[0] not in OF_THE_RUNNER}
+        left = {process for process in found | told if command_of(process)[1]}
         if not left:
             break
-        for process in left:
-            send(process, SIGTERM if time.monotonic() < deadline else SIGKILL)
+        over = time.monotonic() >= deadline
+        for process in left if over else left - told:
+            send(process, SIGKILL if over else SIGTERM)
+        told |= left
         time.sleep(0.05)
     return 0
 
@@ -4207,10 +4220,11 @@ class Service:
 
     def is_up(self) -> bool:
         """Return whether it has come up, and where it has a way to say so, whether it is ready."""
-        if self.word("notification-fd"):
-            return bool(read_small(f"{self.copy}/supervise/status")[-1] & 8)  # s6_svstatus's flagready
         status = slot_status(self.copy)
-        return bool(deaths(self.copy)) or (status is not None and status.up)
+        up = status is not None and status.up
+        if self.word("notification-fd"):
+            return up and bool(read_small(f"{self.copy}/supervise/status")[-1] & 8)  # flagready of s6_svstatus_pack
+        return up or bool(deaths(self.copy))
 
     def names(self, what: str) -> list[str]:
         """Return the names in a folder of it, or in the file of its older form."""
@@ -4260,8 +4274,10 @@ def publish_services(boot: Boot, children: Children, environment: dict[str, str]
                 if run_to_end(children, ["cp", "-R", service.folder, service.copy], environment, to_its_end=True):
                     continue  # cp has said why
                 for path in (service.copy, f"{service.copy}/log"):
+                    for file in ("run", "finish"):
+                        if os.path.exists(f"{path}/{file}"):
+                            os.chmod(f"{path}/{file}", 0o755)  # as s6-rc-compile makes them
                     if os.path.exists(f"{path}/run"):
-                        os.chmod(f"{path}/run", 0o755)
                         os.close(os.open(f"{path}/down", os.O_WRONLY | os.O_CREAT, 0o644))
                 scandir.remove(service.name)
                 os.symlink(service.copy, service.name, dir_fd=scandir.fd)
@@ -4944,7 +4960,8 @@ def owner_checks(boot: Boot) -> list[Check]:
     if not os.path.isdir(boot.home):
         return []  # the volume's own check says it
     checks = []
-    if (uid, gid) != boot.owner:
+    shared = boot.owner != account() and is_groups(os.stat(boot.home), boot.owner[1])
+    if (uid, gid) != boot.owner and not shared:
         fix = f"start with HERMES_UID={uid} HERMES_GID={gid}, or restart the container to give it to hermes"
         checks.append(Check("warn", "owner", f"{shown(boot.home)} belongs to {uid}:{gid}, hermes is {ours}", fix))
     boot.dry_run = True
@@ -4969,7 +4986,9 @@ def owner_checks(boot: Boot) -> list[Check]:
         checks.append(
             Check("fail", "owners", f"{sweep.failed} folders cannot be read, the first: {sweep.failure}", fix)
         )
-    return checks or [Check("pass", "owners", f"{sweep.checked} entries are {ours}'s")]
+    return checks or [
+        Check("pass", "owners", f"{sweep.checked} entries are {ours}'s{', or for its group' if shared else ''}")
+    ]
 
 
 def volume_checks(boot: Boot) -> list[Check]:
