@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 CACHE = PROJECT / ".cache"
-AGENT_VERSION = "0.19.0"
+AGENT_VERSION = re.search(r"^ARG HERMES_AGENT_VERSION=(.*)$", (PROJECT / "Dockerfile").read_text(), re.M)[1]
 S6_PACKAGES = ("s6", "execline", "libs6-", "libexecline", "libskarnet", "libnsss", "libutmps")
 WRAPPER = "/opt/hermes/docker/main-wrapper.sh"
 IMAGE_ENVIRONMENT = {
