@@ -15,6 +15,7 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates curl xz-utils \
  && rm -rf /var/lib/apt/lists/*
 # /init is ours: it is s6-overlay's where it is PID 1, and hermes_boot.py where the platform has another PID 1.
+# Its files lose the write permission of group 0, as which platforms run any UID: root runs them at the next start.
 RUN set -eu; \
     case "${TARGETARCH:-$(dpkg --print-architecture)}" in \
       amd64) arch=x86_64; sum=$S6_OVERLAY_SHA256_X86_64 ;; \
@@ -31,7 +32,8 @@ RUN set -eu; \
     fetch "$arch" "$sum"; \
     fetch symlinks-noarch "$S6_OVERLAY_SHA256_SYMLINKS"; \
     mv /s6/init /s6/init.s6-overlay; \
-    ln -s /opt/hermes/docker/wrapper /s6/init
+    ln -s /opt/hermes/docker/wrapper /s6/init; \
+    find /s6 ! -type l -perm /022 -exec chmod go-w {} +
 
 # What the image and the agent's build both stand on: python3, the programs that the agent calls, the user hermes. SQLite comes from
 # forky, by a pin for that one package: with trixie's 3.46.1 two processes that write can corrupt a database in WAL mode (fixed in
@@ -51,7 +53,8 @@ RUN set -eu; \
       /var/cache/ldconfig/aux-cache /var/cache/debconf/*-old /var/log/apt /var/log/*.log; \
     groupadd --gid 10000 hermes; \
     useradd --uid 10000 --gid 10000 --home-dir /opt/data --no-create-home --shell /bin/bash hermes; \
-    install -d -o hermes -g hermes /opt/data
+    install -d -o hermes -g hermes /opt/data; \
+    find / -xdev -type f -perm /6000 -exec chmod a-s {} +
 
 # The agent, in a virtual environment of Debian's python3. AGENT_SOURCE is any requirement that pip takes; what lies in the folder
 # agent-source beside this file is in /agent-source. Bytecode is checked by the source's hash and not by its time, so that two builds
@@ -76,7 +79,9 @@ RUN set -eu; \
     echo docker >"$(bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/.install_method"; \
     sed -i 's/^\(include-system-site-packages = \)false$/\1true/' pyvenv.cfg; \
     find . -name __pycache__ -prune -exec rm -rf {} +; \
-    python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash lib
+    python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash lib; \
+    find . ! -type l -perm /022 -exec chmod go-w {} +; \
+    find /opt/hermes -exec touch -h -d "@${SOURCE_DATE_EPOCH}" {} +
 RUN for python in python3 /opt/hermes/.venv/bin/python; do \
       "$python" -B -c 'import sqlite3, sys; \
 db = sqlite3.connect(":memory:"); \
@@ -89,6 +94,8 @@ sys.exit(sqlite3.sqlite_version_info < (3, 51, 3) and f"SQLite {sqlite3.sqlite_v
 
 # Our scripts with their bytecode, which is never written at run time; an entry stub for each, which imports it and so finds that
 # bytecode; the names they are called by, links to the stubs; and PATH for login shells.
+FROM system AS scripts
+ARG SOURCE_DATE_EPOCH=0
 COPY hermes_boot.py main_wrapper.py LICENSE /opt/hermes/docker/
 RUN cd /opt/hermes/docker \
  && chmod 0755 hermes_boot.py main_wrapper.py \
@@ -111,6 +118,7 @@ RUN cd /opt/hermes/docker \
  && printf '%s\n' 'PATH=/opt/hermes/bin:/opt/hermes/.venv/bin:$PATH:/command' 'export PATH VIRTUAL_ENV=/opt/hermes/.venv' \
       '# Not exported: a `hermes` without it takes all of the container environment, the keys given with -e too.' \
       ': "${HERMES_HOME:=$(cat /run/s6/container_environment/HERMES_HOME 2>/dev/null || echo /opt/data)}"' >/names/etc/profile.d/hermes.sh \
+ && find /opt/hermes /names ! -type l -perm /022 -exec chmod go-w {} + \
  && find /opt/hermes /names -exec touch -h -d "@${SOURCE_DATE_EPOCH}" {} +
 
 FROM system
@@ -123,7 +131,8 @@ LABEL org.opencontainers.image.title="Hermes Agent" \
       org.opencontainers.image.licenses="MIT"
 COPY --from=s6-overlay /s6/ /
 COPY --from=agent /opt/hermes/ /opt/hermes/
-COPY --from=agent /names/ /
+COPY --from=scripts /opt/hermes/ /opt/hermes/
+COPY --from=scripts /names/ /
 COPY s6-rc.d/ /etc/s6-overlay/s6-rc.d/
 
 # S6_KILL_GRACETIME is a fixed wait at every end (0 would mean 3000); gateways drain before it, in cont-finish.d, and pay none of it.
