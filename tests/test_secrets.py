@@ -9,7 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from sandbox import PROJECT, agent_venv, wait_for
+from image import agent_venv
+from sandbox import PROJECT, wait_for
 
 sys.path.insert(0, str(PROJECT))
 import hermes_boot
