@@ -48,6 +48,7 @@ COMMAND_FOLDERS = ("/opt/hermes/bin", f"{VENV}/bin")
 COMMAND_PROCESS = "/run/hermes-command"  # pid and start time of the container command, for its graceful shutdown
 SUPERVISOR_PROCESS = "/run/hermes-supervisor"  # and of the fallback init, hermes_boot.py where s6-overlay cannot start
 CONTAINER_ENVIRONMENT = "/run/s6/container_environment"
+RUNTIME_FOLDER = "/tmp/hermes-runtime"  # XDG_RUNTIME_DIR unless that is set
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 SIGPIPE, SIGXFSZ = 13, 25
 
@@ -109,18 +110,26 @@ def root_home(environment: dict[str, str]) -> str:
 
 def program_environment(environment: dict[str, str]) -> dict[str, str]:
     """Return the environment for a program of the image: HOME, HERMES_HOME, VIRTUAL_ENV, and PATH with our folders
-    on it; last on it are the commands that `hermes profile create` makes on the volume, which root must not find. A
-    UID without a name has hermes's."""
+    on it; last on it are the commands that `hermes profile create` and pip make on the volume, which root must not
+    find. Unless given: where pip puts packages, a runtime folder, and hermes's name for a UID that has none."""
     path, home = environment.get("PATH") or os.defpath, root_home(environment)
     missing = [folder for folder in COMMAND_FOLDERS if folder not in path.split(":")]
     made = [f"{home}/.local/bin"] if f"{home}/.local/bin" not in path.split(":") else []
+    defaults = {"USER": USER, "LOGNAME": USER, "PYTHONUSERBASE": f"{home}/.local", "XDG_RUNTIME_DIR": RUNTIME_FOLDER}
     own = {
         "HOME": home,
         "HERMES_HOME": environment.get("HERMES_HOME") or HOME,
         "PATH": ":".join([*missing, path, *made]),
         "VIRTUAL_ENV": VENV,
     }
-    return {"USER": USER, "LOGNAME": USER} | environment | own
+    return defaults | environment | own
+
+
+def umask_of(environment: dict[str, str]) -> int | None:
+    """Return the umask that UMASK gives for hermes's processes, in octal, None when it gives none."""
+    value = environment.get("UMASK", "")
+    octal = value and len(value) <= 4 and not value.strip("01234567")
+    return int(value, 8) if octal and int(value, 8) <= 0o777 else None
 
 
 def s6_program(name: str) -> str:
@@ -147,6 +156,13 @@ def execute(argv: list[str], environment: dict[str, str]) -> int:
     except OSError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: cannot run {argv[0]!r}: {error.strerror}", file=sys.stderr)
         return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
+
+
+def execute_as_hermes(argv: list[str], environment: dict[str, str]) -> int:
+    """Exec a program as hermes, with hermes's umask; return only when that fails, as execute() does."""
+    if (umask := umask_of(environment)) is not None:
+        os.umask(umask)
+    return execute(as_hermes(argv), environment)
 
 
 def s6_is_pid_1() -> bool:
@@ -348,6 +364,14 @@ class Boot:
         return switch(self.setting("HERMES_BOOT_QUIET")) is True
 
 
+def take_umask(boot: Boot) -> int:
+    """Take hermes's umask, for what hermes makes on the volume; return it."""
+    umask = umask_of(boot.environment)
+    umask = 0o022 if umask is None else umask
+    os.umask(umask)
+    return umask
+
+
 def scandir_of(environment: dict[str, str]) -> str:
     """Return the path of the scandir."""
     return environment.get("S6_PROFILE_GATEWAY_SCANDIR", "").rstrip("/") or SCANDIR
@@ -369,7 +393,9 @@ def number_in(value: str, least: int, most: int) -> int | None:
 
 
 def check_switches(boot: Boot) -> None:
-    """Warn of switches that are neither on nor off."""
+    """Warn of switches that are neither on nor off, and of an UMASK that is none."""
+    if boot.setting("UMASK") and umask_of(boot.environment) is None:
+        warn(f"UMASK={boot.setting('UMASK')!r} is not an octal number from 0 to 777; using 022")
     for name in SWITCHES:
         value = boot.setting(name)
         if value.strip() and switch(value) is None:
@@ -421,7 +447,7 @@ class Folder:
         return child
 
     def make(self, path: str) -> Folder:
-        """Open a folder below this one, making what is missing of it with mode 0755."""
+        """Open a folder below this one, making what is missing of it."""
         try:
             return self.folder(path)
         except FileNotFoundError:
@@ -434,7 +460,7 @@ class Folder:
     def made(self, name: str) -> Folder:
         """Make a folder in this one, unless it is there by now, and open it."""
         try:
-            os.mkdir(name, 0o755, dir_fd=self.fd)
+            os.mkdir(name, dir_fd=self.fd)
         except FileExistsError:
             pass
         return Folder(name, self.fd)
@@ -859,6 +885,8 @@ def run_helper(argv: list[str], environment: dict[str, str]) -> int:
     def watch() -> int:
         os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
         os.dup2(2, 1)
+        if (umask := umask_of(environment)) is not None:
+            os.umask(umask)
         children = Children()
         try:
             helper = children.start(as_hermes(argv), environment, setsid=True)  # else the terminal could stop it
@@ -1009,7 +1037,14 @@ def parent_of(process: int) -> int:
 # --------------------------------------------------------------------------------------------------------------------
 
 PASSWD, GROUP = "/etc/passwd", "/etc/group"
-DOCKER_SOCKET = "/var/run/docker.sock"
+DOCKER_SOCKET, RENDER_NODES = "/var/run/docker.sock", "/dev/dri"
+# Secrets, the ones that hermes-agent reads: by their names' ends, as itself tells them, and some others.
+SECRET_SUFFIXES = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD", "_PASSWORD_HASH")
+SECRETS = frozenset(
+    "HERMES_AUTH_JSON_BOOTSTRAP MODAL_TOKEN_ID AWS_ACCESS_KEY_ID AWS_BEARER_TOKEN_BEDROCK GATEWAY_RELAY_ROUTE_KEYS"
+    " GOOGLE_CHAT_SERVICE_ACCOUNT_JSON".split()
+)
+PATHS = ("AZURE_FEDERATED_TOKEN_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE")  # which are read, again and again, by others
 MAX_ID = 2**32 - 2  # 2**32 - 1 is chown's "leave it as it is"
 
 
@@ -1142,8 +1177,8 @@ def follow_home(boot: Boot) -> None:
 
 
 def given_groups() -> list[int]:
-    """Return the GIDs that the container was started with (`--group-add`) and that of a mounted Docker socket,
-    root's excepted."""
+    """Return the GIDs that the container was started with (`--group-add`) and those of a mounted Docker socket and of
+    render nodes, root's excepted."""
     groups: list[int] = []
     init = read_pid_file(SUPERVISOR_PROCESS) or 1  # PID 1 may be another container's
     with open(f"/proc/{init}/status", "rb") as file:
@@ -1151,11 +1186,16 @@ def given_groups() -> list[int]:
             if line.startswith(b"Groups:"):
                 groups = [int(number) for number in line.split()[1:]]
     try:
-        status = os.stat(DOCKER_SOCKET)
-        if stat.S_ISSOCK(status.st_mode):
-            groups.append(status.st_gid)
+        nodes = [f"{RENDER_NODES}/{name}" for name in sorted(os.listdir(RENDER_NODES)) if name.startswith("renderD")]
     except OSError:
-        pass  # not mounted
+        nodes = []
+    for path in (DOCKER_SOCKET, *nodes):
+        try:
+            status = os.stat(path)
+            if stat.S_ISSOCK(status.st_mode) or stat.S_ISCHR(status.st_mode):
+                groups.append(status.st_gid)
+        except OSError:
+            continue  # not mounted
     return [group for group in dict.fromkeys(groups) if group != 0]
 
 
@@ -1174,6 +1214,60 @@ def join_groups(boot: Boot, *, look: bool = False) -> list[int]:
     if changed and not look:
         boot.announce(f"add {USER} to the groups {names}")
     return wanted if changed else []
+
+
+def secret_of(variable: str) -> str:
+    """Return the name of the secret that a variable names the file of, "" when it is no such variable."""
+    name = variable.removesuffix("_FILE")
+    ours = name != variable and (name.endswith(SECRET_SUFFIXES) or name in SECRETS)
+    return name if ours and variable not in PATHS else ""
+
+
+def read_secrets(boot: Boot) -> None:
+    """Export what NAME_FILE names as NAME, to the boot itself and to all that is started with the container's
+    environment. Fatal when one cannot be had: without it the agent would fail later, and less clearly."""
+    later = read_pid_file(COMMAND_PROCESS) != 0  # NAME is then what the boot has exported
+    for variable in sorted(boot.environment):
+        name, path = secret_of(variable), boot.environment[variable]
+        if not name or not path:
+            continue
+        if boot.setting(name) and not later:
+            raise Fatal(f"{name} and {variable} are both set; unset one")
+        if not boot.announce(f"read {name} from {shown(path)}"):
+            continue
+        try:
+            value = secret_file(path, 131_000 - len(name)).rstrip(b"\r\n")  # Linux takes 128 KiB a variable
+        except OSError as error:
+            raise Fatal(
+                f"{variable}={path!r} {described(error)}; mount it as a file, such as /run/secrets/NAME"
+            ) from error
+        if not value or b"\0" in value:
+            why = "has a NUL byte, which no variable can hold" if value else "is empty"
+            raise Fatal(f"{variable}={path!r} {why}; give it the secret alone")
+        boot.environment[name] = os.fsdecode(value)
+        try:
+            with trusted_folder(CONTAINER_ENVIRONMENT) as folder:
+                folder.write(name, value + b"\n", 0o600, replace=True)
+        except OSError as error:
+            why = f"{CONTAINER_ENVIRONMENT} {described(error)}"
+            raise Fatal(f"{name} cannot be handed on: {why}; S6_KEEP_ENV must not be 1") from error
+
+
+def secret_file(path: str, limit: int) -> bytes:
+    """Return a file's content, of at most limit bytes. As root only where nobody but root decides what the path
+    leads to. Raises OSError."""
+    if not path.startswith("/"):
+        raise OSError(errno.EINVAL, "is not an absolute path")
+    path = path if os.geteuid() == 0 else os.path.realpath(path)
+    for _ in range(40):
+        parent, _, name = path.rpartition("/")
+        with trusted_folder(parent or "/") as folder:
+            if os.geteuid() == 0 and not folder.is_roots():
+                raise OSError(errno.EPERM, "is in a folder that not only root can write")
+            if not (target := folder.link_of_root(name)):
+                return folder.read(name, limit)
+        path = os.path.join(parent, target)
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
 
 
 # Ownership
@@ -1807,8 +1901,8 @@ BUILT_IN = {
 }
 TEMPLATES = (
     (".env", 0o600, ".env.example"),
-    ("config.yaml", 0o640, "cli-config.yaml.example"),
-    ("SOUL.md", 0o644, "docker/SOUL.md"),
+    ("config.yaml", 0o660, "cli-config.yaml.example"),
+    ("SOUL.md", 0o666, "docker/SOUL.md"),
 )
 STATE_FILE = "gateway_state.json"
 BOOTSTRAPS = {"auth.json": "HERMES_AUTH_JSON_BOOTSTRAP", STATE_FILE: "HERMES_GATEWAY_BOOTSTRAP_STATE"}
@@ -1818,7 +1912,7 @@ PROBE = "hermes-write-test"
 
 
 def seeds(boot: Boot) -> list[tuple[str, int, bytes]]:
-    """Return (name, mode, content) of every file that a volume starts with."""
+    """Return (name, mode before the umask, content) of every file that a volume starts with."""
     result = []
     for name, mode, template in TEMPLATES:
         try:
@@ -1831,7 +1925,7 @@ def seeds(boot: Boot) -> list[tuple[str, int, bytes]]:
         result.append(("auth.json", 0o600, os.fsencode(auth)))
     if state := boot.setting("HERMES_GATEWAY_BOOTSTRAP_STATE"):
         if state == "running":
-            result.append((STATE_FILE, 0o644, b'{"desired_state": "running"}\n'))
+            result.append((STATE_FILE, 0o666, b'{"desired_state": "running"}\n'))
         else:
             warn(f"HERMES_GATEWAY_BOOTSTRAP_STATE={state!r} is ignored; the one state to start from is `running`")
     return result
@@ -1871,17 +1965,20 @@ def owner_and_mode(name: str, at: int | None = None) -> str:
 def seed(boot: Boot) -> int:
     """As hermes: try the volume, make the managed folders, put missing files in place. Never overwrites. Fatal if
     not writable. Returns TO_MIGRATE when the configuration is of an older hermes-agent."""
+    umask = take_umask(boot)
     if not boot.dry_run:
         give_access(os.path.realpath(boot.home))
     with open_home(boot) as home:
         if not boot.dry_run:
             try_volume(boot, home)
+            make_runtime_folder(boot)
         fresh = home.stat("config.yaml") is None
         for path in MANAGED_FOLDERS:
             seed_folder(boot, home, path)
         for name, mode, content in seeds(boot):
-            seed_file(boot, home, name, mode, content)
+            seed_file(boot, home, name, mode & ~umask, content)
         check_files(home)
+        check_packages(boot)
         remove_install_method(boot, home)
         return TO_MIGRATE if wants_migration(boot, home, fresh=fresh) else 0
 
@@ -1952,6 +2049,37 @@ def try_volume(boot: Boot, home: Folder) -> None:
             f"{shown(boot.home)} cannot be written by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)}; it belongs to"
             f" {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}; {advice}{rootless_advice(boot.owner)}"
         ) from error
+
+
+def make_runtime_folder(boot: Boot) -> None:
+    """Make the folder for XDG_RUNTIME_DIR, hermes's alone, unless the container was given another one."""
+    if boot.setting("XDG_RUNTIME_DIR") or not supervised():
+        return
+    try:
+        with Folder("/tmp") as parent, parent.made(os.path.basename(RUNTIME_FOLDER)) as folder:
+            os.fchmod(folder.fd, 0o700)
+    except OSError as error:
+        warn(f"{RUNTIME_FOLDER} {described(error)}; give hermes a writable /tmp (--tmpfs /tmp), or set XDG_RUNTIME_DIR")
+
+
+def check_packages(boot: Boot) -> None:
+    """Name the packages that the agent has fetched for another Python; it fetches them anew when they are needed."""
+    import _imp
+
+    ours = f"{sys.version_info[0]}.{sys.version_info[1]}:{_imp.extension_suffixes()[0]}"
+    path = boot.setting("HERMES_LAZY_INSTALL_TARGET") or f"{boot.home}/lazy-packages"
+    try:
+        with Folder(path, follow=True) as folder:
+            found = folder.read(".python-abi", 200).decode(errors="replace").strip()
+            names = [name.removesuffix(".dist-info") for name in os.listdir(folder.fd) if name.endswith(".dist-info")]
+    except OSError:
+        return  # nothing was fetched
+    if found != ours and names:
+        packages = " ".join(shown(name) for name in sorted(names)[:20])
+        warn(
+            f"{len(names)} packages in {shown(path)} are for Python {shown(found)} and not {ours}: {packages};"
+            " the agent fetches them anew when a platform needs one; remove the folder to be rid of them at once"
+        )
 
 
 def seed_folder(boot: Boot, home: Folder, path: str) -> None:
@@ -2534,6 +2662,7 @@ FIND_HOME = (  # in shell, what root_home does
     'home="${HERMES_HOME:-' + HOME + '}"',
     'case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac',
 )
+TAKE_UMASK = 'case "$UMASK" in "" | *[!0-7]* | [1-7]??? | ?????*) ;; *) umask "$UMASK" ;; esac'  # what umask_of does
 # s6-log makes its stdout non-blocking, for all who share it: so not the container command's stderr itself, but the same
 # file opened anew. Its stderr is that one too: on a stderr that nobody reads, its last words would keep it from ending.
 OWN_STDERR = "if [ -w /proc/self/fd/2 ] && [ ! -S /proc/self/fd/2 ]; then exec 1>>/proc/self/fd/2; else exec 1>&2; fi"
@@ -2549,15 +2678,17 @@ def run_script(profile: str, extra_env: dict[str, str] | None = None) -> str:
     """Return a slot's run: the gateway of a profile, as hermes. Root does nothing here but drop; hermes can restart it
     at will.
 
-    HERMES_S6_SUPERVISED_CHILD keeps hermes-agent from handing the gateway to s6 once more, and a sticky active_profile
-    from capturing the slot. The API_SERVER_ variables are one gateway's, the default's: two on one port would loop.
+    HERMES_S6_SUPERVISED_CHILD (HERMES_SUPERVISED_CHILD in later agents) keeps hermes-agent from handing the gateway to
+    s6 once more, and a sticky active_profile from capturing the slot. `hermes` there is main_wrapper.py, which sets
+    what all of hermes's programs have. The API_SERVER_ variables are one gateway's, the default's: two on one port
+    would loop.
     """
     arguments = "gateway run --replace" if profile == "default" else f"-p {profile} gateway run --replace"
     lines = [
         "#!/command/with-contenv sh",
         "exec 2>&1",
         *FIND_HOME,
-        'export HOME="$home" HERMES_HOME="$home" HERMES_S6_SUPERVISED_CHILD=1',
+        'export HOME="$home" HERMES_HOME="$home" HERMES_S6_SUPERVISED_CHILD=1 HERMES_SUPERVISED_CHILD=1',
         'cd "$home" || cd /',
     ]
     if profile != "default":
@@ -2578,7 +2709,7 @@ def log_run_script(profile: str, *, to_folder: bool = True) -> str:
     """Return a slot's log/run: each line to the container's stderr, and with a timestamp to the profile's log
     folder, unless somebody has locked that: a logger that does not come up would stop its gateway."""
     folder = f'"$home/logs/gateways/{profile}"'
-    lines = ["#!/command/with-contenv sh", OWN_STDERR, "exec 2>&1", *FIND_HOME]
+    lines = ["#!/command/with-contenv sh", OWN_STDERR, "exec 2>&1", TAKE_UMASK, *FIND_HOME]
     if to_folder:
         lines += [
             f'[ "$(id -u)" = 0 ] && set -- s6-setuidgid {USER} || set --',
@@ -2782,6 +2913,7 @@ def setup(boot: Boot) -> int:
     for fault in mount_faults(boot):
         warn(fault)
     remap(boot)
+    read_secrets(boot)
     if not boot.dry_run:
         close_environment(boot)
     if euid != 0 and switch(boot.setting("HERMES_SEALED")):
@@ -3069,6 +3201,7 @@ def own_static_services(boot: Boot, scandir: Folder, *, whole: bool) -> None:
 
 def reconcile(boot: Boot, command: list[str], output: int | None = None) -> int:
     """As hermes: find the profiles, publish their slots, or with output ask root to, say and log a line for each."""
+    take_umask(boot)
     if "TZ" in boot.environment:
         os.environ["TZ"] = boot.environment["TZ"]  # for the boot log's dates
         time.tzset()
@@ -4384,7 +4517,7 @@ def dashboard(environment: dict[str, str]) -> int:
     if number_in(port, 1, 65535) is None:  # Kubernetes gives tcp://... for a service named hermes-dashboard
         warn(f"HERMES_DASHBOARD_PORT={port!r} is not a number from 1 to 65535; using {DASHBOARD_PORT}")
         port = DASHBOARD_PORT
-    return execute(as_hermes([HERMES, "dashboard", "--host", address, "--port", port, "--no-open"]), environment)
+    return execute_as_hermes([HERMES, "dashboard", "--host", address, "--port", port, "--no-open"], environment)
 
 
 def gateway_run(words: list[str], environment: dict[str, str]) -> int:
@@ -4401,7 +4534,7 @@ def gateway_run(words: list[str], environment: dict[str, str]) -> int:
         environment = environment | {"HERMES_GATEWAY_NO_SUPERVISE": "1"}
     help_wanted = {"-h", "--help", "--no-supervise"} & set(rest)
     if help_wanted or switch(environment.get("HERMES_GATEWAY_NO_SUPERVISE", "")):
-        return execute([HERMES, *words], environment)
+        return execute_as_hermes([HERMES, *words], environment)
     sys.stdout = sys.stderr  # stdout is the program's
     boot = Boot(environment)
     manager = S6ServiceManager(boot.scandir, boot.home, environment=environment)
@@ -4414,7 +4547,7 @@ def gateway_run(words: list[str], environment: dict[str, str]) -> int:
             control_as_hermes("start", profile, False, environment)  # what fails is said, and s6's to try again
         if stopped or not s6_is_pid_1() or is_multiplexed(boot):
             return execute(["/bin/sleep", "infinity"], environment)
-    return execute([HERMES, *words], environment)
+    return execute_as_hermes([HERMES, *words], environment)
 
 
 # Status

@@ -356,7 +356,7 @@ def containers(runs: int) -> dict:
 
 def image_layers() -> list[str] | str:
     """Return the image's layers with their sizes, or why there are none."""
-    image = os.environ.get("HERMES_TEST_IMAGE", "hermes-agent:0.19.0")
+    image = os.environ.get("HERMES_TEST_IMAGE", "hermes-agent")
     for engine in filter(shutil.which, ("docker", "podman")):
         done = subprocess.run(
             [engine, "history", "--format", "{{.Size}}\t{{.CreatedBy}}", image], capture_output=True, text=True

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from sandbox import PROJECT, wait_for
+from sandbox import AGENT_VERSION, PROJECT, wait_for
 
 GOLDEN_VOLUME = """\
 drwxr-xr-x hermes hermes .
@@ -287,7 +287,7 @@ def test_make_run_prints_the_agents_version_alone_on_stdout(live):
     """The real Hermes Agent, through boot, wrapper and drop."""
     done = make("run", "ARGS=--version")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].startswith("Hermes Agent v0.19.0")
+    assert done.stdout.splitlines()[0].startswith(f"Hermes Agent v{AGENT_VERSION}")
     assert "run as 10000:10000" in done.stderr and "run as" not in done.stdout
 
 
