@@ -1794,7 +1794,7 @@ def container_words() -> list[str]:
     PID 1 where that runs the wrapper, or of the fallback init.
     """
     fallback = read_pid_file(SUPERVISOR_PROCESS)  # among others' processes, in a shared PID namespace
-    for process in [fallback] if fallback else [1, *children_of(1)]:
+    for process in [fallback] if fallback else first_processes():
         try:
             words = [os.fsdecode(word) for word in content(f"/proc/{process}/cmdline").split(b"\0")[:-1]]
         except OSError:
@@ -1807,8 +1807,18 @@ def container_words() -> list[str]:
     return []
 
 
+def first_processes():
+    """Yield PID 1 and its children; those that the kernel lists first, since hundreds of others are s6's supervisors."""
+    yield 1
+    try:
+        yield from map(int, content("/proc/1/task/1/children").split())
+    except OSError:
+        pass  # not every kernel has that, and it may miss one while another ends
+    yield from children_of(1)
+
+
 def children_of(parent: int) -> list[int]:
-    """Return a process's children of this moment. Not every kernel has /proc/PID/task/TID/children."""
+    """Return a process's children of this moment."""
     result = []
     for name in os.listdir("/proc"):
         try:
@@ -2462,14 +2472,15 @@ def deaths(slot: str) -> list[tuple[float, int]]:
     ]
 
 
-def death_times(slot: str) -> list[float]:
+def death_times(slot: str, tally: list[tuple[float, int]] | None = None) -> list[float]:
     """Return when the last deaths in a slot were, in seconds since 1970, since an operator has started it: an end that the
-    operator asked for is no sign of a crash loop. The manager leaves the time of a start on the FIFO back-off."""
+    operator asked for is no sign of a crash loop. The manager leaves the time of a start on the FIFO back-off. tally is
+    what deaths() has said, where that is known."""
     try:
         started = os.stat(f"{slot}/back-off", follow_symlinks=False).st_mtime
     except OSError:
         started = 0.0  # a logger's, or a slot that hermes-agent made
-    return [moment for moment, _ in deaths(slot) if moment > started]
+    return [moment for moment, _ in (deaths(slot) if tally is None else tally) if moment > started]
 
 
 def back_off(times: list[float]) -> int:
@@ -2967,7 +2978,8 @@ def gateway_status(boot: Boot, manager: S6ServiceManager, names: list[str], as_j
     """Print the rows of some gateways, or of all that have a slot; return 0 when they are all up, else 3."""
     for name in names:
         manager.slot(name)
-    rows = [row for row in rows_of(boot) if row.name in (names or manager.list_profile_gateways())]
+    with open_home(boot) as home:
+        rows = [row_of(boot, home, name) for name in in_order(names or manager.list_profile_gateways())]
     print(to_json([row.as_dict() for row in rows]) if as_json else table(rows))
     return 0 if all(row.state in ("up", "starting") for row in rows) else 3
 
@@ -3240,54 +3252,102 @@ def gateway_run(words: list[str], environment: dict[str, str]) -> int:
 
 
 class Row:
-    """What `status` says of one gateway; the fields are its columns."""
+    """What `status` says of one gateway; times are seconds since 1970, restarts those of the last minute, and waits_until
+    is when a crash loop's next start is."""
 
-    __slots__ = ("name", "state", "since", "pid", "restarts", "wanted", "last_exit", "autostart", "why", "last_line")
+    __slots__ = (
+        *"name state since pid restarts wanted last_exit autostart why last_line".split(),
+        *"waits_until restarts_since_boot memory platforms".split(),
+    )
 
     def as_dict(self) -> dict[str, object]:
-        """Return the row for JSON; times are seconds since 1970."""
+        """Return the row for JSON."""
         return {field: getattr(self, field) for field in self.__slots__}
 
 
 START_SECONDS = 3  # a gateway up for less is still starting, unless it has said more
 
 
-def rows_of(boot: Boot) -> list[Row]:
-    """Return a row for every profile of the volume and for every slot, default first."""
+def rows_of(boot: Boot, profile: str | None = None) -> list[Row]:
+    """Return a row for every profile of the volume and for every slot, default first; or for one, if it is there."""
     manager = S6ServiceManager(boot.scandir, boot.home, environment=boot.environment)
     with open_home(boot) as home:
-        names = {
-            "default",
-            *manager.list_profile_gateways(),
-            *(p.name for p in list_profiles(boot, home, None) if p.action != "skipped"),
-        }
-        return [row_of(boot, home, name) for name in sorted(names, key=lambda name: (name != "default", name))]
+        names = {"default", *manager.list_profile_gateways()}
+        if profile is None or profile not in names:
+            names |= unregistered(home, names, profile)
+        if profile is not None:
+            names &= {profile}
+        return [row_of(boot, home, name) for name in in_order(names)]
+
+
+def in_order(names: list[str] | set[str]) -> list[str]:
+    """Return profiles in name order, default first."""
+    return sorted(names, key=lambda name: (name != "default", name))
+
+
+def unregistered(home: Folder, registered: set[str], profile: str | None) -> set[str]:
+    """Return the volume's profiles that are not among the registered ones, or one of them, if it is there."""
+
+    def is_profile(name: str) -> bool:
+        if name == "default" or name in registered or name_fault(name):
+            return False
+        try:
+            with Folder(name, profiles.fd) as folder:
+                return not soul_fault(folder)
+        except OSError:
+            return False  # a file, or nothing that hermes can look into
+
+    try:
+        with home.folder("profiles") as profiles:
+            return set(filter(is_profile, os.listdir(profiles.fd) if profile is None else [profile]))
+    except OSError:
+        return set()
 
 
 def row_of(boot: Boot, home: Folder, name: str) -> Row:
     """Return what there is to say of one gateway."""
     row, slot = Row(), f"{boot.scandir}/{SLOT_PREFIX}{name}"
-    status, tally = slot_status(slot), deaths(slot)
-    row.name, row.autostart, row.why = name, False, "no such profile"
     state: dict[str, object] = {}
+    row.name, row.autostart, row.why = name, False, "no such profile"
     try:
         with profile_folder(home, name) as folder:
             state, fault = read_state(folder)
             row.autostart, row.why = autostart(boot, name, state, fault)
     except OSError:
         pass  # a slot whose profile is gone
-    times = death_times(slot)
+    add_what_s6_says(row, slot, state)
+    platforms = state.get("platforms") if row.pid and state.get("pid") == row.pid else None
+    row.platforms = {
+        shown(platform): str(said.get("state"))
+        for platform, said in (platforms.items() if isinstance(platforms, dict) else ())
+        if isinstance(said, dict)
+    }
+    row.last_line = (last_lines(home, name, 1) or [""])[0]
+    return row
+
+
+def add_what_s6_says(row: Row, slot: str, state: dict[str, object]) -> None:
+    """Fill in what s6-supervise knows of a slot; state is what its profile's state file says."""
+    status, tally = slot_status(slot), deaths(slot)
+    times = death_times(slot, tally)
     row.state = state_of(status, state, times, os.path.isdir(slot))
     row.since = round(status.since, 3) if status else None
     row.pid = status.pid if status and status.up else None
-    recent = sum(1 for moment in times if time.time() - moment <= RESTART_WINDOW)
-    row.restarts = (
-        recent - 1 if recent and status and not status.wanted else recent
-    )  # after the last death no start followed
     row.wanted = status.wanted if status else None
+    recent = sum(1 for moment in times if time.time() - moment <= RESTART_WINDOW)
+    last = 1 if status and not status.wanted else 0  # no start followed
+    row.restarts, row.restarts_since_boot = max(0, recent - last), max(0, len(tally) - last)
+    row.waits_until = round(times[-1] + back_off(times)) if row.state == "crash loop" and not row.pid else None
     row.last_exit = ending(tally[-1][1]) if tally else None
-    row.last_line = (last_lines(home, name, 1) or [""])[0]
-    return row
+    row.memory = resident(row.pid) if row.pid else None
+
+
+def resident(pid: int) -> int | None:
+    """Return a process's resident memory in bytes, None when that cannot be seen."""
+    try:
+        return int(content(f"/proc/{pid}/statm").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
 
 
 def state_of(status: SlotStatus | None, state: dict[str, object], times: list[float], registered: bool) -> str:
@@ -3389,7 +3449,7 @@ def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | N
     """Print the table or JSON, again and again with watch, in seconds; return 0, or 4 when there is no such profile."""
     become_hermes()
     while True:
-        rows = [row for row in rows_of(boot) if profile in (None, row.name)]
+        rows = rows_of(boot, profile)
         if not rows:
             return report_failures(
                 {"": NotRegistered(f"no such profile: {shown(profile or '')}; `hermes-boot status` lists them")}
@@ -3489,13 +3549,40 @@ def unread_logs(logs: Folder, last: int) -> list:
     return files[start:end]
 
 
-def log_lines(logs: Folder, *, follow: bool):
+def last_files(files: list, count: int) -> list:
+    """Return those of a log's files, oldest first, that its last count lines are in, the first of them placed where
+    these begin, or a little before; the others are closed. Blocks are read from the end on: a log's size costs no time."""
+    for index in range(len(files) - 1, -1, -1):
+        count -= place_before(files[index], count)
+        if count <= 0:
+            for file in files[:index]:
+                file.close()
+            return files[index:]
+    return files
+
+
+def place_before(file, count: int) -> int:
+    """Place a log file before its last count lines, or at its start; return how many lines follow there."""
+    position, found = os.fstat(file.fileno()).st_size, 0
+    least = max(0, position - count * LINE_LIMIT)  # longer lines are taken for several
+    while position > least:
+        size = min(position - least, LINE_LIMIT)
+        position -= size
+        found += os.pread(file.fileno(), size, position).count(b"\n")
+        if found > count:
+            break
+    file.seek(position)
+    return count if position and position == least else found
+
+
+def log_lines(logs: Folder, *, count: int | None, follow: bool):
     """Yield a log's lines as bytes, archives and current in order; with follow, go on for ever, over rotations, with
-    None in pauses."""
+    None in pauses. With a count, start where at least as many lines are left, unless there are fewer."""
     last = None
     while True:
         inode = os.fstat(last.fileno()).st_ino if last else 0
-        for file in unread_logs(logs, inode):
+        files = unread_logs(logs, inode)
+        for file in files if last or count is None else last_files(files, count):
             if last and os.fstat(file.fileno()).st_ino == inode:
                 file.close()
             else:
@@ -3510,17 +3597,15 @@ def log_lines(logs: Folder, *, follow: bool):
 
 def whole_lines(file):
     """Yield what a log file has more; a line that s6-log has only begun is left for the next time."""
-    while True:
-        position = file.tell()
-        line = file.readline(LINE_LIMIT)
+    while line := file.readline(LINE_LIMIT):
         if not line.endswith(b"\n") and len(line) < LINE_LIMIT:
-            file.seek(position)
+            file.seek(-len(line), os.SEEK_CUR)
             return
         yield line
 
 
 def last_lines(home: Folder, profile: str, count: int) -> list[str]:
-    """Return the last lines of a gateway's current log that say something, without timestamps, fit for one line of a
+    """Return the last lines of a gateway's current log that have letters, without timestamps, fit for one line of a
     terminal each."""
     try:
         with home.folder(f"logs/gateways/{profile}") as logs:
@@ -3536,7 +3621,7 @@ def last_lines(home: Folder, profile: str, count: int) -> list[str]:
         "".join(letter if letter.isprintable() else " " for letter in line.partition("  ")[2]).strip()[:200]
         for line in lines
     ]
-    return [text for text in texts if text][-count:]
+    return [text for text in texts if any(map(str.isalpha, text))][-count:]
 
 
 def since_when(text: str) -> str:
@@ -3556,17 +3641,16 @@ def since_when(text: str) -> str:
 
 def show_logs(boot: Boot, profile: str | None, count: int | None, since: str | None, follow: bool) -> int:
     """Print a gateway's log, its last count lines of those from since on; return 0, or 4 when there is none."""
-    from collections import deque
-
     become_hermes()
     manager = S6ServiceManager(boot.scandir, boot.home, environment=boot.environment)
     name, after = named_profile(manager, profile), (since or "").encode()
     try:
         manager.valid(name)
         with Folder(boot.home, follow=True) as home, home.folder(f"logs/gateways/{name}") as logs:
-            lines = (line for line in log_lines(logs, follow=follow) if line is None or line[: len(after)] >= after)
+            found = log_lines(logs, count=count, follow=follow)
+            lines = (line for line in found if line is None or line[: len(after)] >= after)
             past = iter(lines.__next__, None)  # up to the first pause
-            write_lines(past if count is None else deque(past, count))
+            write_lines(past if count is None else [*past][-count:])
             for line in lines:
                 write_lines([line]) if line else time.sleep(0.2)
     except FileNotFoundError:
@@ -4025,7 +4109,8 @@ def main(argv: list[str]) -> int:
 
 
 def dispatch(words: list[str]) -> int:
-    """Run a command. What the image itself calls pays for no parser; people's commands get one."""
+    """Run a command. What the image itself calls pays for no parser, nor does what people look at most often; it takes as
+    long as all the rest."""
     command, rest = words[0] if words else "", words[1:]
     if words in ([], ["setup"], ["reconcile"], ["shutdown"]):
         return run_phases(command, dry_run=False)
@@ -4041,6 +4126,13 @@ def dispatch(words: list[str]) -> int:
         return dashboard(process_environment())
     if command == "gateway" and rest[:1] and rest[0] in DONE and (rest[1:] in ([], ["--all"]) or rest[1:-1] == ["-p"]):
         return control(rest[0], rest[2] if rest[2:] else None, rest[1:] == ["--all"], exec_environment())
+    profile = rest[-1] if rest[-2:-1] == ["-p"] else None
+    if command == "status" and len(rest) == (2 if profile else 0):
+        return show_status(Boot(exec_environment()), profile, False, None)
+    if words[:2] == ["gateway", "status"] and profile and len(rest) == 3:
+        return gateway_command(Boot(exec_environment()), "status", profile, False, False)
+    if command == "logs" and rest[:-1] == ["-n"] and (lines := number_in(rest[-1], 1, 10**9)):
+        return show_logs(Boot(exec_environment()), None, lines, None, False)
     return run_command(parse(words))
 
 

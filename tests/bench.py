@@ -34,6 +34,7 @@ from sandbox import PROJECT, Sandbox, base_python, unsupported, wait_for
 SCRIPTS = "/opt/hermes/docker"
 PYTHON = base_python()
 BARE = [PYTHON, "-IS", "-c", "pass"]
+MANAGER = "/opt/hermes/bin/hermes-boot"
 SETUP, RECONCILE = "/etc/cont-init.d/01-hermes-setup", "/etc/cont-init.d/02-reconcile-profiles"
 COMMAND_PROCESS = "/run/hermes-command"
 VARIABLES = "/run/s6/container_environment"
@@ -326,11 +327,10 @@ def read_slot(model: str) -> tuple[list, list, list]:
 def measure(bench: Bench) -> None:
     """Measure everything that happens inside a container."""
     results, wants = bench.results, bench.wants
-    manager = f"{SCRIPTS}/hermes_boot.py"
     for case, action in (
         ("wrapper", lambda: run(f"{SCRIPTS}/main-wrapper.sh", "true")),
         ("stop", stop_gateway),
-        ("health", lambda: run(manager, "health", check=False)),
+        ("health", lambda: run(MANAGER, "health", check=False)),
     ):
         if wants(case):
             results[case] = bench.pairs(action, bare(1))
@@ -346,7 +346,7 @@ def measure(bench: Bench) -> None:
     if wants("scaling"):
         results["scaling"] = scaling(bench, (10, 100, 1000) if bench.quick else (10, 100, 1000, 10_000))
     if wants("status", "status one", "gateway status one", "doctor", "slots", "logs", "archives"):
-        operators(bench, manager)
+        operators(bench)
     if not os.path.exists("/usr/bin/strace"):
         print("bench: no strace here, so there is no slow disk either", file=sys.stderr)
         return
@@ -365,7 +365,7 @@ def difference(result: dict) -> dict:
     return result | {"figure": result["ms"] - result["floor_ms"]}
 
 
-def operators(bench: Bench, manager: str) -> None:
+def operators(bench: Bench) -> None:
     """Measure what people wait for, with as many gateways as one container takes, RUNNING of them up, each with a log
     and a configuration of 1 MiB; and the memory of the slots."""
     before = memory_of_s6()
@@ -378,12 +378,15 @@ def operators(bench: Bench, manager: str) -> None:
             ("status", bare(4, HEAVY), ["status"]),
             ("status one", bare(4), ["status", "-p", one]),
             ("gateway status one", bare(4), ["gateway", "status", "-p", one]),
-            ("doctor", bare(10, 3 * HEAVY), ["doctor"]),
+            ("doctor", bare(10, 3 * HEAVY), ["doctor", "--json"]),
             ("logs", bare(4), ["logs", "-n", "1"]),
             ("archives", bare(4, 50), ["logs", "-p", one, "-n", "50000"]),
         ):
             if bench.wants(case):
-                bench.results[case] = bench.pairs(lambda: run(manager, *words, check=words[0] in ("status", "logs")), bound)  # noqa: B023
+                result = bench.pairs(
+                    lambda words=words: run(MANAGER, *words, check=words[-1] not in (one, "--json")), bound
+                )
+                bench.results[case] = result
 
 
 def remap(bench: Bench, files: int) -> dict:
@@ -465,7 +468,7 @@ def modules() -> dict[str, list[str]]:
         "hermes gateway stop": (["/opt/hermes/bin/hermes", "gateway", "stop"], "main_wrapper"),
         "setup": ([SETUP], "hermes_boot"),
         "reconcile": ([RECONCILE], "hermes_boot"),
-        "health": ([f"{SCRIPTS}/hermes_boot.py", "health"], "hermes_boot"),
+        "health": ([MANAGER, "health"], "hermes_boot"),
     }
     bare = imported(["-c", "pass"])
     found = {}
@@ -525,7 +528,7 @@ def crowd(bench: Bench) -> None:
             if bench.wants("slow stop"):
                 bench.results["slow stop"] = slow_stop(box)
             if bench.wants("docker stop"):
-                box.exec(f"{SCRIPTS}/hermes_boot.py", "gateway", "start", "--all", timeout=120)
+                box.exec(MANAGER, "gateway", "start", "--all", timeout=120)
                 time.sleep(2)
                 started = time.perf_counter()
                 box.stop(60)
@@ -542,12 +545,12 @@ def slow_stop(box: Sandbox) -> dict:
         *strace,
         "-e",
         f"inject={calls}:delay_enter={delay}",
-        f"{SCRIPTS}/hermes_boot.py",
+        MANAGER,
         "gateway",
         "stop",
         "--all",
     ]
-    wait_for(lambda: box.exec(f"{SCRIPTS}/hermes_boot.py", "health").returncode == 0, 60)
+    wait_for(lambda: box.exec(MANAGER, "health").returncode == 0, 60)
     time.sleep(2)
     started = time.perf_counter()
     done = box.exec(*stop, timeout=300)
