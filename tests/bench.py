@@ -58,6 +58,17 @@ HEAVY, CROWD, RUNNING = (
     100,
 )  # profiles: of status and doctor; of the slow disk and of `docker stop`; of these, up
 FSYNC = 50  # ms that the slow disk takes
+SLOW_DISK = "/opt/slow-disk.so"
+SLOW_DISK_SOURCE = f"""
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+static void wait(void) {{ struct timespec time = {{0, {FSYNC} * 1000000}}; nanosleep(&time, 0); }}
+int fsync(int fd) {{ wait(); return syscall(SYS_fsync, fd); }}
+int fdatasync(int fd) {{ wait(); return syscall(SYS_fdatasync, fd); }}
+int syncfs(int fd) {{ wait(); return syscall(SYS_syncfs, fd); }}
+void sync(void) {{ wait(); syscall(SYS_sync); }}
+"""
 # case: its name, and what it is to reach, as a unit and the largest figure
 TARGETS = {
     "wrapper": ("wrapper, until the program has run", "x", 1.5),
@@ -149,11 +160,9 @@ def bare(starts: int, milliseconds: float = 0):
     return lambda: starts * run(*BARE) + milliseconds
 
 
-def slow(delay: int, *argv: str) -> float:
-    """Run a program on a disk whose fsync takes delay ms; return ms."""
-    inject = f"inject=fsync,fdatasync,sync,syncfs:delay_enter={delay * 1000}"
-    calls = "trace=fsync,fdatasync,sync,syncfs"
-    return run("/usr/bin/strace", "-f", "-o", "/dev/null", "--seccomp-bpf", "-e", calls, "-e", inject, *argv)
+def slow(*argv: str) -> float:
+    """Run a program on a disk whose fsync takes FSYNC ms; return ms."""
+    return run("/usr/bin/env", f"LD_PRELOAD={SLOW_DISK}", *argv)
 
 
 def stop_gateway() -> float:
@@ -347,17 +356,12 @@ def measure(bench: Bench) -> None:
         results["scaling"] = scaling(bench, (10, 100, 1000) if bench.quick else (10, 100, 1000, 10_000))
     if wants("status", "status one", "gateway status one", "doctor", "slots", "logs", "archives"):
         operators(bench)
-    if not os.path.exists("/usr/bin/strace"):
-        print("bench: no strace here, so there is no slow disk either", file=sys.stderr)
-        return
-    if wants("slow boot"):
-        with Volume(20, 0) as volume:
-            both = [lambda delay=delay: slow(delay, SETUP) + slow(delay, RECONCILE) for delay in (FSYNC, 0)]
-            results["slow boot"] = difference(bench.pairs(*both, volume.clear))
-    if wants("slow first boot"):
-        with Volume(0, 0) as volume:
-            both = [lambda delay=delay: slow(delay, SETUP) + slow(delay, RECONCILE) for delay in (FSYNC, 0)]
-            results["slow first boot"] = difference(bench.pairs(*both, volume.start_anew))
+    for case, profiles in (("slow boot", 20), ("slow first boot", 0)):
+        if wants(case) and os.path.exists(SLOW_DISK):
+            with Volume(profiles, 0) as volume:
+                before = volume.clear if profiles else volume.start_anew
+                delayed = bench.pairs(lambda: slow(SETUP) + slow(RECONCILE), volume.boot, before)
+                results[case] = difference(delayed)
 
 
 def difference(result: dict) -> dict:
@@ -516,6 +520,7 @@ def crowd(bench: Bench) -> None:
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
         box = Sandbox(Path(folder, "box"), volume=Path(memory, "volume"))
         box.put_agent("#!/bin/sh\nexec sleep infinity\n")
+        slow_disk = put_slow_disk(box)
         for number in range(CROWD - 1):
             profile = box.volume / f"profiles/p{number:03}"
             profile.mkdir(parents=True)
@@ -525,7 +530,7 @@ def crowd(bench: Bench) -> None:
         (box.volume / "gateway_state.json").write_text('{"desired_state": "running"}')
         box.start("sleep", "infinity")
         try:
-            if bench.wants("slow stop"):
+            if slow_disk and bench.wants("slow stop"):
                 bench.results["slow stop"] = slow_stop(box)
             if bench.wants("docker stop"):
                 box.exec(MANAGER, "gateway", "start", "--all", timeout=120)
@@ -537,19 +542,20 @@ def crowd(bench: Bench) -> None:
             box.remove()
 
 
+def put_slow_disk(box: Sandbox) -> bool:
+    """Put the library into a container that makes its disk slow; return whether this machine could make it."""
+    if not (compiler := shutil.which("cc")):
+        print("bench: no C compiler here, so there is no slow disk either", file=sys.stderr)
+        return False
+    target = str(box.upper) + SLOW_DISK
+    argv = [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", target]
+    subprocess.run(argv, input=SLOW_DISK_SOURCE, text=True, check=True)
+    return True
+
+
 def slow_stop(box: Sandbox) -> dict:
     """Stop all gateways of a container whose disk is slow."""
-    calls, delay = "fsync,fdatasync,sync,syncfs", FSYNC * 1000
-    strace = ["strace", "-f", "-o", "/dev/null", "--seccomp-bpf", "-e", f"trace={calls}"]
-    stop = [
-        *strace,
-        "-e",
-        f"inject={calls}:delay_enter={delay}",
-        MANAGER,
-        "gateway",
-        "stop",
-        "--all",
-    ]
+    stop = ["env", f"LD_PRELOAD={SLOW_DISK}", MANAGER, "gateway", "stop", "--all"]
     wait_for(lambda: box.exec(MANAGER, "health").returncode == 0, 60)
     time.sleep(2)
     started = time.perf_counter()
@@ -623,6 +629,7 @@ def main() -> int:
         (box.upper / "opt/gateway.py").write_text(GATEWAY)
         for file in ("bench.py", "sandbox.py"):  # where the checkout is may be hidden there
             shutil.copy(Path(__file__).with_name(file), box.upper / "opt")
+        put_slow_disk(box)
         box.start("sleep", "infinity")
         try:
             done = box.exec(
