@@ -27,7 +27,7 @@ import stat
 import sys
 import time
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 
 Owner = tuple[int, int]  # UID, GID
 MountId = tuple[int, bytes]  # device and mount that a folder is on
@@ -1824,20 +1824,17 @@ def soul_fault(folder: Folder) -> Fault | None:
 def container_words() -> list[str]:
     """Return the words of hermes's command line that the container was started with.
 
-    Cont-init scripts do not see them; they follow the wrapper on the command line of rc.init, a child of PID 1's, of
-    PID 1 where that runs the wrapper, or of the fallback init.
+    Cont-init scripts do not see them; they are on the command line of rc.init, a child of PID 1's, of PID 1 where that
+    runs the wrapper, or of the fallback init.
     """
     fallback = read_pid_file(SUPERVISOR_PROCESS)  # among others' processes, in a shared PID namespace
     for process in [fallback] if fallback else first_processes():
         try:
-            words = [os.fsdecode(word) for word in content(f"/proc/{process}/cmdline").split(b"\0")[:-1]]
+            line = [os.fsdecode(word) for word in content(f"/proc/{process}/cmdline").split(b"\0")[:-1]]
         except OSError:
             continue  # ended meanwhile, or not ours to read
-        names = [os.path.basename(word) for word in words]
-        launcher = 0 if process in (1, fallback) else names.index("rc.init") if "rc.init" in names else len(names)
-        for index, name in enumerate(names[launcher:], launcher):
-            if name in ("main-wrapper.sh", "main_wrapper.py"):
-                return words[index + 2 :] if words[index + 1 : index + 2] == [USER] else words[index + 1 :]
+        if words := wrapped_words(line, process in (1, fallback)):
+            return words[2:] if words[1:2] == [USER] else words[1:]
     return []
 
 
@@ -1849,6 +1846,13 @@ def first_processes():
     except OSError:
         pass  # not every kernel has that, and it may miss one while another ends
     yield from children_of(1)
+
+
+def wrapped_words(line: list[str], is_init: bool) -> list[str]:
+    """Return a command line from the wrapper's name on, [] when it has none; one that is not PID 1's must be rc.init's."""
+    names = [os.path.basename(word) for word in line]
+    start = 0 if is_init else names.index("rc.init") if "rc.init" in names else len(names)
+    return next((line[i:] for i in range(start, len(line)) if names[i] in ("main-wrapper.sh", "main_wrapper.py")), [])
 
 
 def children_of(parent: int) -> list[int]:

@@ -17,7 +17,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from sandbox import IMAGE_ENVIRONMENT, PROJECT, wait_for
+from image import environment as image_environment
+from sandbox import PROJECT, command_runs, wait_for
 
 TIMEOUT = 180  # seconds for one test, and so for one run
 
@@ -66,7 +67,7 @@ class EngineContainer:
     ) -> None:
         folder.mkdir(parents=True)
         self.folder, self.volume, self.given = folder, volume, environment or {}
-        self.environment = IMAGE_ENVIRONMENT | self.given
+        self.environment = image_environment() | self.given
         self.mounts, self.user, self.gid, self.groups = list(mounts), user, user if gid is None else gid, groups
         self.workdir, self.entrypoint, self.options = workdir, entrypoint, options
         self.name = f"hermes-test-{os.getpid()}-{time.monotonic_ns()}"
@@ -123,8 +124,8 @@ class EngineContainer:
         wait_for(lambda: self.process.poll() is not None or self.booted(), TIMEOUT)
 
     def booted(self) -> bool:
-        """Say whether the command runs."""
-        return bool(self.init()) and self.path("/run/hermes-command").exists()
+        """Return whether the command runs."""
+        return bool(self.init()) and command_runs(self.path("/"))
 
     def log(self) -> str:
         """Return what the container has written."""
