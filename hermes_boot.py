@@ -231,6 +231,39 @@ def warn(text: object) -> None:
     say("warning", text)
 
 
+class Progress:
+    """Says on stderr what a long operation waits for: on a terminal one line that counts, elsewhere a line every 10
+    seconds."""
+
+    __slots__ = ("due", "terminal", "written")
+
+    def __init__(self, *, first: float = 10, quiet: bool = False) -> None:
+        """first is when the first line is due elsewhere than on a terminal, in seconds."""
+        self.terminal, self.written = sys.stderr.isatty(), False
+        self.due = float("inf") if quiet else time.monotonic() + (2 if self.terminal else first)
+
+    def tell(self, text) -> None:
+        """Say what the function text returns, if it is time to."""
+        if time.monotonic() < self.due:
+            return
+        self.due = time.monotonic() + (0.2 if self.terminal else 10)
+        if self.terminal:
+            line = cut(f"{os.path.basename(sys.argv[0])}: info: {text()}", os.get_terminal_size(2).columns)
+            self.written = print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True) is None
+        else:
+            say("info", text())
+
+    def end(self) -> None:
+        """Clear the terminal's line."""
+        if self.written:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def cut(text: str, width: int) -> str:
+    """Return text that fits a line of width columns; 0 is any width."""
+    return text if not width or len(text) <= width else text[: width - 1] + "…"
+
+
 def shown(name: str) -> str:
     """Return a name from the volume fit for one line: as it is when harmless, else quoted, escaped and shortened."""
     harmless = name.isascii() and name.isprintable() and name and not set(name) & set(" \"'\\=")
@@ -1089,7 +1122,7 @@ class Sweep:
     """
 
     __slots__ = (
-        *"uid gid dry_run former mounted left_behind".split(),
+        *"uid gid dry_run former mounted left_behind home progress counts index".split(),
         *"changed checked linked failed first failure".split(),
     )
     COUNTS, WORDS = ("changed", "checked", "linked", "failed"), ("first", "failure")
@@ -1102,6 +1135,8 @@ class Sweep:
         self.former = {former, self.uid}
         # Nothing of hermes's runs before the CMD; from then on it can move what is mounted elsewhere.
         self.mounted = mounted or os.path.exists(COMMAND_PROCESS)
+        self.home, self.progress = boot.home, Progress(quiet=boot.quiet)
+        self.counts, self.index = [0] * MOST_SWEEPERS, 0  # what each process has checked, and which one we are
         self.reset()
 
     def reset(self) -> None:
@@ -1183,9 +1218,19 @@ class Sweep:
                 elif self.may_change(status):
                     self.change(entry.name, fd, status, True)
         self.checked += checked
+        self.counts[self.index] = self.checked
+        if not self.index:
+            self.progress.tell(self.so_far)
         if own.st_uid != uid or own.st_gid != gid:
             self.change(".", fd, own, False)
         return folders
+
+    def so_far(self) -> str:
+        """Return what has been done until now; how much there is, the file system knows, with what else it has."""
+        aim = f"giving {shown(self.home)} to {self.uid}:{self.gid}" if self.changed else f"owners on {shown(self.home)}"
+        files = os.statvfs(self.home)
+        most = f" of at most {files.f_files - files.f_ffree:,}" if files.f_files > files.f_ffree else ""
+        return f"{aim}: {sum(self.counts):,}{most} entries"
 
     def change(self, name: str, fd: int, status: os.stat_result, inside: bool) -> None:
         """Give an open folder (as "."), or an entry inside of it that nobody but root can move, to hermes."""
@@ -1313,10 +1358,17 @@ class Sweep:
                 for path, place in folders[token[0] :: groups]:
                     self.below(home, path, place, self.tree)
 
-        children = [self.fork(work) for _ in range(min(MOST_SWEEPERS, len(os.sched_getaffinity(0))) - 1)]
+        import mmap
+        import select
+
+        self.counts = memoryview(mmap.mmap(-1, 8 * MOST_SWEEPERS)).cast("q")
+        workers = min(MOST_SWEEPERS, len(os.sched_getaffinity(0)))
+        children = [self.fork(work, index) for index in range(1, workers)]
         work()
         os.close(tokens)
         for child, result in children:
+            while not select.select([result], [], [], 1)[0]:
+                self.progress.tell(self.so_far)
             with open(result, "rb") as file:
                 data = file.read()
             if os.waitpid(child, 0)[1] == 0:
@@ -1326,12 +1378,14 @@ class Sweep:
             for path, place in folders:
                 self.below(home, path, place, self.tree)
 
-    def fork(self, work) -> tuple[int, int]:
-        """Start a process that works and then writes what it counted; return its pid and where to read that."""
+    def fork(self, work, index: int) -> tuple[int, int]:
+        """Start a process that works and then writes what it counted; return its pid and where to read that. index is
+        its number."""
         result, output = os.pipe()
         sys.stderr.flush()
         child = os.fork()
         if child == 0:
+            self.index = index
             self.reset()
             code = guarded(lambda: work() or 0)
             values = [str(getattr(self, name)) for name in self.COUNTS + self.WORDS]
@@ -1453,6 +1507,7 @@ def sweep_volume(boot: Boot) -> Sweep:
         for name in files:
             sweep.claim(name, home.fd, writable=True)
         sweep.volume(home)
+        sweep.progress.end()
         sweep.claim(".", home.fd)  # last: until then it tells, at the next boot too, who hermes was
         sweep.left_behind = (
             [entry.name for entry in others if owner_in(entry) == former] if former not in (-1, sweep.uid) else []
@@ -2036,11 +2091,12 @@ def run_script(profile: str, extra_env: dict[str, str] | None = None) -> str:
 
 
 def finish_script(profile: str) -> str:
-    """Return a slot's finish: hermes_boot.py as hermes, see finish(); but that would find nothing to wait for where s6
-    has noted no more than four deaths, of 14 bytes, and where hundreds of gateways end at once they all would start it."""
-    few = f'[ "$1" = {EX_CONFIG} ] || [ "$(wc -c <supervise/death_tally)" -ge {5 * 14} ] || exit 0'
-    check = quoted(f'{few}; exec {BOOT} finish {profile} "$@"')
-    return "\n".join(["#!/bin/sh", f"check={check}", *dropping('/bin/sh -c "$check" finish "$@"')]) + "\n"
+    """Return a slot's finish: hermes_boot.py as hermes, see finish(). Not where that would find nothing to do: where s6
+    has noted less than five deaths, of 14 bytes, and none is left of the gateway's process group ($4), so that hundreds
+    of gateways that end at once do not start hundreds of Pythons."""
+    due = f'[ "$1" = {EX_CONFIG} ] || [ "$(wc -c <supervise/death_tally)" -ge {5 * 14} ] || kill -0 "-$4" 2>/dev/null'
+    script = quoted(f'{due} || exit 0; exec {BOOT} finish {profile} "$@"')
+    return "\n".join(["#!/bin/sh", f"script={script}", *dropping('/bin/sh -c "$script" finish "$@"')]) + "\n"
 
 
 def log_run_script(profile: str, *, to_folder: bool = True) -> str:
@@ -2439,6 +2495,7 @@ def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 TAI_OFFSET = (1 << 62) + 37  # s6 counts TAI seconds since 1970, 37 ahead of UTC since 2017
+MOST_DEATHS = 100  # that s6 remembers, unless told otherwise
 RESTART_WINDOW = 60  # seconds in which deaths count as one crash loop
 PERMANENT_FAILURE = 125  # s6's word from a finish script for "do not restart"
 START_GRACE = 10  # seconds that a wanted gateway may be down, and after which one that is up has come up to stay
@@ -2832,7 +2889,8 @@ class S6ServiceManager:
         waiting = {name: self.slot(name) for name in names}
         untold = set(names)
         failures: dict[str, GatewayError] = {}
-        began, deadline = time.time(), time.monotonic() + timeout
+        began, deadline, progress = time.time(), time.monotonic() + timeout, Progress(first=2)
+        aim = "come up" if up else "end"
         while waiting:
             for name in filter(untold.__contains__, names):
                 if not up:
@@ -2848,10 +2906,13 @@ class S6ServiceManager:
                     del waiting[name]
             if time.monotonic() > deadline or (untold and not supervisor_answers(self.scandir)):
                 break
+            some = ", ".join([*waiting][:3]) + (", ..." if len(waiting) > 3 else "")
+            progress.tell(lambda: f"waiting for {len(waiting)} of {len(names)} gateways to {aim}: {some}")  # noqa: B023
             time.sleep(0.005 if len(waiting) < 20 else 0.05)
+        progress.end()
         for name in waiting:
             unwatched = f"no supervisor answers within {timeout:g} s; run `hermes-boot doctor`"
-            overdue = f"did not {'come up' if up else 'end'} within {timeout:g} s"
+            overdue = f"did not {aim} within {timeout:g} s"
             failures[name] = CommandFailed(f"{name}: {unwatched if name in untold else overdue}")
         return failures
 
@@ -3024,7 +3085,7 @@ def gateway_status(boot: Boot, manager: S6ServiceManager, names: list[str], as_j
         manager.slot(name)
     with open_home(boot) as home:
         rows = [row_of(boot, home, name) for name in in_order(names or manager.list_profile_gateways())]
-    print(to_json([row.as_dict() for row in rows]) if as_json else table(rows))
+    print(to_json([row.as_dict() for row in rows]) if as_json else table(rows, []))
     return 0 if all(row.state in ("up", "starting") for row in rows) else 3
 
 
@@ -3443,22 +3504,35 @@ def ending(wait_status: int) -> str:
         return f"signal {-code}"
 
 
-COLUMNS = ("PROFILE", "STATE", "SINCE", "PID", "RESTARTS/MIN", "WANTED", "LAST EXIT", "NEXT BOOT", "LAST LOG LINE")
-COLOURS = {"up": 32, "starting": 33, "stopping": 33, "crash loop": 31, "parked": 31, "no slot": 31, "no supervisor": 31}
+COLUMNS = (
+    *("PROFILE", "STATE", "SINCE", "PID", "MEMORY", "RESTARTS", "WANTED", "LAST EXIT", "NEXT BOOT", "PLATFORMS"),
+    "LAST LOG LINE",
+)
+DROPPED = ("WANTED", "RESTARTS", "LAST EXIT", "MEMORY", "PLATFORMS")  # in this order where a terminal is narrow
+WIDE = 120  # columns of a terminal from which on cells are whole
+RED, GREEN, YELLOW = 31, 32, 33
+COLOURS = {
+    **{"up": GREEN, "starting": YELLOW, "stopping": YELLOW, "pass": GREEN, "warn": YELLOW, "fail": RED},
+    **{"crash loop": RED, "parked": RED, "no slot": RED, "no supervisor": RED},
+}
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: Row, *, brief: bool) -> tuple[str, ...]:
     """Return a row's columns as text."""
+    waits = f"next start at {time.strftime('%H:%M:%S', time.localtime(row.waits_until))}: " if row.waits_until else ""
+    next_boot = "starts" if row.autostart else "stays down"
     return (
         row.name,
         row.state,
         "-" if row.since is None else duration(time.time() - row.since),
         str(row.pid or "-"),
-        str(row.restarts),
+        "-" if row.memory is None else f"{row.memory >> 20} MiB",
+        f"{row.restarts_since_boot}{'+' if row.restarts_since_boot >= MOST_DEATHS - 1 else ''}",
         {True: "up", False: "down", None: "-"}[row.wanted],
         row.last_exit or "-",
-        f"{'starts' if row.autostart else 'stays down'} ({row.why})",
-        row.last_line,
+        row.why if row.why == "service" else next_boot if brief else f"{next_boot} ({row.why})",
+        " ".join(name if state == "connected" else f"{name}({state})" for name, state in row.platforms.items()),
+        f"{waits}{row.last_line}",
     )
 
 
@@ -3472,25 +3546,61 @@ def duration(seconds_past: float) -> str:
     return " ".join(parts[:2])
 
 
-def table(rows: list[Row]) -> str:
-    """Return the rows aligned; on a terminal in colour (unless NO_COLOR is set) and cut to its width."""
-    terminal = sys.stdout.isatty()
-    lines = [COLUMNS, *(cells(row) for row in rows)]
-    widths = [max(len(line[index]) for line in lines) for index in range(len(COLUMNS) - 1)]
-    width = os.get_terminal_size().columns if terminal else 0
+def terminal_width() -> int:
+    """Return how many columns the terminal has that stdout is, 0 for another file."""
+    return os.get_terminal_size(1).columns if os.isatty(1) else 0
+
+
+def coloured(text: str, word: str) -> str:
+    """Return text with the first of a word in its colour, on a terminal, unless NO_COLOR is set."""
+    colour = COLOURS.get(word) if terminal_width() and not os.environ.get("NO_COLOR") else None
+    return text.replace(word, f"\033[{colour}m{word}\033[0m", 1) if colour else text
+
+
+def table(rows: list[Row], services: list[Row]) -> str:
+    """Return the rows aligned, and how many gateways are in which state. A terminal's width is kept: the last log line
+    of a gateway that is not well stands below it, any other is cut, and columns are left out."""
+    width = terminal_width()
+    found = [dict(zip(COLUMNS, cells(row, brief=0 < width < WIDE), strict=True)) for row in (*rows, *services)]
+    lines = [dict(zip(COLUMNS, COLUMNS, strict=True)), *found]
+    sizes = {name: max(len(line[name]) for line in lines) + 2 for name in COLUMNS}
+    columns = [name for name in COLUMNS[:-1] if any(line[name] for line in found)]
+    for name in DROPPED:
+        if name in columns and 0 < width < sum(sizes[name] for name in columns):
+            columns.remove(name)
+    room = max(0, width - sum(sizes[name] for name in columns))
     result = []
     for line in lines:
-        padded = [cell.ljust(size) for cell, size in zip(line, widths)]
-        text = "  ".join([*padded, line[-1]]).rstrip()
-        text = text[:width] if width else text
-        colour = COLOURS.get(line[1]) if terminal and not os.environ.get("NO_COLOR") else None
-        start = widths[0] + 2
-        result.append(
-            f"{text[:start]}\033[{colour}m{text[start : start + len(line[1])]}\033[0m{text[start + len(line[1]) :]}"
-            if colour
-            else text
-        )
-    return "\n".join(result)
+        first, last = line["PROFILE"].ljust(sizes["PROFILE"]), line[COLUMNS[-1]]
+        text = "".join(line[name].ljust(sizes[name]) for name in columns[1:])
+        below = width and last and COLOURS.get(line["STATE"]) == RED
+        text += "" if below or (width and not room) else cut(last, room)
+        result.append(first + coloured(cut(text.rstrip(), max(0, width - len(first))), line["STATE"]))
+        result += [cut(f"    {last}", width)] if below else []
+    return "\n".join([*result, "", summary(rows)])
+
+
+def summary(rows: list[Row]) -> str:
+    """Return how many gateways there are, and how many are in each state."""
+    states = [row.state for row in rows]
+    counts = ", ".join(
+        f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states, key=states.count)[::-1])
+    )
+    return f"{len(rows)} gateway{'s' * (len(rows) != 1)}: {counts}"
+
+
+def service_rows(boot: Boot) -> list[Row]:
+    """Return a row for each of the image's static services."""
+    rows = []
+    for name in sorted(os.listdir(STATIC_SERVICES)) if os.path.isdir(STATIC_SERVICES) else ():
+        if os.path.isdir(slot := f"{boot.scandir}/{name}"):
+            row = Row()
+            row.name, row.autostart, row.why, row.last_line, row.platforms = name, True, "service", "", {}
+            add_what_s6_says(row, slot, {})
+            if name == "dashboard" and row.state == "up" and not switch(boot.setting("HERMES_DASHBOARD")):
+                row.state = "off"
+            rows.append(row)
+    return rows
 
 
 def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | None) -> int:
@@ -3506,7 +3616,8 @@ def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | N
             warn(f"this container has no gateways, since {why}")
         elif not as_json and not supervisor_answers(boot.scandir):
             warn(f"no supervisor answers on {boot.scandir}; `hermes-boot doctor` says why")
-        text = to_json([row.as_dict() for row in rows]) if as_json else table(rows)
+        services = [] if profile or as_json else service_rows(boot)
+        text = to_json([row.as_dict() for row in rows]) if as_json else table(rows, services)
         print(f"\033[H\033[J{text}" if watch and sys.stdout.isatty() else text, flush=True)
         if not watch:
             return 0
@@ -3739,6 +3850,31 @@ class Check:
         """Return the check for JSON."""
         return {"level": self.level, "check": self.what, "found": self.found, "fix": self.fix}
 
+    def text(self, width: int) -> str:
+        """Return the check for people: one line and, if any, lines of a log; on a terminal of a width in colour, and
+        filled, with what fixes it on a line of its own."""
+        line = f"{self.level:4}  {self.what}: "
+        if not width:
+            return f"{line}{Fault(self.found, self.fix)}"
+        fix, *said = self.fix.split("\n")
+        result = [
+            filled(f"{line}{self.found}", width),
+            *([f"      {filled(fix, width) if '`' in fix else fix}"] if fix else []),
+        ]
+        return "\n".join([coloured("\n".join(result), self.level), *(cut(text, width) for text in said)])
+
+
+def filled(text: str, width: int) -> str:
+    """Return text in lines for a terminal, six columns in. A command in backticks stays whole, for people to paste."""
+    import re
+
+    lines = [""]
+    for word in re.findall(r"(?:[^\s`]|`[^`]*`)+|`", text):
+        if lines[-1] and len(lines[-1]) + len(word) + 7 > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".lstrip()
+    return "\n      ".join(lines)
+
 
 def doctor(boot: Boot, *, as_json: bool, fix: bool) -> int:
     """Look at everything that goes wrong in such a container; return 1 when a check fails. With fix, fix what is safe
@@ -3761,7 +3897,7 @@ def doctor(boot: Boot, *, as_json: bool, fix: bool) -> int:
     if as_json:
         print(to_json([check.as_dict() for check in checks]))
     for check in [] if as_json else checks:
-        print(f"{check.level:4}  {check.what}: {Fault(check.found, check.fix)}")
+        print(check.text(terminal_width()))
     return int(any(check.level == "fail" for check in checks))
 
 
