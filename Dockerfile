@@ -14,6 +14,7 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates curl xz-utils \
  && rm -rf /var/lib/apt/lists/*
 # /init is ours: it is s6-overlay's where it is PID 1, and hermes_boot.py where the platform has another PID 1.
+# Its files lose the write permission of group 0, as which platforms run any UID: root runs them at the next start.
 RUN set -eu; \
     case "${TARGETARCH:-$(dpkg --print-architecture)}" in \
       amd64) arch=x86_64; sum=$S6_OVERLAY_SHA256_X86_64 ;; \
@@ -30,7 +31,8 @@ RUN set -eu; \
     fetch "$arch" "$sum"; \
     fetch symlinks-noarch "$S6_OVERLAY_SHA256_SYMLINKS"; \
     mv /s6/init /s6/init.s6-overlay; \
-    ln -s /opt/hermes/docker/wrapper /s6/init
+    ln -s /opt/hermes/docker/wrapper /s6/init; \
+    find /s6 ! -type l -perm /022 -exec chmod go-w {} +
 
 # The agent, in a virtual environment that needs only Debian's python3. Bytecode is checked by the source's hash and not by its time,
 # so that two builds give the same. pip stays: the agent fetches what a messaging platform needs with it, to the volume.
@@ -70,6 +72,7 @@ RUN cd /opt/hermes/docker \
  && printf '%s\n' 'PATH=/opt/hermes/bin:/opt/hermes/.venv/bin:$PATH:/command' 'export PATH VIRTUAL_ENV=/opt/hermes/.venv' \
       '# Not exported: a `hermes` without it takes all of the container environment, the keys given with -e too.' \
       ': "${HERMES_HOME:=$(cat /run/s6/container_environment/HERMES_HOME 2>/dev/null || echo /opt/data)}"' >/names/etc/profile.d/hermes.sh \
+ && find /opt/hermes /names ! -type l -perm /022 -exec chmod go-w {} + \
  && find /opt/hermes /names -exec touch -h -d "@${SOURCE_DATE_EPOCH}" {} +
 
 FROM ${BASE_IMAGE}
@@ -84,7 +87,8 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/ldconfig/aux-cache /var/log/apt /var/log/*.log \
  && groupadd --gid 10000 hermes \
  && useradd --uid 10000 --gid 10000 --home-dir /opt/data --no-create-home --shell /bin/bash hermes \
- && install -d -o hermes -g hermes /opt/data
+ && install -d -o hermes -g hermes /opt/data \
+ && find / -xdev -type f -perm /6000 -exec chmod a-s {} +
 COPY --from=s6-overlay /s6/ /
 COPY --from=agent /opt/hermes/ /opt/hermes/
 COPY --from=agent /names/ /

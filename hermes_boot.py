@@ -109,15 +109,18 @@ def root_home(environment: dict[str, str]) -> str:
 
 def program_environment(environment: dict[str, str]) -> dict[str, str]:
     """Return the environment for a program of the image: HOME, HERMES_HOME, VIRTUAL_ENV, and PATH with our folders
-    on it."""
-    path = environment.get("PATH") or os.defpath
+    on it; last on it are the commands that `hermes profile create` makes on the volume, which root must not find. A
+    UID without a name has hermes's."""
+    path, home = environment.get("PATH") or os.defpath, root_home(environment)
     missing = [folder for folder in COMMAND_FOLDERS if folder not in path.split(":")]
-    return environment | {
-        "HOME": root_home(environment),
+    made = [f"{home}/.local/bin"] if f"{home}/.local/bin" not in path.split(":") else []
+    own = {
+        "HOME": home,
         "HERMES_HOME": environment.get("HERMES_HOME") or HOME,
-        "PATH": ":".join([*missing, path]),
+        "PATH": ":".join([*missing, path, *made]),
         "VIRTUAL_ENV": VENV,
     }
+    return {"USER": USER, "LOGNAME": USER} | environment | own
 
 
 def s6_program(name: str) -> str:
@@ -205,6 +208,9 @@ def profile_option(words: list[str]) -> tuple[str | None, list[str]]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+TERMINAL_PATIENCE = 1.0  # seconds
+
+
 class Fatal(Exception):
     """What the boot cannot go on from; its text is the line for the operator."""
 
@@ -223,7 +229,20 @@ class Fault:
 
 def say(level: str, text: object) -> None:
     """Write `program: level: text` on stderr, where every line of ours goes: stdout is the program's."""
-    print(f"{os.path.basename(sys.argv[0])}: {level}: {text}", file=sys.stderr, flush=True)
+    write_error(f"{os.path.basename(sys.argv[0])}: {level}: {text}\n")
+
+
+def write_error(text: str) -> None:
+    """Write to stderr, a line that nobody takes is lost. On a terminal, whose output hermes can stop, all lines of a
+    process together may take TERMINAL_PATIENCE seconds."""
+    global TERMINAL_PATIENCE
+    data, started, terminal = text.encode(errors="backslashreplace"), time.monotonic(), os.isatty(2)
+    try:
+        with TimeLimit(max(TERMINAL_PATIENCE, 0.01) if terminal else MAX_SECONDS):
+            while data:
+                data = data[os.write(2, data) :]
+    except OSError:
+        TERMINAL_PATIENCE -= time.monotonic() - started
 
 
 def warn(text: object) -> None:
@@ -304,11 +323,12 @@ def guarded(action, *arguments) -> int:
 # --------------------------------------------------------------------------------------------------------------------
 
 IMAGE = "/opt/hermes"
+WRAPPER = f"{IMAGE}/docker/main-wrapper.sh"
 SCANDIR = "/run/service"
 MAX_SECONDS = 86400
 SWITCHES = (
     "HERMES_BOOT_QUIET GATEWAY_MULTIPLEX_PROFILES HERMES_DASHBOARD HERMES_DOCKER_EXEC_AS_ROOT HERMES_GATEWAY_NO_SUPERVISE"
-    " HERMES_RECONCILE HERMES_SKIP_CONFIG_MIGRATION"
+    " HERMES_RECONCILE HERMES_SEALED HERMES_SKIP_CONFIG_MIGRATION"
 ).split()
 
 
@@ -316,7 +336,7 @@ class Boot:
     """What every step needs to know: the environment, the root HERMES_HOME, who hermes is, and whether to change
     anything."""
 
-    __slots__ = ("environment", "home", "scandir", "owner", "dry_run")
+    __slots__ = ("environment", "home", "scandir", "owner", "dry_run", "by_root")
 
     def __init__(self, environment: dict[str, str], *, dry_run: bool = False) -> None:
         """Raise Fatal when HERMES_HOME is nothing to boot on."""
@@ -326,7 +346,7 @@ class Boot:
         self.owner: Owner = account() or owner_of(self.home)
         if os.geteuid() not in (0, self.owner[0]) and os.getegid() == 0:
             self.owner = os.geteuid(), 0  # OpenShift's way: any UID, with root's group
-        self.dry_run = dry_run
+        self.dry_run, self.by_root = dry_run, os.geteuid() == 0
         if not self.home.startswith("/") or os.path.realpath(self.home) == "/":
             raise Fatal(
                 f"HERMES_HOME={self.home!r} is not a folder of its own; set it to an absolute path such as {HOME}"
@@ -343,6 +363,11 @@ class Boot:
         elif not self.quiet:
             say("info", text)
         return not self.dry_run
+
+    @property
+    def sealed(self) -> bool:
+        """Return whether root keeps the scandir and all slots for itself, which takes root."""
+        return switch(self.setting("HERMES_SEALED")) is True and os.geteuid() == 0
 
     @property
     def quiet(self) -> bool:
@@ -397,9 +422,10 @@ class Folder:
     """An open directory. What lies in it is reached by descriptor, never through a link, never blocking; errors are
     OSError."""
 
-    __slots__ = ("fd",)
+    __slots__ = ("fd", "roots_way")
 
     def __init__(self, path: str, at: int | None = None, *, follow: bool = False) -> None:
+        self.roots_way = False  # whether nobody but root can put another folder in its place, see trusted_folder
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
         self.fd = os.open(path, flags, dir_fd=at)
 
@@ -473,16 +499,24 @@ class Folder:
                 return True
             temporary = self.write_beside(name, data, mode)
             if not self.reserve(temporary, name):
-                os.unlink(temporary, dir_fd=self.fd)
+                self.unlinked(temporary)
                 return False
-            os.fsync(self.fd)
+            self.sync()
         return True
+
+    def sync(self) -> None:
+        """Bring the folder's names to disk, where its file system can: virtiofs, vboxsf and old CIFS cannot."""
+        try:
+            os.fsync(self.fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+                raise
 
     def replace(self, name: str, data: bytes, mode: int, *, sync: bool = True) -> None:
         """Put a file in place whole, whatever has its name, for a caller that holds the lock."""
         os.rename(self.write_beside(name, data, mode, sync=sync), name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         if sync:
-            os.fsync(self.fd)
+            self.sync()
 
     def update(self, name: str, edit, limit: int) -> None:
         """Replace a file by what edit makes of its content (None when missing), whole. Our own writers are kept out
@@ -500,7 +534,7 @@ class Folder:
                 try:
                     if before is after is None or (before and after and changes(before) == changes(after)):
                         os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-                        os.fsync(self.fd)
+                        self.sync()
                         return
                     os.unlink(temporary, dir_fd=self.fd)
                 except FileNotFoundError:
@@ -519,7 +553,7 @@ class Folder:
                 if sync:
                     os.fsync(fd)
         except OSError:
-            os.unlink(temporary, dir_fd=self.fd)
+            self.unlinked(temporary)
             raise
         return temporary
 
@@ -528,7 +562,7 @@ class Folder:
         has it."""
         try:
             os.link(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
-            os.unlink(temporary, dir_fd=self.fd)
+            self.unlinked(temporary)
         except FileExistsError:
             return False
         except OSError:  # CIFS, exFAT and FUSE may have no hard links
@@ -551,12 +585,13 @@ class Folder:
     def remove_temporaries(self, *names: str) -> None:
         """Remove what killed writers of these names left; only with the lock held is every one of them stale."""
         starts = tuple(f".{name}." for name in names)
-        for entry in os.listdir(self.fd):
-            if entry.startswith(starts) and entry.endswith(".tmp"):
-                try:
-                    os.unlink(entry, dir_fd=self.fd)
-                except OSError:
-                    continue  # a folder of that name is not ours, and in nobody's way
+        with os.scandir(self.fd) as listing:
+            for entry in listing:
+                if entry.name.startswith(starts) and entry.name.endswith(".tmp"):
+                    try:
+                        os.unlink(entry.name, dir_fd=self.fd)
+                    except OSError:
+                        continue  # a folder of that name is not ours, and in nobody's way
 
     def remove(self, name: str) -> None:
         """Remove an entry with all below it, if it is there. However deep that is: what lies two levels down is
@@ -575,11 +610,19 @@ class Folder:
                         for deeper in os.listdir(below.fd):
                             if not below.unlinked(deeper):
                                 moved += 1
-                                os.rename(
-                                    deeper, f".moved-{moved}-{time.time_ns()}", src_dir_fd=below.fd, dst_dir_fd=top.fd
-                                )
+                                below.move_up(deeper, top, f".moved-{moved}-{time.time_ns()}")
                     os.rmdir(entry, dir_fd=top.fd)
         os.rmdir(name, dir_fd=self.fd)
+
+    def move_up(self, name: str, top: Folder, new: str) -> None:
+        """Move a folder of this one to top, or remove it where that cannot be (EXDEV): overlayfs moves no folder of an
+        image's layer, and there none is deeper than a path can name."""
+        try:
+            os.rename(name, new, src_dir_fd=self.fd, dst_dir_fd=top.fd)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            self.remove(name)
 
     def same_place(self, below: Folder) -> None:
         """Raise OSError (EBUSY) when a folder of this one is a mount: what lies there is not ours to remove."""
@@ -631,6 +674,7 @@ def trusted_folder(path: str, *, make: bool = False) -> Folder:
             child = Folder("/" if target.startswith("/") else ".", folder.fd)
         os.close(folder.fd)
         folder = child
+    folder.roots_way = safe
     return folder
 
 
@@ -707,6 +751,47 @@ def read_small(path: str) -> bytes:
 SIGKILL, SIGTERM, SIGCONT = 9, 15, 18
 MOST_THREADS = 32
 HELPER_TIMEOUT = 120  # seconds for a program of the agent's that the boot runs
+CHILD_TIMEOUT = 600  # seconds for what the boot does as hermes
+MOST_STOPS = 20  # that a process which became hermes is woken from
+OVERDUE = 124  # the exit code of a process that was ended for its time, as of timeout(1)
+
+
+class TimeLimit:
+    """Raises TimeoutError in its block after so many seconds (0: never), out of a system call too."""
+
+    __slots__ = ("before", "outer", "seconds")
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __enter__(self) -> None:
+        import _signal
+
+        self.before = _signal.signal(_signal.SIGALRM, self.expire)
+        self.outer = _signal.setitimer(_signal.ITIMER_REAL, self.seconds)[0]
+
+    def __exit__(self, *_: object) -> None:
+        import _signal
+
+        _signal.signal(_signal.SIGALRM, self.before)
+        _signal.setitimer(_signal.ITIMER_REAL, self.outer)
+
+    def expire(self, *_: object) -> None:
+        """Be the handler of SIGALRM."""
+        raise TimeoutError
+
+
+def end_on_sigterm() -> None:
+    """Have SIGTERM end this process and its children at once, with code 143. What they write is put in place whole, and
+    what they began is taken up at the next boot, so nothing is left half done."""
+    import _signal  # `signal` itself would cost 5 ms for its enums
+
+    def end(*_: object) -> None:
+        for child in families().get(os.getpid(), []):
+            send(child, SIGTERM)
+        os._exit(128 + SIGTERM)
+
+    _signal.signal(SIGTERM, end)
 
 
 def shell_code(code: int) -> int:
@@ -714,15 +799,39 @@ def shell_code(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def in_child(action, *arguments) -> int:
-    """Run an action in a child process; return its exit code, 128 + n where signal n ended it."""
+def in_child(action, *arguments, timeout: float = CHILD_TIMEOUT) -> int:
+    """Run an action in a child process, for timeout seconds at most; return its exit code, see wait_for."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         code = guarded(action, *arguments)
         sys.stdout.flush()
         os._exit(code)
-    return shell_code(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    return wait_for(child, timeout)
+
+
+def wait_for(child: int, timeout: float) -> int:
+    """Return a child's exit code, 128 + n where signal n ended it. What has become hermes can be stopped by hermes: it
+    is told to go on, and after MOST_STOPS of these, or timeout seconds (0: any number), killed: OVERDUE."""
+    try:
+        with TimeLimit(timeout):
+            for _ in range(MOST_STOPS):
+                status = os.waitpid(child, os.WUNTRACED)[1]
+                if not os.WIFSTOPPED(status):
+                    return shell_code(os.waitstatus_to_exitcode(status))
+                send(child, SIGCONT)
+    except TimeoutError:
+        pass
+    except BaseException:
+        send(child, SIGKILL)
+        raise
+    send(child, SIGKILL)
+    try:
+        with TimeLimit(5):
+            os.waitpid(child, 0)
+    except TimeoutError:
+        pass  # root lacks the capability KILL, or the volume does not answer
+    return OVERDUE
 
 
 def drop_root(owner: Owner) -> None:
@@ -748,9 +857,9 @@ def become_hermes() -> None:
         drop_root(owner)
 
 
-def as_owner(owner: Owner, action, *arguments) -> int:
-    """Run an action as hermes and return its exit code: in a child that drops for good when we are root, else right
-    here."""
+def as_owner(owner: Owner, action, *arguments, timeout: float = CHILD_TIMEOUT) -> int:
+    """Run an action as hermes and return its exit code: in a child that drops for good when we are root, for timeout
+    seconds at most (see wait_for), else right here."""
 
     def dropped() -> int:
         drop_root(owner)
@@ -758,8 +867,10 @@ def as_owner(owner: Owner, action, *arguments) -> int:
 
     if os.geteuid() != 0 or owner[0] == 0:
         return guarded(action, *arguments)
-    code = in_child(dropped)
-    if code == 128 + SIGKILL:
+    code = in_child(dropped, timeout=timeout)
+    if code == OVERDUE:
+        say("error", f"what ran as {USER} was stopped by somebody, or took more than {timeout:g} s, so it was ended")
+    elif code == 128 + SIGKILL:
         say("error", "a process of the boot was killed; most likely it had too little memory")
     elif code > 128 and code != 128 + SIGPIPE:
         say("error", f"a process of the boot was ended by signal {code - 128}")
@@ -771,7 +882,8 @@ def run_helper(argv: list[str], environment: dict[str, str]) -> int:
     124 when killed.
 
     It reads what hermes has left on the volume, and may leave processes behind, which could stop what the boot does as
-    hermes later on: they all come to the process that watches it here, and end with it.
+    hermes later on, and a terminal whose output is stopped: they all come to the process that watches it here, and end
+    with it.
     """
 
     def watch() -> int:
@@ -779,16 +891,44 @@ def run_helper(argv: list[str], environment: dict[str, str]) -> int:
         os.dup2(2, 1)
         children = Children()
         try:
-            helper = children.start(as_hermes(argv), environment)
+            helper = children.start(as_hermes(argv), environment, setsid=True)  # else the terminal could stop it
         except OSError as error:
             say("error", f"cannot run {argv[0]!r}: {reason(error)}")
             return NOT_FOUND
-        children.wait(helper, timeout=HELPER_TIMEOUT)
+        children.wait(helper, command=helper, timeout=HELPER_TIMEOUT)
         code = children.codes[helper]
-        children.end_all(0)
-        return 124 if code is None else shell_code(code)
+        if not children.end_all(0) and not kill_all_of_hermes():
+            warn(f"{argv[-1]} has left processes that do not end; restart the container")
+        set_terminal_going()
+        return OVERDUE if code is None else shell_code(code)
 
-    return in_child(watch)
+    return in_child(watch, timeout=HELPER_TIMEOUT + 60)
+
+
+def kill_all_of_hermes() -> bool:
+    """End all that runs as hermes, at once, which no fork outruns; return whether that was done: only at a boot, and
+    where the processes that we see are this container's alone."""
+    ours = s6_is_pid_1() or read_pid_file(SUPERVISOR_PROCESS) == 1
+    owner = account()
+    if not ours or read_pid_file(COMMAND_PROCESS) or not owner or os.geteuid() != 0:
+        return False
+    return as_owner(owner, lambda: os.kill(-1, SIGKILL) or 0, timeout=5) == 0
+
+
+def set_terminal_going() -> None:
+    """Undo what whoever runs in the container has done to the terminal's output with tcflow(3): stopped, it would stop
+    everybody who writes there."""
+    if not os.isatty(2):
+        return
+    import _signal
+    import termios
+
+    before = _signal.signal(_signal.SIGTTOU, _signal.SIG_IGN)  # else a process in the background is stopped for it
+    try:
+        termios.tcflow(2, termios.TCOON)
+    except termios.error:
+        pass  # hung up
+    _signal.signal(_signal.SIGTTOU, before)
 
 
 def at_once(action, items: list) -> None:
@@ -849,10 +989,11 @@ class Children:
         except (ImportError, OSError):
             warn("this Python has no ctypes, so orphans go to PID 1, which may not reap them")
 
-    def start(self, argv: list[str], environment: dict[str, str]) -> int:
-        """Start a program in a process group of its own, with signals as it expects them; return its pid. Raises
-        OSError."""
-        pid = os.posix_spawnp(argv[0], argv, environment, setpgroup=0, setsigmask=(), setsigdef=(SIGPIPE, SIGXFSZ))
+    def start(self, argv: list[str], environment: dict[str, str], **group: object) -> int:
+        """Start a program in a process group of its own (or with setsid=True, a session), with signals as it expects
+        them; return its pid. Raises OSError."""
+        group = group or {"setpgroup": 0}
+        pid = os.posix_spawnp(argv[0], argv, environment, setsigmask=(), setsigdef=(SIGPIPE, SIGXFSZ), **group)
         self.codes[pid] = None
         return pid
 
@@ -886,22 +1027,24 @@ class Children:
             if command and number not in (signal.SIGCHLD, signal.SIGTTOU, signal.SIGTTIN):
                 send(command, number)
 
-    def end_all(self, grace: float) -> None:
-        """End every process that is left below us, and nobody else's: SIGTERM to each as it comes to us, SIGKILL
-        once grace seconds are over; 5 seconds later the rest is the kernel's."""
+    def end_all(self, grace: float) -> bool:
+        """End every process that is left below us, and nobody else's: SIGTERM to each, SIGKILL once grace seconds are
+        over; 5 seconds later the rest is the kernel's. Return whether none is left."""
         deadline, told = time.monotonic() + grace, set()
         while time.monotonic() < deadline + 5:
             self.reap()
-            if not (left := children_of(os.getpid())):
-                return
+            if not (left := descendants(os.getpid())):
+                return True
+            late = time.monotonic() >= deadline
             for pid in left:
-                if time.monotonic() >= deadline:
+                if late:
                     send(pid, SIGKILL)
                 elif pid not in told:
                     send(pid, SIGTERM)
                 told.add(pid)
                 self.codes[pid] = None
-            self.wait(*left, timeout=0.05)
+            self.wait(*left, timeout=0 if late else 0.05)  # what forks all the time is to be killed faster than that
+        return False
 
 
 def parent_of(process: int) -> int:
@@ -963,13 +1106,13 @@ def rewrite(path: str, edit, *, dry_run: bool = False) -> bool:
     return True
 
 
-def with_field(lines: list[bytes], name: bytes, changes: dict[int, int]) -> list[bytes]:
+def with_field(lines: list[bytes], name: bytes, changes: dict[int, int | str]) -> list[bytes]:
     """Return the lines of an account file with some fields of one entry set; every other line stays byte for byte."""
 
     def edited(line: bytes) -> bytes:
         fields = line.split(b":")
-        for index, number in changes.items():
-            fields[index] = str(number).encode()
+        for index, value in changes.items():
+            fields[index] = os.fsencode(str(value))
         return b":".join(fields)
 
     return [edited(line) if line.startswith(name + b":") else line for line in lines]
@@ -990,6 +1133,14 @@ def with_member(lines: list[bytes], member: bytes, groups: list[int]) -> list[by
     if missing and result and not result[-1].endswith(b"\n"):
         result[-1] += b"\n"
     return result + [b"%s-%s:x:%s:%s\n" % (member, group, group, member) for group in sorted(missing)]
+
+
+def rootless_advice(owner: Owner) -> str:
+    """Return what else helps where UIDs are not the machine's, "" where they are: rootless Podman can map ours to
+    hermes's."""
+    identity = [b"0", b"0", b"4294967295"]
+    mapped = content("/proc/self/uid_map").split() != identity
+    return f"; with rootless Podman: --userns=keep-id:uid={owner[0]},gid={owner[1]}" if mapped else ""
 
 
 def remap(boot: Boot) -> None:
@@ -1023,6 +1174,18 @@ def remap(boot: Boot) -> None:
                 " or drop HERMES_UID/HERMES_GID"
             ) from error
     boot.owner = wanted
+
+
+def follow_home(boot: Boot) -> None:
+    """Give the hermes user the volume as its home in /etc/passwd, where ssh and the like look for it."""
+    if not boot.home.isprintable() or ":" in boot.home:
+        return  # nothing that has a place there
+    try:
+        if rewrite(PASSWD, lambda lines: with_field(lines, USER.encode(), {5: boot.home}), dry_run=True):
+            if boot.announce(f"set the home of {USER} to {boot.home}"):
+                rewrite(PASSWD, lambda lines: with_field(lines, USER.encode(), {5: boot.home}))
+    except OSError as error:
+        warn(f"cannot write {PASSWD} ({reason(error)}), so ssh and others look for {USER}'s files in another home")
 
 
 def given_groups() -> list[int]:
@@ -1060,23 +1223,6 @@ def join_groups(boot: Boot, *, look: bool = False) -> list[int]:
     return wanted if changed else []
 
 
-def exposed_path(boot: Boot) -> Fault | None:
-    """Return what is wrong with the container's PATH: s6-overlay finds programs on it that it runs as root, `sh` for
-    one, so a folder that hermes can write must come last."""
-    home = os.path.realpath(boot.home).rstrip("/") + "/"
-    folders = boot.setting("PATH").split(":")
-    ours = [
-        folder for folder in folders if not folder.startswith("/") or f"{os.path.realpath(folder)}/".startswith(home)
-    ]
-    if not ours or folders[-len(ours) :] == ours:
-        return None
-    names = " and ".join(shown(folder) for folder in ours)
-    return Fault(
-        f"PATH has {names} before the system's folders, so hermes could put programs there for root to run",
-        "put it last, with -e PATH=",
-    )
-
-
 # Ownership
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -1084,17 +1230,49 @@ MANAGED_FOLDERS = (
     "backups cron sessions logs hooks memories skills skins plans workspace home profiles pairing platforms/pairing lazy-packages"
 ).split()
 VERSION_STAMP = ".hermes-agent-version"
-MANAGED_FILES = frozenset(
-    "config.yaml .env SOUL.md auth.json auth.lock hermes_state.db gateway.pid gateway.lock gateway_state.json processes.json"
-    f" active_profile {VERSION_STAMP}".split()
+# What hermes-agent makes at the top of its home beside these, and its tools, whose HOME that is too.
+MANAGED_TOPS = frozenset(path.partition("/")[0] for path in MANAGED_FOLDERS) | frozenset(
+    """
+    audio_cache bin browser_auth browser_recordings browser_screenshots byterover cache checkpoints chrome-debug
+    dashboard-themes delegation_cache disk-cleanup document_cache gateway google_chat_user_oauth_pending
+    google_chat_user_tokens hindsight hook_outputs image_cache images kanban lsp matrix mcp-installs mcp-tokens
+    mem0_qdrant moa-traces node node_modules pastes pending pets piper_voices_cache plugins rate_limits runtime
+    sandboxes screenshots scripts session-exports shared skill-bundles spawn-trees state state-snapshots
+    status_phrases temp_video_files temp_vision_images tmp video_cache web_cache weixin whatsapp whatsapp_cloud
+    .local .cache .config .npm .npm-global .codex .honcho .hindsight .cua-driver .ssh
+    """.split()
 )
-MANAGED_TOPS = frozenset(path.partition("/")[0] for path in MANAGED_FOLDERS)
-MANAGED_PREFIXES = ("state.db", "response_store.db")  # SQLite puts -wal and -shm beside each
+MANAGED_FILES = frozenset(
+    f"""
+    .env SOUL.md active_profile auth.json auth.lock config.yaml gateway.lock gateway.pid gateway_state.json
+    processes.json {VERSION_STAMP}
+    .anthropic_oauth.json .clean_shutdown .codex_gpt55_autoraise_notice .container-mode .drain_request.json .env.EXAMPLE
+    .gateway-planned-stop.json .gateway-takeover.json .hermes_history .install_method .managed .no-bundled-skills .op.env
+    .restart_failure_counts .restart_last_processed.json .restart_notify.json .restart_pending.json .scratch_tip_shown
+    .skills_prompt_snapshot.json .skip_upstream_prompt .sync.lock .tirith-install-failed .update_check .update_exit_code
+    .update_output.txt .update_pending.claimed.json .update_pending.json .update_prompt.json .update_response
+    channel_aliases.json channel_directory.json context_length_cache.yaml cron.pid desktop-build-stamp.json
+    distribution.yaml errors.log feishu_comment_pairing.json feishu_comment_rules.json feishu_seen_message_ids.json
+    gateway-starts.log gateway.json gateway_voice_mode.json google_chat_bot_id.json google_chat_thread_counts.json
+    google_chat_user_client_secret.json google_chat_user_oauth_pending.json google_chat_user_token.json
+    google_token.json honcho.json interrupt_debug.log mem0.json modal_snapshots.json models_dev_cache.json
+    ollama_cloud_models_cache.json profile.yaml provider_models_cache.json shell-hooks-allowlist.json
+    shell-hooks-allowlist.json.lock singularity_snapshots.json slack-manifest.json slack_tokens.json sticker_cache.json
+    supermemory.json teams_pipeline_store.json webhook_subscriptions.json
+    """.split()
+)
+MANAGED_PREFIXES = (  # databases, to which SQLite and the agent add -wal, -shm, .lock and the like, and dated copies
+    *"state.db hermes_state.db response_store.db kanban.db projects.db memory_store.db retaindb_queue.db".split(),
+    *"verification_evidence.db config.yaml. auth.json. .npm_lock_hash_".split(),
+)
+MANAGED_SUFFIXES = (".tmp", "_threads.json")  # the first one on names with a dot in front only
 SHARED_FOLDERS, SHARED_DEPTH, MOST_SWEEPERS = (
     64,
     6,
     4,
 )  # folders to share among processes, looked for down to this depth
+MOST_LEVELS = 2000  # below a managed folder; no path reaches further
+MOST_NAMES, MOST_SHARED = 200_000, 8192  # of folders, kept in memory at a time, and of one folder's to share
 
 
 class Sweep:
@@ -1102,16 +1280,15 @@ class Sweep:
 
     Only wrong owners change. Every change is made on a descriptor opened without following a link, so that no rename
     can turn it on another entry; by name only in a folder that nobody but root can change at that moment (see entries).
-    Four kinds of entry are left alone, since root would give away more than the volume: links' targets, other file
-    systems mounted below, device nodes, and files with more names than one, of which a name may lie outside (those that
-    belong to hermes's former UIDs excepted, which hermes could write anyway).
+    Three kinds of entry are left alone, since root would give away more than the volume: links' targets, device nodes,
+    and files with more names than one, of which a name may lie outside (those that belong to hermes's former UIDs
+    excepted, which hermes could write anyway). A mount below the volume is the operator's, wherever the engine was led
+    to put it by links on the volume: of its entries, too, only those of the former UIDs change, unless it is empty.
     """
 
-    __slots__ = (
-        *"uid gid dry_run former mounted left_behind home progress counts index".split(),
-        *"changed checked linked failed first failure".split(),
-    )
-    COUNTS, WORDS = ("changed", "checked", "linked", "failed"), ("first", "failure")
+    COUNTS = tuple("changed checked linked failed kept deep strangers left_behind".split())
+    WORDS = tuple("first failure first_kept first_stranger first_left_behind".split())
+    __slots__ = (*"uid gid dry_run former mounted home held path progress counts index".split(), *COUNTS, *WORDS)
 
     def __init__(self, boot: Boot, *, former: int = -1, mounted: bool = False) -> None:
         """former is the UID that hermes had before, -1 for none; mounted says whether there are other file systems
@@ -1119,17 +1296,20 @@ class Sweep:
         self.uid, self.gid = boot.owner
         self.dry_run = boot.dry_run
         self.former = {former, self.uid}
+        self.home: MountId = (-1, b"")  # where the volume itself is
+        self.held = 0  # names of folders in memory
         # Nothing of hermes's runs before the CMD; from then on it can move what is mounted elsewhere.
         self.mounted = mounted or os.path.exists(COMMAND_PROCESS)
-        self.home, self.progress = boot.home, Progress(quiet=boot.quiet)
+        self.path, self.progress = boot.home, Progress(quiet=boot.quiet)
         self.counts, self.index = [0] * MOST_SWEEPERS, 0  # what each process has checked, and which one we are
         self.reset()
 
     def reset(self) -> None:
         """Forget what was counted."""
-        self.left_behind: list[str] = []
-        self.changed = self.checked = self.linked = self.failed = 0
-        self.first = self.failure = ""
+        for name in self.COUNTS:
+            setattr(self, name, 0)
+        for name in self.WORDS:
+            setattr(self, name, "")
 
     def claim(self, name: str, at: int, *, writable: bool = False) -> None:
         """Give one entry to hermes; with writable, for a file at the top of the volume, which may be mounted there
@@ -1140,8 +1320,10 @@ class Sweep:
             return  # removed while we looked
         try:
             status = os.fstat(fd)
-            if not self.may_change(status) or (self.mounted and not writable and mount_of(fd) != mount_of(at)):
-                return  # its device would say less: overlayfs shows those of its layers
+            if not self.may_change(status) or (
+                self.mounted and self.is_theirs(fd, at, status) and self.keep(name, at, status)
+            ):
+                return
             path = f"/proc/self/fd/{fd}"
             if (status.st_uid, status.st_gid) != (self.uid, self.gid):
                 if not self.dry_run:
@@ -1160,6 +1342,24 @@ class Sweep:
         if not self.first:
             self.first = f"{path_in(at, name)} belongs to {status.st_uid}:{status.st_gid}"
 
+    def notice(self, entry: os.DirEntry) -> None:
+        """Count an entry at the top of the volume that nobody manages, where it is not hermes's."""
+        owner = owner_in(entry)
+        if owner != self.uid:
+            self.strangers += 1
+            self.first_stranger = self.first_stranger or entry.name
+            if owner in self.former:
+                self.left_behind += 1
+                self.first_left_behind = self.first_left_behind or entry.name
+
+    def kept_fault(self, boot: Boot) -> Fault:
+        """Return what there is to say of mounts whose entries stay whose they are."""
+        mount = holding_mount(self.first_kept, mount_points())[0].rstrip("/")
+        return Fault(
+            f"{self.kept} entries of mounts below {shown(boot.home)} are not {USER}'s and stay so, the first in {shown(mount)}",
+            f"if {USER} is to write there: chown -hR {self.uid}:{self.gid} on the host, in what is mounted",
+        )
+
     def may_change(self, status: os.stat_result) -> bool:
         """Return whether root may act on an entry, by its descriptor's status."""
         kind = stat.S_IFMT(status.st_mode)
@@ -1167,6 +1367,21 @@ class Sweep:
             self.linked += 1
             return False
         return kind not in (stat.S_IFBLK, stat.S_IFCHR)
+
+    def is_theirs(self, fd: int, at: int, status: os.stat_result) -> bool:
+        """Return whether an open entry is of a mount below the volume; an empty file that is one itself is as good as
+        new. Its device would say less: overlayfs shows those of its layers."""
+        mount, above = mount_of(fd), mount_of(at)
+        new = mount != above and stat.S_ISREG(status.st_mode) and status.st_size == 0
+        return mount != (self.home[1] or above) and not new
+
+    def keep(self, name: str, at: int, status: os.stat_result) -> bool:
+        """Return whether an entry of a mount below the volume stays whose it is, and count it then."""
+        if status.st_uid in self.former:
+            return False
+        self.kept += 1
+        self.first_kept = self.first_kept or os.path.normpath(os.path.join(os.readlink(f"/proc/self/fd/{at}"), name))
+        return True
 
     def place(self, fd: int) -> MountId:
         """Return where an open folder is, as far as that can differ here."""
@@ -1177,22 +1392,25 @@ class Sweep:
         self.failure = self.failure or f"{path_in(at, name)}: {reason(error)}"
         self.failed += 1
 
-    def entries(self, fd: int) -> list[str]:
-        """Check an open folder and every entry of it but the folders, whose names are returned.
+    def entries(self, fd: int, place: MountId, room: int) -> list[str]:
+        """Check an open folder and every entry of it but the folders, whose names are returned, so many at most.
 
         The folder itself comes last. Until then, before anything of hermes's runs, nobody but root can rename in a
-        folder that is not hermes's and that only its owner may write: there a chown by name does what four calls by
-        descriptor would.
+        folder that is root's and that only its owner may write: there a chown by name does what four calls by
+        descriptor would. Another user's becomes root's for that time: a container of that UID may run.
         """
         uid, gid, folders, checked = self.uid, self.gid, [], 0
-        own = os.fstat(fd)
-        still = not self.mounted and own.st_uid != uid and not own.st_mode & 0o022
+        own, theirs = os.fstat(fd), place != self.home
+        still = not self.mounted and not theirs and own.st_uid != uid and not own.st_mode & 0o022
+        if still and own.st_uid and not self.dry_run:
+            still = self.taken(fd)
         with os.scandir(fd) as listing:
             for entry in listing:
                 checked += 1
                 try:
                     if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.name)
+                        if len(folders) < room:
+                            folders.append(entry.name)
                         continue
                     status = entry.stat(follow_symlinks=False)
                 except OSError:
@@ -1207,14 +1425,43 @@ class Sweep:
         self.counts[self.index] = self.checked
         if not self.index:
             self.progress.tell(self.so_far)
-        if own.st_uid != uid or own.st_gid != gid:
+        if (own.st_uid != uid or own.st_gid != gid) and not (theirs and self.keep(".", fd, own)):
             self.change(".", fd, own, False)
         return folders
 
+    def room(self) -> int:
+        """Return how many names of folders may be kept of the next listing: a part of what is left for all, so that
+        every level has some."""
+        return max(16, (MOST_NAMES - self.held) // 4)
+
+    def more_folders(self, fd: int, skip: int, room: int) -> list[str]:
+        """Return the names of an open folder's next folders, after the first ones, so many at most: a listing is read
+        again and again rather than kept."""
+        names = []
+        with os.scandir(fd) as listing:
+            for entry in listing:
+                if not entry.is_dir(follow_symlinks=False):
+                    continue
+                if skip:
+                    skip -= 1
+                elif len(names) < room:
+                    names.append(entry.name)
+                else:
+                    break
+        return names
+
+    def taken(self, fd: int) -> bool:
+        """Make an open folder root's own until its entries are checked; return whether that could be."""
+        try:
+            os.chown(fd, 0, -1)
+        except OSError:
+            return False
+        return True
+
     def so_far(self) -> str:
         """Return what has been done until now; how much there is, the file system knows, with what else it has."""
-        aim = f"giving {shown(self.home)} to {self.uid}:{self.gid}" if self.changed else f"owners on {shown(self.home)}"
-        files = os.statvfs(self.home)
+        aim = f"giving {shown(self.path)} to {self.uid}:{self.gid}" if self.changed else f"owners on {shown(self.path)}"
+        files = os.statvfs(self.path)
         most = f" of at most {files.f_files - files.f_ffree:,}" if files.f_files > files.f_ffree else ""
         return f"{aim}: {sum(self.counts):,}{most} entries"
 
@@ -1232,38 +1479,42 @@ class Sweep:
         else:
             self.note(name, fd, status)
 
-    def tree(self, folder: Folder) -> None:
-        """Check an open folder and all below it; it is closed. One descriptor at any depth: the way back up is `..`,
-        checked to be where we came from."""
-        fd = folder.fd
+    def tree(self, folder: Folder, names: list[str] | None = None) -> None:
+        """Check an open folder and all below it; it is closed. names are its first folders, where its entries have been
+        checked. One descriptor at any depth: the way back up is `..`, checked to be where we came from."""
+        fd, held = folder.fd, self.held
         try:
             place = self.place(fd)
-            above = [(os.fstat(fd).st_ino, self.entries(fd))]
+            above = [Level(self, fd, place, names)]
             while True:
-                _, folders = above[-1]
-                if folders:
-                    fd = self.descend(fd, folders.pop(), place, above)
+                if name := above[-1].next(self, fd):
+                    fd = self.descend(fd, name, place, above)
                     continue
                 above.pop()
                 if not above:
                     return
                 fd = replace_fd(fd, os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd))
-                if os.fstat(fd).st_ino != above[-1][0]:
+                if os.fstat(fd).st_ino != above[-1].inode:
                     raise OSError(errno.ESTALE, "was moved while it was being swept")
         finally:
             os.close(fd)
+            self.held = held
 
-    def descend(self, fd: int, name: str, place: MountId, above: list[tuple[int, list[str]]]) -> int:
-        """Check a folder's entries and make it the current one, unless it is gone, unreadable or another file
-        system."""
+    def descend(self, fd: int, name: str, place: MountId, above: list[Level]) -> int:
+        """Check a folder's entries and make it the current one, unless it is gone, unreadable, another file system, or
+        deeper than any path can lead."""
+        if len(above) >= MOST_LEVELS:
+            self.deep += 1
+            return fd
         child = self.open_folder(fd, name, place)
         if child is None:
             return fd
-        above.append((os.fstat(child.fd).st_ino, self.entries(child.fd)))
+        above.append(Level(self, child.fd, place))
         return replace_fd(fd, child.fd)
 
     def open_folder(self, fd: int, name: str, place: MountId) -> Folder | None:
-        """Open a folder to check it, None when it is gone, unreadable or another file system."""
+        """Open a folder to check it, None when it is gone, unreadable or another file system, which is checked by
+        itself."""
         try:
             child = Folder(name, fd)
         except (FileNotFoundError, NotADirectoryError):
@@ -1275,15 +1526,26 @@ class Sweep:
             return None
         if self.place(child.fd) == place:
             return child
-        os.close(child.fd)
+        self.mount(child)
         return None
 
-    def volume(self, home: Folder) -> None:
-        """Check all managed folders. The upper levels here; once there are folders enough to share, all cores take
+    def mount(self, top: Folder) -> None:
+        """Check what is mounted below the volume; it is closed. What belongs to a former UID is hermes's there too, and
+        an empty one is as good as new. Without these only its top is looked at: the rest may be a host's whole disk."""
+        status, empty = os.fstat(top.fd), is_empty(top)
+        if not empty and len(self.former - {-1}) > 1:
+            self.tree(top)
+            return
+        with top:
+            if (status.st_uid, status.st_gid) != (self.uid, self.gid) and (empty or not self.keep(".", top.fd, status)):
+                self.change(".", top.fd, status, False)
+
+    def volume(self, home: Folder, names: list[str]) -> None:
+        """Check the managed folders. The upper levels here; once there are folders enough to share, all cores take
         from them."""
         waiting: list[tuple[str, MountId]] = []  # a folder's path, and where it must be
-        for path in MANAGED_FOLDERS:
-            waiting += self.check_managed(home, path)
+        for name in names:
+            waiting += self.check_managed(home, name)
         done = 0
         while done < len(waiting) < SHARED_FOLDERS:
             path, place = waiting[done]
@@ -1293,29 +1555,34 @@ class Sweep:
         if done < len(waiting):
             self.share(home, waiting[done:])
 
-    def check_managed(self, home: Folder, path: str) -> list[tuple[str, MountId]]:
-        """Check one managed folder's entries; return its folders. A link or a file in its place is said and left
-        alone."""
-        parent = os.path.dirname(path)
+    def check_managed(self, home: Folder, name: str) -> list[tuple[str, MountId]]:
+        """Check one managed folder's entries; return its folders. A link or a file in its place is left alone, and
+        said of those that we make."""
         try:
-            if parent:
-                with home.folder(parent) as above:
-                    self.checked += 1
-                    self.claim(".", above.fd)
-            folder = home.folder(path)
-            self.checked += 1
-            return [(f"{path}/{name}", place) for name, place in self.opened(folder)]
+            folder = home.folder(name)
         except FileNotFoundError:
-            return []  # made later, by hermes
+            return []  # removed while we looked
         except OSError as error:
-            warn(f"{path} on the volume {described(error)}; its owners were not checked; put a plain folder there")
+            if any(path.partition("/")[0] == name for path in MANAGED_FOLDERS):
+                warn(f"{name} on the volume {described(error)}; its owners were not checked; put a plain folder there")
             return []
+        self.checked += 1
+        if self.place(folder.fd) != self.home and is_empty(folder):
+            self.mount(folder)
+            return []
+        return [(f"{name}/{below}", place) for below, place in self.opened(folder)]
 
     def opened(self, folder: Folder) -> list[tuple[str, MountId]]:
-        """Check an open folder's entries and close it; return its folders, and where they must be."""
-        with folder:
-            place = self.place(folder.fd)
-            return [(name, place) for name in self.entries(folder.fd)]
+        """Check an open folder's entries and close it; return its folders, and where they must be. One with too many to
+        share is checked here with all below it."""
+        place, room = self.place(folder.fd), min(MOST_SHARED, self.room())
+        names = self.entries(folder.fd, place, room)
+        if len(names) >= room:
+            self.tree(folder, names)
+            return []
+        os.close(folder.fd)
+        self.held += len(names)
+        return [(name, place) for name in names]
 
     def below(self, home: Folder, path: str, place: MountId, action) -> list[tuple[str, MountId]]:
         """Open a folder anew and take an action on it; return the folders it names, as volume() wants them. Whatever
@@ -1399,8 +1666,18 @@ class Sweep:
                 f"{self.failed} entries on {shown(boot.home)} could not be given to {self.uid}:{self.gid}, the first: {self.failure};"
                 " going on, since a rootless engine, NFS, a NAS or a read-only mount may refuse that and still work"
             )
+        if self.kept:
+            warn(self.kept_fault(boot))
+        if self.deep:
+            warn(
+                f"{self.deep} folders on {shown(boot.home)} are over {MOST_LEVELS} levels down, so they were left alone"
+            )
         if self.left_behind:
-            warn(f"{USER} was another user before; {foreign_fault(boot.home, self.left_behind, boot.owner)}")
+            warn(
+                f"{USER} was another user before; {self.left_behind} entries at the top of {shown(boot.home)} that are none of"
+                f" the agent's own stay whose they are, the first: {shown(self.first_left_behind)};"
+                f" chown what {USER} needs to {self.uid}:{self.gid} on the host, with the container stopped"
+            )
         if self.linked:
             warn(
                 f"{self.linked} files on {shown(boot.home)} have hard links and another owner, so they were left alone;"
@@ -1408,10 +1685,39 @@ class Sweep:
             )
 
 
-def foreign_fault(home: str, names: list[str], owner: Owner) -> Fault:
-    """Return what there is to say of entries at the top of the volume that are not hermes's, nor ours to give to it."""
-    first = f"{len(names)} entries at the top of {shown(home)} stay whose they are, the first: {shown(min(names))}"
-    return Fault(first, f"those that are the agent's: chown -hR {owner[0]}:{owner[1]} {shown(home)}/NAME")
+class Level:
+    """A folder on the way down through a tree: which it is, and the names of its folders that are still to be
+    checked."""
+
+    __slots__ = ("inode", "names", "listed", "cut")
+
+    def __init__(self, sweep: Sweep, fd: int, place: MountId, names: list[str] | None = None) -> None:
+        room = sweep.room() if names is None else len(names)
+        names = sweep.entries(fd, place, room) if names is None else names
+        self.inode, self.listed = os.fstat(fd).st_ino, 0
+        self.take(sweep, names, room)
+
+    def take(self, sweep: Sweep, names: list[str], room: int) -> None:
+        """Keep names; where there was no room for more, there may be more."""
+        self.names, self.cut = names, len(names) >= room
+        self.listed += len(names)
+        sweep.held += len(names)
+
+    def next(self, sweep: Sweep, fd: int) -> str:
+        """Return the next folder's name, "" when all are checked."""
+        if not self.names and self.cut:
+            room = sweep.room()
+            self.take(sweep, sweep.more_folders(fd, self.listed, room), room)
+        if not self.names:
+            return ""
+        sweep.held -= 1
+        return self.names.pop()
+
+
+def is_empty(folder: Folder) -> bool:
+    """Return whether nothing is in a folder."""
+    with os.scandir(folder.fd) as listing:
+        return next(listing, None) is None
 
 
 def path_in(folder: int, name: str) -> str:
@@ -1449,6 +1755,29 @@ def holding_mount(path: str, mounts: list[tuple[str, str]]) -> tuple[str, str]:
     )
 
 
+WAL_IS_UNSAFE = frozenset("9p cifs fakeowner nfs nfs4 smb3 smbfs vboxsf virtiofs".split())
+
+
+def mount_faults(boot: Boot) -> list[Fault]:
+    """Return what is wrong with what is mounted where."""
+    faults, mounts = [], mount_points()
+    if any(point == f"{IMAGE}/" for point, _ in mounts):
+        text = f"something is mounted over {IMAGE}, so what runs is not what the image has"
+        faults.append(Fault(text, f"take it away; what is to stay belongs on {HOME}"))
+    if loses_wal(kind := holding_mount(boot.home, mounts)[1]):
+        text = f"{shown(boot.home)} is on {kind}, where SQLite's WAL is not safe, so state.db may be damaged"
+        fix = (
+            "keep it on a disk of the engine's own, such as a named volume; hermes-agent 0.19 has no setting that helps"
+        )
+        faults.append(Fault(text, fix))
+    return faults
+
+
+def loses_wal(kind: str) -> bool:
+    """Return whether a kind of file system does not share memory as SQLite's WAL needs it."""
+    return kind in WAL_IS_UNSAFE or kind.startswith("fuse")
+
+
 def has_mounts_beside(home: str) -> bool:
     """Return whether something is mounted below the mount that holds a folder: hermes may be able to move it, by a
     folder above."""
@@ -1481,23 +1810,23 @@ def sweep_volume(boot: Boot) -> Sweep:
     """Check all that hermes manages on the volume, and change wrong owners unless it is a dry run. Who the volume
     belongs to until then is who hermes was before, root excepted."""
     with trusted_folder(boot.home) as home:
-        former = os.fstat(home.fd).st_uid or -1
-        sweep = Sweep(boot, former=former, mounted=has_mounts_beside(boot.home))
+        top = os.fstat(home.fd).st_uid if home.roots_way else 0  # else hermes could have put another's folder there
+        sweep = Sweep(boot, former=top or -1, mounted=has_mounts_beside(boot.home))
+        sweep.home = sweep.place(home.fd)
+        folders: list[str] = []
         with os.scandir(home.fd) as listing:
-            entries = list(listing)
-        files = [
-            entry.name for entry in entries if is_managed_file(entry.name) and entry.is_file(follow_symlinks=False)
-        ]
-        others = [entry for entry in entries if not is_managed(entry.name)]
-        sweep.checked += 1 + len(files)
-        for name in files:
-            sweep.claim(name, home.fd, writable=True)
-        sweep.volume(home)
+            for entry in listing:
+                if entry.name in MANAGED_TOPS:
+                    folders.append(entry.name)
+                elif not is_managed_file(entry.name):
+                    sweep.notice(entry)
+                elif entry.is_file(follow_symlinks=False):
+                    sweep.checked += 1
+                    sweep.claim(entry.name, home.fd, writable=True)
+        sweep.volume(home, sorted(folders))
         sweep.progress.end()
+        sweep.checked += 1
         sweep.claim(".", home.fd)  # last: until then it tells, at the next boot too, who hermes was
-        sweep.left_behind = (
-            [entry.name for entry in others if owner_in(entry) == former] if former not in (-1, sweep.uid) else []
-        )
     return sweep
 
 
@@ -1521,14 +1850,11 @@ def owner_in(entry: os.DirEntry) -> int:
         return 0
 
 
-def is_managed(name: str) -> bool:
-    """Return whether an entry at the top of the volume is one that hermes keeps."""
-    return name in MANAGED_TOPS or is_managed_file(name)
-
-
 def is_managed_file(name: str) -> bool:
     """Return whether a top-level file is one that hermes keeps."""
-    return name in MANAGED_FILES or name.startswith(MANAGED_PREFIXES)
+    if name in MANAGED_FILES or name.startswith(MANAGED_PREFIXES):
+        return True
+    return name.endswith(MANAGED_SUFFIXES) and (name[0] == "." or not name.endswith(".tmp"))
 
 
 # Seeding
@@ -1545,6 +1871,9 @@ TEMPLATES = (
     ("SOUL.md", 0o644, "docker/SOUL.md"),
 )
 STATE_FILE = "gateway_state.json"
+BOOTSTRAPS = {"auth.json": "HERMES_AUTH_JSON_BOOTSTRAP", STATE_FILE: "HERMES_GATEWAY_BOOTSTRAP_STATE"}
+TO_MIGRATE = 75  # seed's exit code
+MIGRATION_LOG = "config-migration.log"
 PROBE = "hermes-write-test"
 
 
@@ -1575,31 +1904,87 @@ def open_home(boot: Boot) -> Folder:
     except FileNotFoundError:
         raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; mount a volume there, or set it right") from None
     except OSError as error:
-        uid, gid = owner_of(boot.home)
+        where = barred(boot.home)
+        about = (
+            "it" if where == os.path.realpath(boot.home) else f"{shown(where)} on the way, which hermes may not enter,"
+        )
         raise Fatal(
-            f"{shown(boot.home)} cannot be read by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)}; it belongs to {uid}:{gid}"
+            f"{shown(boot.home)} cannot be read by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)};"
+            f" {about} {owner_and_mode(where)}; let hermes in, or set HERMES_HOME to a folder elsewhere"
         ) from error
+
+
+def barred(path: str) -> str:
+    """As hermes: return the first folder on the way to a path that cannot be entered, else the path itself."""
+    real = os.path.realpath(path)
+    names = real.split("/")[1:]
+    folders = ["/" + "/".join(names[:count]) for count in range(len(names))]
+    return next((folder for folder in folders if not os.access(folder, os.X_OK)), real)
+
+
+def owner_and_mode(name: str, at: int | None = None) -> str:
+    """Return to whom an entry belongs and with what mode, in words."""
+    status = os.stat(name, dir_fd=at, follow_symlinks=False)
+    return f"belongs to {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}"
 
 
 def seed(boot: Boot) -> int:
     """As hermes: try the volume, make the managed folders, put missing files in place. Never overwrites. Fatal if
-    not writable."""
+    not writable. Returns TO_MIGRATE when the configuration is of an older hermes-agent."""
+    if not boot.dry_run:
+        give_access(os.path.realpath(boot.home))
     with open_home(boot) as home:
         if not boot.dry_run:
             try_volume(boot, home)
+        fresh = home.stat("config.yaml") is None
         for path in MANAGED_FOLDERS:
             seed_folder(boot, home, path)
         for name, mode, content in seeds(boot):
             seed_file(boot, home, name, mode, content)
-        secrets = home.stat(".env")
-        if secrets and stat.S_ISREG(secrets.st_mode) and secrets.st_mode & 0o004:
-            warn(f".env on the volume can be read by everyone (mode {stat.S_IMODE(secrets.st_mode):04o}); chmod 600 it")
-    return 0
+        check_files(home)
+        remove_install_method(boot, home)
+        return TO_MIGRATE if wants_migration(boot, home, fresh=fresh) else 0
+
+
+def give_access(path: str, at: int | None = None) -> None:
+    """As hermes: give the owner all rights on a folder of its own, should the agent have taken them."""
+    try:
+        status = os.stat(path, dir_fd=at, follow_symlinks=False)
+        mode = stat.S_IMODE(status.st_mode)
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and mode & 0o700 != 0o700:
+            os.chmod(path, mode | 0o700, dir_fd=at)
+    except OSError:
+        pass  # what comes next says it
+
+
+def check_files(home: Folder) -> None:
+    """As hermes: say what others can read, and what hermes cannot."""
+    for name in (".env", "config.yaml", "auth.json"):
+        found = home.stat(name)
+        if not found or not stat.S_ISREG(found.st_mode):
+            continue
+        if not os.access(name, os.R_OK, dir_fd=home.fd):
+            warn(
+                f"{name} on the volume cannot be read by hermes: it {owner_and_mode(name, home.fd)}; give it to hermes"
+            )
+        elif found.st_mode & 0o004 and name == ".env":
+            mode = stat.S_IMODE(found.st_mode)
+            warn(f"{name} on the volume can be read by everyone (mode {mode:04o}); `hermes-boot doctor --fix`")
+
+
+def remove_install_method(boot: Boot, home: Folder) -> None:
+    """As hermes: remove what older images left: it has the agent tell people to pull another image."""
+    name = ".install_method"
+    try:
+        if home.read(name, 100).strip() == b"docker" and boot.announce(f"remove the stale {name}"):
+            os.unlink(name, dir_fd=home.fd)
+    except OSError:
+        pass  # not there, or none of ours
 
 
 def probe(home: Folder) -> None:
-    """Write a small file on the volume, safely, and remove it. Raises OSError."""
-    os.unlink(home.write_beside(PROBE, b"hermes\n", 0o600), dir_fd=home.fd)
+    """Write a small file on the volume, safely, and remove it, unless somebody else has. Raises OSError."""
+    home.unlinked(home.write_beside(PROBE, b"hermes\n", 0o600))
 
 
 def try_volume(boot: Boot, home: Folder) -> None:
@@ -1625,7 +2010,7 @@ def try_volume(boot: Boot, home: Folder) -> None:
             advice = "chmod u+rwx it"
         raise Fatal(
             f"{shown(boot.home)} cannot be written by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)}; it belongs to"
-            f" {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}; {advice}"
+            f" {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}; {advice}{rootless_advice(boot.owner)}"
         ) from error
 
 
@@ -1636,6 +2021,7 @@ def seed_folder(boot: Boot, home: Folder, path: str) -> None:
             if not os.path.isdir(f"{boot.home}/{path}"):
                 boot.announce(f"make the folder {path}")
             return
+        give_access(path.partition("/")[0], home.fd)
         with home.make(path):
             pass
     except OSError as error:
@@ -1644,7 +2030,11 @@ def seed_folder(boot: Boot, home: Folder, path: str) -> None:
 
 def seed_file(boot: Boot, home: Folder, name: str, mode: int, content: bytes) -> None:
     """Put a file in place unless something has its name, be that a dangling link."""
-    if home.stat(name) or not boot.announce(f"seed {name}"):
+    if found := home.stat(name):
+        if name in BOOTSTRAPS and not stat.S_ISREG(found.st_mode):
+            warn(f"{BOOTSTRAPS[name]} is not used, since {name} on the volume is a link or a folder; remove that")
+        return
+    if not boot.announce(f"seed {name}"):
         return
     try:
         home.write(name, content, mode, replace=False)
@@ -1693,70 +2083,148 @@ def image_version() -> str:
     return ""
 
 
-def volume_version(boot: Boot) -> str:
-    """Return the version of hermes-agent that last ran on the volume, "" on one from before this was noted."""
+def volume_version(home: Folder) -> str:
+    """As hermes: return the version of hermes-agent that last ran on the volume, "" on one from before this was
+    noted."""
     try:
-        with Folder(boot.home, follow=True) as home:
-            return home.read(VERSION_STAMP, 100).decode(errors="replace").strip()
+        return home.read(VERSION_STAMP, 100).decode(errors="replace").strip()
     except OSError:
         return ""
 
 
-def version_key(version: str) -> list[int]:
-    """Return a version's numbers for comparing."""
-    return [int(part) if part.isascii() and part.isdigit() else 0 for part in version.split(".")]
+VERSION = r"""v?(?:(\d+)!)?(\d+(?:\.\d+)*)(?:[-_.]?(alpha|a|beta|b|preview|pre|c|rc)[-_.]?(\d*))?
+(?:-(\d+)|[-_.]?(post|rev|r)[-_.]?(\d*))?(?:[-_.]?(dev)[-_.]?(\d*))?(?:\+[a-z0-9._-]+)?"""
 
 
-def migrate_config(boot: Boot, *, fresh: bool) -> None:
-    """Run `hermes config migrate` when the image's agent is newer than the one that last ran on this volume.
+def version_key(version: str) -> tuple:
+    """Return what sorts versions in PEP 440's order, but for local ones; what is no version comes first."""
+    import re  # 8 ms, so only where two versions differ
 
-    Which that was is kept in a file on the volume; a fresh volume has nothing to migrate. A failure is tried again at
-    the next boot.
+    match = re.fullmatch(VERSION.replace("\n", ""), version.strip().lower(), re.ASCII)
+    if not match:
+        return (-1,)
+    epoch, release, pre, pre_number, post, post_word, post_number, dev, dev_number = match.groups()
+    numbers = [int(number) for number in release.split(".")]
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    # alpha, beta and candidate come by their letter, before a final release; one that is only under development before all
+    stage = {"p": "r", "c": "r"}.get(pre[0], pre[0]) if pre else "" if dev and post is post_word is None else "z"
+    after = int(post or post_number or 0) if post or post_word else -1
+    return int(epoch or 0), numbers, stage, int(pre_number or 0), after, not dev, int(dev_number or 0)
+
+
+def is_newer(version: str, than: str) -> bool:
+    """Return whether a version is a later one than another."""
+    return version != than and version_key(version) > version_key(than)
+
+
+def wants_migration(boot: Boot, home: Folder, *, fresh: bool) -> bool:
+    """As hermes: return whether the image's agent is newer than the one that last ran on this volume.
+
+    Which that was is kept in a file on the volume; a fresh volume has nothing to migrate.
     """
-    version = image_version()
-    if not version or switch(boot.setting("HERMES_SKIP_CONFIG_MIGRATION")):
-        return
-    last = volume_version(boot)
-    if version_key(version) <= version_key(last):
-        return
-    if not fresh:
-        if not boot.announce(
-            f"migrate the configuration from {shown(last) if last else 'an unknown version'} to {version}"
-        ):
-            return
-        if as_owner(boot.owner, back_up_config, boot):
-            warn("the configuration was not migrated, since it could not be backed up")
-            return
-        environment = program_environment(boot.environment)
-        if code := run_helper([HERMES, "config", "migrate"], environment):
-            warn(f"config migration ended with code {code}; run `hermes config migrate` by hand")
-            return
-    if not boot.dry_run:
-        as_owner(boot.owner, stamp_version, boot, version)
+    version, last = image_version(), volume_version(home)
+    if not version or switch(boot.setting("HERMES_SKIP_CONFIG_MIGRATION")) or not is_newer(version, last):
+        return False
+    if fresh:
+        if not boot.dry_run:
+            stamp_version(home, version)
+        return False
+    return boot.announce(f"migrate the configuration from {shown(last) if last else 'an unknown version'} to {version}")
 
 
-def back_up_config(boot: Boot) -> int:
-    """As hermes: keep a dated copy of config.yaml and .env in backups/."""
-    date, name = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime()), "backups"
+def migrate_config(boot: Boot) -> int:
+    """As hermes: run `hermes config migrate` for every profile that has a config.yaml of an older version; return 1 when
+    one was not migrated, which is tried again at the next boot. What the agent says is in logs/."""
+    version, code = image_version(), 0
+    with open_home(boot) as home, home.make("logs") as logs:
+        fd = os.open(
+            MIGRATION_LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=logs.fd
+        )
+        for profile, folder in open_profiles(boot, home, None):
+            if folder and is_older_config(folder):
+                failure = migration_failure(boot, folder, profile.name, fd)
+                if failure or not boot.quiet:
+                    say("warning" if failure else "info", f"{profile.name}: configuration {failure or 'migrated'}")
+                code = code or int(bool(failure))
+        os.close(fd)
+        if not code:
+            stamp_version(home, version)
+    return code
+
+
+def is_older_config(folder: Folder) -> bool:
+    """Return whether a profile's config.yaml is not of the image's version, by the number that the agent keeps in it."""
+    import re
+
     try:
-        with Folder(boot.home, follow=True) as home, home.make("backups") as backups:
-            for name in ("config.yaml", ".env"):
-                if home.stat(name):
-                    backups.write(f"{name}.{date}", home.read(name, 16 << 20), 0o600, replace=True)
+        found = re.search(rb"^_config_version:\s*(\d+)", folder.read("config.yaml", 16 << 20), re.MULTILINE)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # the migration says it
+    for source in installed("hermes_cli/config.py"):
+        latest = re.search(rb'"_config_version":\s*(\d+)', content(source)) if os.path.exists(source) else None
+        if found and latest:
+            return int(found[1]) < int(latest[1])
+    return True
+
+
+def migration_failure(boot: Boot, folder: Folder, profile: str, log: int) -> str:
+    """Back a profile's configuration up and migrate it; return why that was not done, "" when it was."""
+    import subprocess
+
+    try:
+        back_up_config(folder)
     except OSError as error:
-        warn(f"{name} {described(error)}; fix that")
-        return 1
-    return 0
+        return f"not migrated, since {error.filename or 'a copy'} {described(error)}"
+    words = [HERMES, "-p", profile, "config", "migrate"]
+    environment = program_environment(boot.environment) | {"HERMES_HOME": boot.home}
+    try:
+        done = subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    except OSError as error:
+        return f"not migrated: {HERMES}: {reason(error)}"
+    return (
+        f"migration ended with code {shell_code(done.returncode)}; logs/{MIGRATION_LOG} says why"
+        if done.returncode
+        else ""
+    )
 
 
-def stamp_version(boot: Boot, version: str) -> int:
+def back_up_config(folder: Folder) -> None:
+    """Keep a copy of a profile's config.yaml and .env in its backups/, with the date that the file is of, so that a
+    migration that fails again makes no other. Raises OSError."""
+    for name in ("config.yaml", ".env"):
+        found = folder.stat(name)
+        if found is None:
+            continue
+        try:
+            if name == "config.yaml" and is_fixed(folder, name):
+                raise OSError(errno.EROFS, "is mounted by itself and not writable; migrate what is mounted there")
+            data = folder.read(name, 16 << 20)
+            date = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime(found.st_mtime))
+            with folder.make("backups") as backups:
+                backups.write(f"{name}.{date}", data, 0o600, replace=False)
+        except OSError as error:
+            error.filename = error.filename or name
+            raise
+
+
+def is_fixed(folder: Folder, name: str) -> bool:
+    """Return whether a file can neither be written nor replaced, being a mount."""
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder.fd)
+    try:
+        return mount_of(fd) != mount_of(folder.fd) and not os.access(name, os.W_OK, dir_fd=folder.fd)
+    finally:
+        os.close(fd)
+
+
+def stamp_version(home: Folder, version: str) -> None:
     """As hermes: note the version that now runs on this volume."""
     try:
-        with Folder(boot.home, follow=True) as home:
-            home.write(VERSION_STAMP, f"{version}\n".encode(), 0o644, replace=True)
+        home.write(VERSION_STAMP, f"{version}\n".encode(), 0o644, replace=True)
     except OSError as error:
         warn(f"{VERSION_STAMP} could not be written: {reason(error)}")
-    return 0
 
 
 # Profiles and their state
@@ -1766,6 +2234,7 @@ STATE_LIMIT = 512 << 10  # bytes; real ones have a few hundred
 STALE_FILES = ("gateway.pid", "processes.json")  # of a dead container's processes
 PROFILE_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
 SLOT_PREFIX, SLOT_NAME_LIMIT = "gateway-", 251
+MOST_PROFILES = 20_000
 
 
 class Profile:
@@ -1886,7 +2355,7 @@ def first_processes():
         yield from map(int, content("/proc/1/task/1/children").split())
     except OSError:
         pass  # not every kernel has that, and it may miss one while another ends
-    yield from children_of(1)
+    yield from families().get(1, [])
 
 
 def wrapped_words(line: list[str], is_init: bool) -> list[str]:
@@ -1896,16 +2365,24 @@ def wrapped_words(line: list[str], is_init: bool) -> list[str]:
     return next((line[i:] for i in range(start, len(line)) if names[i] in ("main-wrapper.sh", "main_wrapper.py")), [])
 
 
-def children_of(parent: int) -> list[int]:
-    """Return a process's children of this moment."""
-    result = []
+def families() -> dict[int, list[int]]:
+    """Return every process's children of this moment."""
+    result: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         try:
-            if name.isdigit() and parent_of(int(name)) == parent:
-                result.append(int(name))
+            if name.isdigit():
+                result.setdefault(parent_of(int(name)), []).append(int(name))
         except OSError:
             continue  # ended meanwhile
     return result
+
+
+def descendants(process: int) -> list[int]:
+    """Return all processes of this moment below one."""
+    found, children = [process], families()
+    for parent in found:
+        found += children.get(parent, [])
+    return found[1:]
 
 
 def is_dashboard(command: list[str]) -> bool:
@@ -1957,7 +2434,7 @@ def open_profiles(boot: Boot, home: Folder, running: str | None):
     yield decide(boot, home, "default", running), home
     try:
         with home.folder("profiles") as profiles:
-            for name in sorted(os.listdir(profiles.fd), key=os.fsencode):
+            for name in profile_names(profiles):
                 if found := inspect(boot, profiles, name, running):
                     yield found
                     if found[1]:
@@ -1968,6 +2445,29 @@ def open_profiles(boot: Boot, home: Folder, running: str | None):
         warn(
             f"profiles on the volume {described(error)}, so no profile but default has a gateway; put a plain folder there"
         )
+
+
+def profile_names(profiles: Folder) -> list[str]:
+    """Return the entries of profiles/ that could be profiles, in name order; of more than MOST_PROFILES only those that
+    are, up to that number, since hermes can make millions."""
+    names: list[str] = []
+    many = False
+    with os.scandir(profiles.fd) as listing:
+        for entry in listing:
+            if entry.is_symlink() or entry.is_dir(follow_symlinks=False):
+                names.append(entry.name)
+            if len(names) > 2 * MOST_PROFILES:
+                many, names = True, real_profiles(profiles, names)
+    if many:
+        names = real_profiles(profiles, names)
+        warn(f"profiles on the volume has over {MOST_PROFILES} entries; those without SOUL.md are not looked at")
+    return sorted(names, key=os.fsencode)
+
+
+def real_profiles(profiles: Folder, names: list[str]) -> list[str]:
+    """Return the first MOST_PROFILES names, in order, of folders that have a SOUL.md."""
+    found = [name for name in names if os.access(f"{name}/SOUL.md", os.F_OK, dir_fd=profiles.fd)]
+    return sorted(found, key=os.fsencode)[:MOST_PROFILES]
 
 
 def inspect(boot: Boot, profiles: Folder, name: str, running: str | None) -> tuple[Profile, Folder | None] | None:
@@ -2114,31 +2614,47 @@ def put(folder: Folder, name: str, content: str, mode: int) -> None:
     os.close(fd)
 
 
-def make_skeleton(folder: Folder, path: str) -> None:
+def make_skeleton(folder: Folder, path: str, group: int | None) -> None:
     """Make what s6-supervise would make for root alone: found ready and ours, it stays ours, so hermes can control
-    its slots."""
+    its slots. With group, all is root's, and that group may write to the control FIFO."""
     os.mkdir(f"{path}supervise", 0o755, dir_fd=folder.fd)
     for name in ("event", "supervise/event"):
         os.mkdir(path + name, dir_fd=folder.fd)
         os.chmod(path + name, 0o3730, dir_fd=folder.fd)
-    os.mkfifo(f"{path}supervise/control", dir_fd=folder.fd)
-    os.chmod(f"{path}supervise/control", 0o660, dir_fd=folder.fd)
+    make_fifo(folder, f"{path}supervise/control", 0o660, 0o620, group)
+
+
+def make_fifo(folder: Folder, name: str, mode: int, sealed_mode: int, group: int | None) -> None:
+    """Make a FIFO of a slot, ours, or with group root's for that group to use."""
+    os.mkfifo(name, 0o600, dir_fd=folder.fd)
+    if group is not None:
+        os.chown(name, -1, group, dir_fd=folder.fd)
+    os.chmod(name, mode if group is None else sealed_mode, dir_fd=folder.fd)
 
 
 def publish(
-    scandir: Folder, name: str, found: os.stat_result | None, files: dict[str, tuple[str, int]], *, start: bool
+    scandir: Folder,
+    name: str,
+    found: os.stat_result | None,
+    files: dict[str, tuple[str, int]],
+    *,
+    start: bool,
+    group: int | None = None,
 ) -> None:
     """Put a slot into the scandir. One that was found there, and perhaps runs, keeps its folder and its process."""
     if found and stat.S_ISDIR(found.st_mode):
-        refresh(scandir, name, files, start=start)
+        refresh(scandir, name, files, start=start, group=group)
         return
     if found:
         scandir.remove(name)
-    build(scandir, name, files, start=start)
+    build(scandir, name, files, start=start, group=group)
 
 
-def build(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool) -> None:
-    """Make a slot that is not there yet: built under a dot name, which s6-svscan ignores, then renamed into place."""
+def build(
+    scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool, group: int | None = None
+) -> None:
+    """Make a slot that is not there yet: built under a dot name, which s6-svscan ignores, then renamed into place. With
+    group it stays ours, and is that group's to control."""
     temporary = f".{name}"[: 255 - len(".tmp")] + ".tmp"
     try:
         os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
@@ -2146,19 +2662,21 @@ def build(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, star
         scandir.remove(temporary)
         os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
     with Folder(temporary, scandir.fd) as slot:
-        make_skeleton(slot, "")
+        make_skeleton(slot, "", group)
         if "log/run" in files:
             os.mkdir("log", 0o755, dir_fd=slot.fd)
-            make_skeleton(slot, "log/")
+            make_skeleton(slot, "log/", group)
         for path, (content, mode) in files.items():
             put(slot, path, content, mode)
-        os.mkfifo("back-off", 0o600, dir_fd=slot.fd)
+        make_fifo(slot, "back-off", 0o600, 0o660, group)  # finish reads it
         if not start:
             put(slot, "down", "", 0o644)
     os.rename(temporary, name, src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
 
 
-def refresh(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool) -> None:
+def refresh(
+    scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool, group: int | None = None
+) -> None:
     """Bring an existing slot's files up to date, each replaced whole; its process, if it has one, goes on."""
     wanted = dict(files) if start else files | {"down": ("", 0o644)}
     with scandir.folder(name) as slot:
@@ -2174,7 +2692,7 @@ def refresh(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, st
         if start and slot.stat("down"):
             slot.remove("down")
         if slot.stat("back-off") is None:
-            os.mkfifo("back-off", 0o600, dir_fd=slot.fd)
+            make_fifo(slot, "back-off", 0o600, 0o660, group)
 
 
 def tell(fifo: str, letters: bytes) -> None:
@@ -2235,6 +2753,7 @@ def make_log_folder(home: Folder, profile: str) -> Fault | None:
 
 SETUP_FAILED = "/run/hermes-setup.failed"
 STATIC_SERVICES = "/etc/s6-overlay/s6-rc.d"
+ASKED_LIMIT = 1 << 20  # bytes
 BOOT_LOG, BOOT_LOG_LIMIT = "container-boot.log", 256 << 10
 # By their number in capabilities(7). Without CHOWN, FOWNER and KILL less works; the README says what.
 NEEDED_CAPABILITIES = {1: "DAC_OVERRIDE", 6: "SETGID", 7: "SETUID"}
@@ -2257,14 +2776,19 @@ def setup(boot: Boot) -> int:
     if euid not in (0, boot.owner[0]):
         raise Fatal(
             f"started as UID {euid}, which is not {USER}'s; drop `--user` and set HERMES_UID={euid} HERMES_GID={os.getegid()},"
-            f" or use `--user {boot.owner[0]}`, or any UID with GID 0 on a volume that group 0 may write"
+            f" or use `--user {boot.owner[0]}`, or any UID with GID 0 on a volume that group 0 may write{rootless_advice(boot.owner)}"
         )
     check_switches(boot)
+    for fault in mount_faults(boot):
+        warn(fault)
     remap(boot)
+    if not boot.dry_run:
+        close_environment(boot)
+    if euid != 0 and switch(boot.setting("HERMES_SEALED")):
+        warn("HERMES_SEALED seals nothing here: without root, all in this container is hermes's, and nothing is root's")
     boot.announce(f"run as {boot.owner[0]}:{boot.owner[1]}")
     if euid == 0:
-        if fault := exposed_path(boot):
-            warn(fault)
+        follow_home(boot)
         join_groups(boot)
         own_volume(boot)
     elif not boot.dry_run:
@@ -2273,13 +2797,32 @@ def setup(boot: Boot) -> int:
         make_home(boot)
     if not os.path.isdir(boot.home):
         return 0  # dry run on a volume that is still to be made
-    fresh = not os.path.lexists(f"{boot.home}/config.yaml")
     reader = image_owner if boot.dry_run else boot.owner  # a dry run has not given the volume to the new one
-    if code := as_owner(reader, seed, boot):
+    code = as_owner(reader, seed, boot)
+    if code not in (0, OVERDUE, TO_MIGRATE):
         return code
     sync_skills(boot)
-    migrate_config(boot, fresh=fresh)
+    failed = run_helper([BOOT, "migrate"], program_environment(boot.environment)) if code == TO_MIGRATE else 0
+    if failed > 1:  # else it has said why
+        warn(f"the configuration was not migrated as a whole (code {failed}); the next boot goes on with it")
     return 0
+
+
+def close_environment(boot: Boot) -> None:
+    """Keep the container's environment, which has its keys, from everybody but root and hermes. s6-overlay opens that
+    folder at its start, and reads it as root."""
+    try:
+        with trusted_folder(CONTAINER_ENVIRONMENT) as folder:
+            if os.geteuid() == 0 and not folder.is_roots():
+                return
+            for name in [*os.listdir(folder.fd), "."]:
+                if os.geteuid() == 0:
+                    os.chown(name, 0, boot.owner[1], dir_fd=folder.fd, follow_symlinks=False)
+                os.chmod(name, 0o750 if name == "." else 0o640, dir_fd=folder.fd)
+    except FileNotFoundError:
+        pass  # S6_KEEP_ENV=1, or no container of ours
+    except OSError as error:
+        warn(f"{CONTAINER_ENVIRONMENT} {described(error)}, so every user of the container can read its environment")
 
 
 def setup_phase(boot: Boot) -> int:
@@ -2289,10 +2832,74 @@ def setup_phase(boot: Boot) -> int:
         return guarded(setup, boot)
     if not read_pid_file(COMMAND_PROCESS):  # at a boot, not by `docker exec`
         mark_setup(failed=True)
+        if s6_is_pid_1() and is_cont_init(boot):
+            watch_for_stop()
     code = guarded(setup, boot)
     if code == 0:
         mark_setup(failed=False)
     return code
+
+
+def is_cont_init(boot: Boot) -> bool:
+    """Return whether this is one of the boot's scripts: s6-rc tells its oneshots their name."""
+    return boot.setting("RC_NAME") == "legacy-cont-init"
+
+
+def watch_for_stop() -> None:
+    """Have a stop of the container end the boot first: s6-overlay's waits until that is over, however long it takes.
+
+    s6-svscan runs a script of its folder's upon SIGTERM; ours calls end-boot, then s6-overlay's own. With
+    S6_CMD_RECEIVE_SIGNALS=1 that has another name.
+    """
+    script = f"{SCANDIR}/.s6-svscan/SIGTERM"
+    if os.path.exists(f"{script}.s6-linux-init"):
+        script += ".s6-linux-init"
+    try:
+        if os.path.lexists(COMMAND_PROCESS):  # an earlier start's, where /run is kept
+            os.unlink(COMMAND_PROCESS)
+        os.link(script, f"{script}.s6-overlay")
+        with Folder(f"{SCANDIR}/.s6-svscan") as folder:
+            text = f'#!/bin/sh\n[ -e {COMMAND_PROCESS} ] || {BOOT} end-boot\nexec "$0.s6-overlay"\n'
+            put(folder, "SIGTERM+", text, 0o755)
+        os.rename(f"{SCANDIR}/.s6-svscan/SIGTERM+", script)
+    except OSError as error:
+        warn(f"{script} cannot be replaced ({reason(error)}), so a stop waits until the boot is over")
+    if any(name == "s6-rc" and b"-bda" in words for name, words in map(command_of, descendants(1))):
+        end_boot()  # it came before us, and s6-overlay's now waits for us
+
+
+def end_boot() -> int:
+    """End a boot that is under way, within two seconds: first what would go on to the container's command, then the
+    scripts, by SIGTERM and a second later by SIGKILL. The container's exit code is then 143."""
+    children = families()
+    first = {word: process for process in children.get(1, []) for word in command_of(process)[1]}
+    init, runner = first.get(b"/run/s6/basedir/scripts/rc.init"), first.get(b"s6rc-oneshot-runner")
+    if not init or not runner:
+        return 0
+    with open("/run/s6-linux-init-container-results/exitcode", "w") as file:
+        file.write(f"{128 + SIGTERM}\n")
+    for process in [init, *children.get(init, [])]:  # rc.init, and s6-rc, which ends once its scripts have
+        send(process, SIGTERM)
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline + 1:
+        left = [
+            process for process in descendants(runner) if command_of(process)[0] not in ("s6-ipcserverd", "s6-sudod")
+        ]
+        if not left:
+            break
+        for process in left:
+            send(process, SIGTERM if time.monotonic() < deadline else SIGKILL)
+        time.sleep(0.05)
+    return 0
+
+
+def command_of(process: int) -> tuple[str, list[bytes]]:
+    """Return a process's name and the words of its command line, empty when it has ended."""
+    try:
+        name = content(f"/proc/{process}/comm").decode(errors="replace").rstrip("\n")
+        return name, content(f"/proc/{process}/cmdline").split(b"\0")[:-1]
+    except OSError:
+        return "", []
 
 
 def mark_setup(*, failed: bool) -> None:
@@ -2335,14 +2942,64 @@ def reconcile_phase(boot: Boot) -> int:
         if boot.dry_run:
             return 0  # setup would make it first
         raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; run the setup first, or set it right")
-    if not boot.dry_run:
-        own_services(boot)
-    return as_owner(boot.owner, reconcile, boot, command)
+    if boot.dry_run:
+        return as_owner(boot.owner, reconcile, boot, command)
+    if boot.sealed and boot.scandir != SCANDIR:
+        raise Fatal(f"HERMES_SEALED cannot seal S6_PROFILE_GATEWAY_SCANDIR={boot.scandir!r}; unset one of the two")
+    own_services(boot)
+    if boot.sealed:
+        code, wanted = asked_by_hermes(boot, reconcile, command)
+        publish_for_hermes(boot, wanted)
+    else:
+        code = as_owner(boot.owner, reconcile, boot, command)
+    return 0 if code == OVERDUE else code
+
+
+def asked_by_hermes(boot: Boot, action, *arguments) -> tuple[int, dict[str, tuple[bool, bool]]]:
+    """Run an action as hermes that asks for slots, by ask_for; return its exit code, and for each profile whether its
+    gateway starts, and whether it has a log folder. What hermes says is checked, and is all that root takes from it."""
+    import fcntl
+
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    os.set_blocking(writing, False)
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, ASKED_LIMIT)  # room for the longest names
+    code = as_owner(boot.owner, action, boot, *arguments, writing)
+    os.close(writing)
+    data = bytearray()
+    try:
+        while (part := os.read(reading, ASKED_LIMIT)) and len(data) < ASKED_LIMIT:
+            data += part
+    except BlockingIOError:
+        pass  # something of hermes's keeps it open
+    os.close(reading)
+    asked = (line.partition(" ") for line in data.decode("ascii", "replace").splitlines())
+    wanted = {name: ("start" in flags, "log" in flags) for name, _, flags in asked if not name_fault(name)}
+    return code, dict([*wanted.items()][:SLOT_LIMIT])
+
+
+def ask_for(output: int, profile: str, *, start: bool, to_folder: bool) -> None:
+    """As hermes: ask root for a slot."""
+    os.write(output, f"{profile} {'start' if start else ''} {'log' if to_folder else ''}\n".encode())
+
+
+def publish_for_hermes(boot: Boot, wanted: dict[str, tuple[bool, bool]]) -> None:
+    """As root: publish the slots that hermes has asked for, so that hermes can control them and nothing more."""
+    timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
+    with trusted_folder(boot.scandir) as scandir:
+        for profile, (start, to_folder) in wanted.items():
+            name, files = SLOT_PREFIX + profile, slot_files(profile, timeout, None, to_folder=to_folder)
+            try:
+                publish(scandir, name, scandir.stat(name), files, start=start, group=boot.owner[1])
+            except OSError as error:
+                say("error", f"{profile}: its slot could not be made ({reason(error)}); see to space in /run")
+    if not is_cont_init(boot):
+        rescan(boot.scandir)
 
 
 def own_services(boot: Boot) -> None:
-    """Hand the scandir and s6-svscan's control FIFO to hermes, which publishes slots at run time, and the static
-    services' control."""
+    """Let hermes publish slots at run time, by the scandir and s6-svscan's control FIFO, unless that is sealed; what is
+    root's there stays so. And let it control the static services."""
     try:
         folder = trusted_folder(boot.scandir, make=True)
     except OSError as error:
@@ -2352,27 +3009,40 @@ def own_services(boot: Boot) -> None:
     with folder as scandir:
         if os.geteuid() != 0:
             return
-        sweep = Sweep(boot)
-        sweep.claim(".", scandir.fd)
         try:
-            with scandir.folder(".s6-svscan") as control:
-                sweep.claim(".", control.fd)
-                sweep.claim("control", control.fd)
+            os.fchown(scandir.fd, 0, 0 if boot.sealed else boot.owner[1])
+            os.fchmod(scandir.fd, 0o755 if boot.sealed else 0o1775)
+            if not boot.sealed:
+                with scandir.folder(".s6-svscan") as svscan:
+                    let_write(boot, svscan, "control")
         except FileNotFoundError:
             pass  # no s6-svscan watches it
         except OSError as error:
-            warn(f"the scandir's .s6-svscan {described(error)}, so no gateway can be added; restart the container")
-        own_static_services(boot, scandir, whole=True)
+            warn(
+                f"the scandir {shown(boot.scandir)} {described(error)}, so no gateway can be added;"
+                " restart the container"
+            )
+        own_static_services(boot, scandir, whole=not boot.sealed)
+
+
+def let_write(boot: Boot, folder: Folder, fifo: str) -> None:
+    """Let hermes write to a FIFO that is root's, and to nothing else that may be in its place. Raises OSError."""
+    fd = os.open(fifo, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder.fd)
+    try:
+        status = os.fstat(fd)
+        if stat.S_ISFIFO(status.st_mode) and status.st_uid == 0 and status.st_nlink == 1:
+            os.chown(f"/proc/self/fd/{fd}", 0, boot.owner[1])
+            os.chmod(f"/proc/self/fd/{fd}", 0o620)
+    finally:
+        os.close(fd)
 
 
 def own_static_services(boot: Boot, scandir: Folder, *, whole: bool) -> None:
-    """Let hermes see and control the image's static services, as it does its slots: s6 made their supervise folders for
-    root alone.
+    """Let hermes see and control the image's static services, but for main-hermes, on which the container's life hangs.
 
-    Who owns such a folder can make s6-supervise, which is root, write through a link; so where hermes has no scandir,
-    and with it not all that root has, it gets no more than the control file.
+    Their supervise folders stay root's, since who owns one can make s6-supervise, which is root, write through a link.
+    So can who may write to event/, where others wait for s6's word: hermes can only where it has the scandir too.
     """
-    sweep = Sweep(boot)
     try:
         names = [name for name in os.listdir(STATIC_SERVICES) if os.path.exists(f"{STATIC_SERVICES}/{name}/run")]
     except FileNotFoundError:
@@ -2380,19 +3050,21 @@ def own_static_services(boot: Boot, scandir: Folder, *, whole: bool) -> None:
     for name in names:
         for place in (lambda: Folder(f"/run/s6-rc/servicedirs/{name}"), lambda: scandir.folder(name)):
             try:
-                with place() as service, service.folder("supervise") as supervise:
-                    sweep.claim("control", supervise.fd)
-                    if not whole:
-                        os.fchmod(supervise.fd, 0o755)
+                with place() as service, service.folder("supervise") as supervise, service.folder("event") as event:
+                    if os.fstat(supervise.fd).st_uid != 0:
                         continue
-                    for path, folder in (("event", service), ("supervise", service), ("event", supervise)):
-                        sweep.claim(path, folder.fd)
+                    os.fchmod(supervise.fd, 0o711)
+                    if name != "main-hermes":
+                        let_write(boot, supervise, "control")
+                    if whole:
+                        os.fchown(event.fd, 0, boot.owner[1])
+                        os.fchmod(event.fd, 0o3730)
             except OSError:
                 continue  # not supervised here, or s6-rc's link to the other folder
 
 
-def reconcile(boot: Boot, command: list[str]) -> int:
-    """As hermes: find the profiles, publish their slots, say and log a line for each."""
+def reconcile(boot: Boot, command: list[str], output: int | None = None) -> int:
+    """As hermes: find the profiles, publish their slots, or with output ask root to, say and log a line for each."""
     with open_home(boot) as home:
         running = run_profile(boot, command, home)
         if boot.dry_run:
@@ -2405,12 +3077,13 @@ def reconcile(boot: Boot, command: list[str]) -> int:
             timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
             for profile, folder in open_profiles(boot, home, running):
                 if folder and (chosen is None or profile.name in chosen):
-                    register(home, folder, scandir, profile, timeout)
+                    register(home, folder, scandir, profile, timeout, output)
                 elif folder:
                     profile.action, profile.fault = "skipped", FULL
                 lines.append(profile.line())
         log_boot(boot, home, lines)
-        rescan(boot.scandir)
+        if output is None and not is_cont_init(boot):  # else root does, or the service hermes-gateways, after cont-init
+            rescan(boot.scandir)
     return 0
 
 
@@ -2421,7 +3094,7 @@ def most_wanted(boot: Boot, home: Folder, running: str | None) -> set[str] | Non
         return None
     try:
         with home.folder("profiles") as profiles:
-            if len(os.listdir(profiles.fd)) < SLOT_LIMIT:
+            if len(profile_names(profiles)) < SLOT_LIMIT:
                 return None
     except OSError:
         return None
@@ -2430,8 +3103,11 @@ def most_wanted(boot: Boot, home: Folder, running: str | None) -> set[str] | Non
     return {profile.name for profile in found[:SLOT_LIMIT]}
 
 
-def register(home: Folder, folder: Folder, scandir: Folder, profile: Profile, timeout: int) -> None:
-    """Publish one profile's slot; what is in the way of that, or of its log, becomes the profile's own reason."""
+def register(
+    home: Folder, folder: Folder, scandir: Folder, profile: Profile, timeout: int, output: int | None = None
+) -> None:
+    """Publish one profile's slot, or with output ask root to; what is in the way of that, or of its log, becomes the
+    profile's own reason."""
     try:
         name = SLOT_PREFIX + profile.name
         found = scandir.stat(name)
@@ -2440,8 +3116,10 @@ def register(home: Folder, folder: Folder, scandir: Folder, profile: Profile, ti
             profile.fault = clean_profile(folder) or profile.fault
         log_fault = make_log_folder(home, profile.name)
         profile.fault = profile.fault or log_fault
-        files = slot_files(profile.name, timeout, None, to_folder=not log_fault)
-        publish(scandir, name, found, files, start=profile.action == "started")
+        start = profile.action == "started"
+        if output is not None:
+            return ask_for(output, profile.name, start=start, to_folder=not log_fault)
+        publish(scandir, name, found, slot_files(profile.name, timeout, None, to_folder=not log_fault), start=start)
     except OSError as error:
         profile.action = "skipped"
         profile.fault = Fault(
@@ -2452,12 +3130,8 @@ def register(home: Folder, folder: Folder, scandir: Folder, profile: Profile, ti
 def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
     """Write the boot's lines to stderr and to logs/container-boot.log, which is rotated once it is over
     BOOT_LOG_LIMIT bytes."""
-    try:
-        if not boot.quiet:
-            sys.stderr.write("".join(lines))
-            sys.stderr.flush()
-    except OSError:
-        pass  # nobody reads it, and the volume has it too
+    if not boot.quiet:
+        write_error("".join(lines))
     try:
         with home.make("logs") as logs:
             found = logs.stat(BOOT_LOG)
@@ -2672,6 +3346,14 @@ class S6ServiceManager:
             raise NotRegistered(self.unknown(profile))
         return path
 
+    def own_slot(self, name: str) -> str:
+        """Return a slot that we may control. Raises CommandFailed for one that is another user's, else as slot does."""
+        slot = self.slot(name)
+        control = f"{slot}/supervise/control"
+        if os.path.exists(control) and not os.access(control, os.W_OK):
+            raise CommandFailed(f"{name}: UID {os.geteuid()} may not control it; run this as {USER} or root")
+        return slot
+
     def valid(self, name: str) -> str:
         """Return the profile that a name is about: itself where it has a slot, else what follows `gateway-`. Raises
         InvalidName."""
@@ -2826,7 +3508,7 @@ class S6ServiceManager:
         read before. An intent that cannot be written is a failure, but the steps are taken all the same.
         """
         failures: dict[str, GatewayError] = {}
-        known = [name for name in dict.fromkeys(names) if self.tried(failures, name, self.slot)]
+        known = [name for name in dict.fromkeys(names) if self.tried(failures, name, self.own_slot)]
         locks = self.lock_all(known, sum(patience for _, patience in steps), failures)
         try:
             known = [name for name in known if name not in failures]
@@ -2944,21 +3626,32 @@ class S6ServiceManager:
         for name, value in (extra_env or {}).items():
             if not name.isascii() or not name.isidentifier() or "\0" in value:
                 raise InvalidName(f"extra_env: {name!r} cannot be a variable; use letters, digits and _")
+        try:
+            with Folder(self.home, follow=True) as home:
+                log_fault = make_log_folder(home, profile)
+        except OSError as error:
+            raise CommandFailed(f"{profile}: {shown(self.home)} cannot be used: {reason(error)}") from error
+        if log_fault:
+            warn(log_fault)
+        files = slot_files(profile, self.stop_timeout, extra_env, to_folder=not log_fault)
+        self.publish(profile, files, start=start_now)
+
+    def publish(
+        self, profile: str, files: dict[str, tuple[str, int]], *, start: bool, group: int | None = None
+    ) -> None:
+        """Put a profile's slot into the scandir and wait until s6 supervises it. group is for root, see build. Raises
+        AlreadyRegistered, CommandFailed."""
         name = SLOT_PREFIX + profile
         if is_watched(self.scandir) and len(self.list_profile_gateways()) >= SLOT_LIMIT:
             raise CommandFailed(f"{profile}: {FULL}")
         try:
-            with Folder(self.home, follow=True) as home:
-                log_fault = make_log_folder(home, profile)
-            files = slot_files(profile, self.stop_timeout, extra_env, to_folder=not log_fault)
             with Folder(self.scandir, follow=True) as scandir, Lock(scandir):
                 if scandir.stat(name):
                     raise AlreadyRegistered(f"{profile}: has a gateway already")
-                build(scandir, name, files, start=start_now)
+                build(scandir, name, files, start=start, group=group)
         except OSError as error:
-            raise CommandFailed(f"{profile}: its slot could not be made: {reason(error)}") from error
-        if log_fault:
-            warn(log_fault)
+            advice = f"; HERMES_SEALED leaves that to root: {REGISTER}" if is_sealed(self.environment) else ""
+            raise CommandFailed(f"{profile}: its slot could not be made: {reason(error)}{advice}") from error
         rescan(self.scandir)
         if not until(lambda: is_supervised(f"{self.scandir}/{name}"), 5) and is_watched(self.scandir):
             self.withdraw(profile)
@@ -2969,9 +3662,13 @@ class S6ServiceManager:
 
         Raises NotRegistered, InvalidName, CommandFailed; when it does not end in time, its slot stays.
         """
-        if is_supervised(self.slot(profile)):
-            self.raise_first(self.bring([profile], up=False, timeout=self.default_timeout(timeout)))
+        self.end(profile, timeout=timeout)
         self.withdraw(profile)
+
+    def end(self, profile: str, *, timeout: float | None = None) -> None:
+        """Stop a gateway that is to be removed. Raises as unregister_profile_gateway does."""
+        if is_supervised(self.own_slot(profile)):
+            self.raise_first(self.bring([profile], up=False, timeout=self.default_timeout(timeout)))
 
     def withdraw(self, profile: str) -> None:
         """Remove a slot whose gateway is down, and its supervisors. Raises as unregister_profile_gateway does."""
@@ -2993,11 +3690,46 @@ class S6ServiceManager:
 
 
 DONE = {"start": "started", "stop": "stopped", "restart": "restarted"}
+REGISTER = "`docker exec CONTAINER hermes-boot gateway register -p NAME`"
+
+
+def is_sealed(environment: dict[str, str]) -> bool:
+    """Return whether the scandir is root's alone because HERMES_SEALED is on."""
+    try:
+        status = os.stat(scandir_of(environment))
+    except OSError:
+        return False
+    return switch(environment.get("HERMES_SEALED", "")) is True and status.st_uid == 0 and not status.st_mode & 0o022
+
+
+def by_hermes(timeout: float, action, *arguments) -> int:
+    """Run an operator's command as hermes and return its exit code. hermes can stop what has become hermes, so root
+    looks after the time: timeout seconds."""
+    import _signal
+
+    if os.geteuid() == 0:
+        _signal.signal(_signal.SIGTERM, lambda *_: sys.exit(128 + SIGTERM))  # else what runs as hermes would go on
+    code = as_owner(account() or (0, 0), action, *arguments, timeout=timeout)
+    return 1 if code == OVERDUE else code
+
+
+def command_timeout(environment: dict[str, str], *, waits: bool) -> int:
+    """Return how many seconds an operator's command has. One that waits for gateways may have to wait for another such
+    command first."""
+    stop = number_in(environment.get("HERMES_GATEWAY_STOP_TIMEOUT", ""), 1, MAX_SECONDS) or STOP_TIMEOUT
+    return 2 * (stop + 15) + 10 if waits else stop + 10
 
 
 def control(action: str, profile: str | None, every: bool, environment: dict[str, str]) -> int:
+    """Start, stop or restart one gateway or all. Where root alone can give a profile its slot, that comes first."""
+    if action != "stop" and not every and os.geteuid() == 0 and is_sealed(environment):
+        if code := register_as_root(Boot(environment), profile, missing=True):
+            return code
+    return by_hermes(command_timeout(environment, waits=True), control_as_hermes, action, profile, every, environment)
+
+
+def control_as_hermes(action: str, profile: str | None, every: bool, environment: dict[str, str]) -> int:
     """Start, stop or restart one gateway or all, say what became of each, and go on past a failure."""
-    become_hermes()
     manager = S6ServiceManager(environment=environment)
     names = manager.list_profile_gateways() if every else [named_profile(manager, profile)]
     failures = getattr(manager, f"{action}_all")(names)
@@ -3005,6 +3737,63 @@ def control(action: str, profile: str | None, every: bool, environment: dict[str
         if name not in failures:
             print(f"{name}: {DONE[action]}")
     return report_failures(failures)
+
+
+def register_as_root(boot: Boot, profile: str | None, *, missing: bool) -> int:
+    """In sealed mode: give a profile its slot, after hermes has looked at it; with missing, only if it has none."""
+    code, wanted = asked_by_hermes(boot, ask_for_profile, profile, missing)
+    manager = S6ServiceManager(environment=boot.environment)
+    for name, (start, to_folder) in wanted.items():
+        try:
+            files = slot_files(name, manager.stop_timeout, None, to_folder=to_folder)
+            manager.publish(name, files, start=start, group=boot.owner[1])
+        except GatewayError as error:
+            return report_failures({"": error})
+        print(f"{name}: registered{', started' if start else ''}", flush=True)
+    return 1 if code == OVERDUE else code
+
+
+def ask_for_profile(boot: Boot, option: str | None, missing: bool, output: int) -> int:
+    """As hermes: ask root for one profile's slot."""
+    manager = S6ServiceManager(environment=boot.environment)
+    profile = named_profile(manager, option)
+    try:
+        if missing and profile in manager.list_profile_gateways():
+            return 0
+        start = starts_by_itself(manager, profile)
+        with Folder(boot.home, follow=True) as home:
+            log_fault = make_log_folder(home, profile)
+    except GatewayError as error:
+        return report_failures({"": error})
+    if log_fault:
+        warn(log_fault)
+    ask_for(output, profile, start=start and not missing, to_folder=not log_fault)
+    return 0
+
+
+def unregister_as_root(boot: Boot, profile: str | None) -> int:
+    """In sealed mode: stop a gateway as hermes, and remove its slot."""
+    manager = S6ServiceManager(environment=boot.environment)
+    code, wanted = asked_by_hermes(boot, end_profile, profile)
+    for name in wanted:
+        try:
+            manager.withdraw(name)
+        except GatewayError as error:
+            return report_failures({"": error})
+        print(f"{name}: unregistered")
+    return 1 if code == OVERDUE else code
+
+
+def end_profile(boot: Boot, option: str | None, output: int) -> int:
+    """As hermes: stop a gateway, and ask root to remove its slot."""
+    manager = S6ServiceManager(environment=boot.environment)
+    try:
+        profile = manager.valid(named_profile(manager, option))
+        manager.end(profile)
+    except GatewayError as error:
+        return report_failures({"": error})
+    ask_for(output, profile, start=False, to_folder=False)
+    return 0
 
 
 def named_profile(manager: S6ServiceManager, option: str | None) -> str:
@@ -3024,16 +3813,21 @@ def report_failures(failures: dict[str, GatewayError]) -> int:
     return codes.pop() if len(codes) == 1 else int(bool(codes))
 
 
-def register_one(manager: S6ServiceManager, profile: str) -> int:
-    """Publish a profile's slot as the next boot would: started if its state says so."""
+def starts_by_itself(manager: S6ServiceManager, profile: str) -> bool:
+    """Return whether the next boot would start a profile's gateway. Raises InvalidName, NotRegistered."""
     manager.valid(profile)
     try:
         with manager.profile_folder(profile) as folder:
             if profile != "default" and (fault := soul_fault(folder)):
                 raise NotRegistered(f"no such profile: {profile}: {fault}")
-            start = prior_state(folder)[0] == "running"
+            return prior_state(folder)[0] == "running"
     except OSError:
         raise NotRegistered(f"no such profile: {profile}; make it with `hermes profile create {profile}`") from None
+
+
+def register_one(manager: S6ServiceManager, profile: str) -> int:
+    """Publish a profile's slot as the next boot would: started if its state says so."""
+    start = starts_by_itself(manager, profile)
     manager.register_profile_gateway(profile, start_now=start)
     print(f"{profile}: registered{', started' if start else ''}")
     return 0
@@ -3050,8 +3844,21 @@ def gateway_command(boot: Boot, action: str, profile: str | None, every: bool, a
     """Run `hermes_boot.py gateway ...`; return the exit code."""
     if action in DONE:
         return control(action, profile, every, boot.environment)
-    become_hermes()
     manager = S6ServiceManager(environment=boot.environment)
+    if action.endswith("register") and os.geteuid() == 0 and is_sealed(boot.environment):
+        return (
+            unregister_as_root(boot, profile)
+            if action == "unregister"
+            else register_as_root(boot, profile, missing=False)
+        )
+    timeout = command_timeout(boot.environment, waits=action == "unregister")
+    return by_hermes(timeout, gateway_as_hermes, boot, manager, action, profile, every, as_json)
+
+
+def gateway_as_hermes(
+    boot: Boot, manager: S6ServiceManager, action: str, profile: str | None, every: bool, as_json: bool
+) -> int:
+    """As hermes: run what of `gateway` is neither start, stop nor restart."""
     try:
         if action == "list":
             names = manager.list_profile_gateways()
@@ -3093,24 +3900,34 @@ def shut_down(boot: Boot) -> int:
     are over.
 
     Run by s6-overlay from cont-finish.d, before its final kill. No intent is recorded, so what ran comes back at the
-    next boot. The work is a child's, as hermes: hermes could stop that for good, so root looks after the time.
+    next boot.
     """
     patience = seconds(boot.environment, "HERMES_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT, 0)
     deadline = time.monotonic() + patience
+    set_terminal_going()
     if command := read_pid_file(COMMAND_PROCESS):
         send(command, SIGTERM)  # while we are root: it may not be hermes yet
-    child = os.fork()
-    if child == 0:
-        os._exit(guarded(end_gateways, boot, deadline))
-    if not until(lambda: os.waitpid(child, os.WNOHANG)[0], patience + 1):
-        send(child, SIGKILL)
+    try:
+        with TimeLimit(patience + 1):
+            act_as_hermes()
+            end_gateways(boot, deadline)
+    except TimeoutError:
+        pass  # a file system that does not answer
     return 0
 
 
-def end_gateways(boot: Boot, deadline: float) -> int:
-    """As hermes: bring all slots down and wait for their gateways and the container command, until the deadline on
-    the monotonic clock."""
-    become_hermes()
+def act_as_hermes() -> None:
+    """Reach files as hermes from here on, and stay root's process, which hermes cannot stop; and no other process is
+    needed, which a limit on these could deny."""
+    owner = account()
+    if os.geteuid() == 0 and owner:
+        os.setegid(owner[1])
+        os.seteuid(owner[0])
+
+
+def end_gateways(boot: Boot, deadline: float) -> None:
+    """Bring all slots down and wait for their gateways and the container command, until the deadline on the monotonic
+    clock."""
     manager = S6ServiceManager(environment=boot.environment)
     slots = [f"{manager.scandir}/{SLOT_PREFIX}{name}" for name in manager.list_profile_gateways()]
     for slot in slots:
@@ -3130,16 +3947,14 @@ def end_gateways(boot: Boot, deadline: float) -> int:
 
     until(all_ended, deadline - time.monotonic())
     until(lambda: not read_pid_file(COMMAND_PROCESS), deadline - time.monotonic())
-    return 0
 
 
 # Fallback init: where s6-overlay cannot start
 # --------------------------------------------------------------------------------------------------------------------
 
+DASHBOARD_PORT = "9119"
 CONT_INIT, CONT_FINISH = "/etc/cont-init.d", "/etc/cont-finish.d"
-STATIC_FILES = {"run": 0o755, "finish": 0o755} | dict.fromkeys(
-    "type timeout-kill timeout-finish notification-fd down-signal max-death-tally".split(), 0o644
-)
+SERVICE_TIMEOUT = 60  # seconds for a static service to come up, unless its timeout-up says otherwise
 
 
 def fallback_init(why: str, words: list[str]) -> int:
@@ -3149,7 +3964,7 @@ def fallback_init(why: str, words: list[str]) -> int:
     s6-svscan itself needs no PID 1 and no folder of its own. The order, the scripts and their meaning are the same.
     """
     sys.argv = ["/init"]
-    return supervise(words or [f"{IMAGE}/docker/main-wrapper.sh"], process_environment(), why)
+    return supervise(words or [WRAPPER], process_environment(), why)
 
 
 def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
@@ -3163,25 +3978,25 @@ def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
     except OSError as error:
         raise Fatal(f"s6-svscan cannot be run: {reason(error)}; use the image as it was built") from error
     until(lambda: has_reader(f"{boot.scandir}/.s6-svscan/control"), 5)
-    services = publish_static_services(boot)
+    services = static_services(boot)
+    publish_services(boot, children, environment, services)
     if not boot.quiet:
         say("info", f"s6-svscan runs as PID {svscan}, without s6-overlay ({why}); gateways are supervised all the same")
-    failed = [
-        script
-        for script in scripts_in(CONT_INIT)
-        if not children.asked_to_end and run_to_end(children, script, environment)
-    ]
+    strict = boot.setting("S6_BEHAVIOUR_IF_STAGE2_FAILS") == "2"
+    boot_environment = environment | {"RC_NAME": "legacy-cont-init"}
+    failed = any([run_to_end(children, [script], boot_environment) for script in names_in(CONT_INIT)])
+    if not (failed and strict):
+        failed |= start_services(children, environment | {"S6_PROFILE_GATEWAY_SCANDIR": boot.scandir}, services)
     if children.asked_to_end:
         command, code = 0, -SIGTERM
-    elif failed and boot.setting("S6_BEHAVIOUR_IF_STAGE2_FAILS") == "2":
+    elif failed and strict:
         command, code = 0, 1
     else:
-        as_owner(account() or boot.owner, start_services, services)
         command, code = start_command(children, words, environment)
     if command and children.wait(command, svscan, command=command) == svscan:
         say("error", "s6-svscan has died; the container ends, so that the engine can start it anew")
-    for script in scripts_in(CONT_FINISH):  # these tell the gateways and the command to end, and wait for them
-        run_to_end(children, script, environment)
+    for script in names_in(CONT_FINISH):  # these tell the gateways and the command to end, and wait for them
+        run_to_end(children, [script], environment, to_its_end=True)
     send(svscan, SIGTERM)  # not by its control file, which is hermes's: root does not open that
     children.wait(svscan, timeout=0.5)
     if command:
@@ -3193,24 +4008,24 @@ def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
 
 
 def lay_out_run(boot: Boot) -> None:
-    """Make /run as s6-overlay's start leaves it: an empty scandir, and the environment, one file a variable, for
-    hermes to read. Fatal when it cannot be written."""
-    gid = (
-        number_in(boot.setting("HERMES_GID") or boot.setting("PGID"), 1, MAX_ID) or boot.owner[1]
-    )  # hermes's, after the setup
+    """Make /run as s6-overlay's start leaves it: an empty scandir, and the environment, one file a variable. Fatal when
+    it cannot be written, or is not root's."""
+    parent, _, folder = CONTAINER_ENVIRONMENT.rpartition("/")
+    variables = {} if boot.setting("S6_KEEP_ENV") == "1" else boot.environment
     try:
-        parent, _, name = CONTAINER_ENVIRONMENT.rpartition("/")
-        os.makedirs(parent, 0o755, exist_ok=True)
-        with Folder(parent) as folder:
-            folder.remove(name)
-            os.mkdir(name, 0o755, dir_fd=folder.fd)
-        for name, value in boot.environment.items():
-            if boot.setting("S6_KEEP_ENV") != "1" and "/" not in name:
-                fd = os.open(f"{CONTAINER_ENVIRONMENT}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
-                if os.geteuid() == 0:
-                    os.fchown(fd, 0, gid)
-                with open(fd, "wb") as file:
-                    file.write(os.fsencode(value) + b"\n")
+        own_run(parent)
+        with trusted_folder("/run") as run:
+            run.remove("s6-rc")
+        with trusted_folder(parent, make=True) as above:
+            above.remove(folder)
+            above.remove("legacy-services")
+            with above.made(folder) as files:
+                os.fchmod(files.fd, 0o750)
+                for name, value in variables.items():
+                    if "/" in name or name in (".", "..") or len(os.fsencode(name)) > 255:
+                        warn(f"the variable {shown(name)} cannot be a file's name, so gateways do not have it")
+                        continue
+                    put(files, name, f"{value}\n", 0o640)
         with trusted_folder(boot.scandir, make=True) as scandir:
             empty_scandir(boot, scandir)
     except OSError as error:
@@ -3218,6 +4033,20 @@ def lay_out_run(boot: Boot) -> None:
             f"/run cannot be written ({reason(error)}); give it a tmpfs (--tmpfs /run:exec), with `--user` one of that UID"
         ) from error
     write_pid_file(SUPERVISOR_PROCESS)
+
+
+def own_run(folder: str) -> None:
+    """As root: see to it that nobody else can rename what root puts into /run, and remove a folder there that somebody
+    else has made. Raises OSError."""
+    if os.geteuid() != 0:
+        return
+    with trusted_folder(os.path.dirname(folder)) as run:
+        if not run.is_roots() or os.fstat(run.fd).st_mode & 0o022:
+            os.fchown(run.fd, 0, 0)
+            os.fchmod(run.fd, 0o755)
+        found = run.stat(os.path.basename(folder))
+        if found and (found.st_uid != 0 or found.st_mode & 0o022):
+            run.remove(os.path.basename(folder))
 
 
 def empty_scandir(boot: Boot, scandir: Folder) -> None:
@@ -3229,64 +4058,158 @@ def empty_scandir(boot: Boot, scandir: Folder) -> None:
     os.mkdir(".s6-svscan", 0o755, dir_fd=scandir.fd)
 
 
-def publish_static_services(boot: Boot) -> list[str]:
-    """Put the image's static services into the scandir, down until the boot is over; return their paths. They are
-    started without s6-rc and so in no order; s6 restarts what needs another one first."""
-    try:
-        names = os.listdir(f"{STATIC_SERVICES}/user/contents.d")
-    except OSError:
-        return []
-    published = []
-    with trusted_folder(boot.scandir) as scandir:
-        for name in names:
-            files = {}
-            for file, mode in STATIC_FILES.items():
-                try:
-                    files[file] = (os.fsdecode(content(f"{STATIC_SERVICES}/{name}/{file}")), mode)
-                except OSError:
-                    continue  # a bundle, or a service without that file
-            if "run" not in files:
-                continue
-            try:
-                scandir.remove(name)
-                build(scandir, name, files, start=False)
-            except OSError as error:
-                warn(f"the service {shown(name)} could not be published: {reason(error)}")
-            else:
-                published.append(f"{boot.scandir}/{name}")
-    rescan(boot.scandir)
-    until(lambda: all(is_supervised(path) for path in published), 5)
-    return published
+BUNDLES = ("user", "user2")  # what s6-overlay starts
 
 
-def start_services(slots: list[str]) -> int:
-    """As hermes, whose they are by then: start static services."""
-    for slot in slots:
+class Service:
+    """A service of the image's or of a derived one's: its name, kind, folder and what it needs, in the way of s6-rc's
+    source definition directories (see s6-rc-compile); kind is `legacy` for one of /etc/services.d."""
+
+    __slots__ = ("copy", "folder", "kind", "name", "needs")
+
+    def __init__(self, name: str, folder: str, kind: str = "") -> None:
+        self.name, self.folder = name, f"{folder}/{name}"
+        self.kind = kind or ("bundle" if name in BUNDLES else self.word("type"))
+        self.copy = f"/run/{'s6/legacy-services' if kind else 's6-rc/servicedirs'}/{name}"
+        self.needs = ["user"] if kind else self.names("contents" if self.kind == "bundle" else "dependencies")
+
+    def word(self, file: str) -> str:
+        """Return what a small file of it says, "" when there is none."""
         try:
-            tell(f"{slot}/supervise/control", b"u")
-        except OSError as error:
-            warn(f"the service {os.path.basename(slot)} could not be started: {reason(error)}")
-    return 0
+            return os.fsdecode(content(f"{self.folder}/{file}")).strip()
+        except OSError:
+            return ""
+
+    def is_up(self) -> bool:
+        """Return whether it has come up, and where it has a way to say so, whether it is ready."""
+        if self.word("notification-fd"):
+            return bool(read_small(f"{self.copy}/supervise/status")[-1] & 8)  # s6_svstatus's flagready
+        status = slot_status(self.copy)
+        return bool(deaths(self.copy)) or (status is not None and status.up)
+
+    def names(self, what: str) -> list[str]:
+        """Return the names in a folder of it, or in the file of its older form."""
+        paths = names_in(f"{self.folder}/{what}.d")
+        return [os.path.basename(path) for path in paths] or [
+            line for line in self.word(what).split("\n") if line and not line.startswith("#")
+        ]
 
 
-def scripts_in(folder: str) -> list[str]:
-    """Return the executable files of a folder, in name order."""
+def static_services(boot: Boot) -> list[Service]:
+    """Return all services to start, each after what it needs, those of /etc/services.d last; warn of what only
+    s6-overlay can do."""
+    order: dict[str, Service] = {}
+    lost = [name for name in ("S6_RUNTIME_PROFILE", "S6_STAGE2_HOOK") if boot.setting(name)]
+    lost += names_in("/etc/fix-attrs.d")
+
+    def visit(name: str, above: tuple[str, ...] = ()) -> None:
+        if name in order or name in ("base", "fix-attrs", "legacy-cont-init", "legacy-services"):
+            return
+        service = Service(name, STATIC_SERVICES)
+        if name in above or service.kind not in ("bundle", "longrun", "oneshot"):
+            lost.append(f"{name}, which {'needs itself' if name in above else 'is no service'}")
+            return
+        for needed in service.needs:
+            visit(needed, (*above, name))
+        lost.extend(f"{file} of {name}" for file in ("consumer-for", "producer-for", "down") if service.word(file))
+        if not service.word("consumer-for"):
+            order[name] = service
+
+    for bundle in BUNDLES:
+        visit(bundle)
+    if lost:
+        warn(f"without s6-overlay these have no effect: {', '.join(map(shown, lost))}")
+    return [
+        *order.values(),
+        *(Service(os.path.basename(path), "/etc/services.d", "legacy") for path in names_in("/etc/services.d")),
+    ]
+
+
+def publish_services(boot: Boot, children: Children, environment: dict[str, str], services: list[Service]) -> None:
+    """Put services into the scandir as s6-rc does, links to copies of their folders; they are down until their turn."""
+    published = [service for service in services if service.kind in ("longrun", "legacy")]
+    with trusted_folder(boot.scandir) as scandir:
+        for service in published:
+            try:
+                os.makedirs(os.path.dirname(service.copy), exist_ok=True)
+                if run_to_end(children, ["cp", "-R", service.folder, service.copy], environment, to_its_end=True):
+                    continue  # cp has said why
+                for path in (service.copy, f"{service.copy}/log"):
+                    if os.path.exists(f"{path}/run"):
+                        os.chmod(f"{path}/run", 0o755)
+                        os.close(os.open(f"{path}/down", os.O_WRONLY | os.O_CREAT, 0o644))
+                scandir.remove(service.name)
+                os.symlink(service.copy, service.name, dir_fd=scandir.fd)
+            except OSError as error:
+                warn(f"the service {shown(service.name)} could not be published: {reason(error)}")
+    rescan(boot.scandir)
+    until(lambda: all(is_supervised(service.copy) for service in published), 5)
+
+
+def start_services(children: Children, environment: dict[str, str], services: list[Service]) -> bool:
+    """Start services in order, but for those whose needs have failed; return whether one has, after a line."""
+    failed: set[str] = set()
+    for service in services:
+        if children.asked_to_end:
+            break
+        missing = failed.intersection(service.needs)
+        if service.kind == "bundle":
+            failed |= {service.name} if missing else set()
+        elif why := f"{shown(min(missing))} has failed" if missing else start_service(children, environment, service):
+            failed.add(service.name)
+            warn(f"the service {shown(service.name)} could not be started: {why}")
+    return bool(failed)
+
+
+def start_service(children: Children, environment: dict[str, str], service: Service) -> str:
+    """Run a oneshot, or bring a longrun up, or ready where it says so; return what went wrong. Root opens the control
+    FIFO of what may be hermes's, but its folder is root's."""
+    if service.kind == "oneshot":
+        code = run_to_end(children, [s6_program("execlineb"), "-P", f"{service.folder}/up"], environment)
+        return f"its `up` ended with code {code}" if code else ""
+    patience = number_in(service.word("timeout-up"), 1, MAX_SECONDS * 1000) or SERVICE_TIMEOUT * 1000
+    deadline = time.monotonic() + patience / 1000
     try:
-        paths = [f"{folder}/{name}" for name in sorted(os.listdir(folder))]
+        for slot in (f"{service.copy}/log", service.copy):
+            if os.path.exists(f"{slot}/run"):
+                tell(f"{slot}/supervise/control", b"u")
+        while service.kind != "legacy" and not children.asked_to_end and not service.is_up():
+            status = slot_status(service.copy)
+            if status is None or (deaths(service.copy) and status.pid == 0 and not status.wanted):
+                return "it ended for good"
+            if time.monotonic() > deadline:
+                return f"it did not come up within {patience / 1000:g} s"
+            children.wait(timeout=0.005)
+    except OSError as error:
+        return reason(error)
+    return ""
+
+
+def names_in(folder: str) -> list[str]:
+    """Return the paths of what is in a folder, in name order, as s6-overlay lists it: without dot files."""
+    try:
+        return [f"{folder}/{name}" for name in sorted(os.listdir(folder)) if not name.startswith(".")]
     except OSError:
         return []
-    return [path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)]
 
 
-def run_to_end(children: Children, script: str, environment: dict[str, str]) -> int:
-    """Run one of the boot's scripts; return its exit code."""
+def run_to_end(children: Children, argv: list[str], environment: dict[str, str], *, to_its_end: bool = False) -> int:
+    """Run one of the boot's programs; return its exit code. Unless it is to get to its end, SIGTERM ends it: all of its
+    process group, by SIGKILL after a second, and none is begun then."""
+    if children.asked_to_end and not to_its_end:
+        return 128 + SIGTERM
     try:
-        pid = children.start([script], environment)
+        pid = children.start(argv, environment)
     except OSError as error:
-        warn(f"{script}: {reason(error)}")
+        advice = "; chmod +x it" if isinstance(error, PermissionError) else ""
+        warn(f"{argv[0]} cannot be run: {reason(error)}{advice}")
         return 1
-    children.wait(pid)
-    return children.codes[pid]
+    children.wait(pid, command=0 if to_its_end else pid)
+    for number in (SIGTERM, SIGKILL):
+        if children.codes[pid] is None:
+            send(-pid, number)
+            children.wait(pid, timeout=1)
+    return shell_code(children.codes[pid] or 0)
 
 
 def start_command(children: Children, words: list[str], environment: dict[str, str]) -> tuple[int, int]:
@@ -3316,7 +4239,10 @@ def dashboard(environment: dict[str, str]) -> int:
     except OSError:
         os.chdir("/")  # the agent says what it thinks of that
     address = environment.get("HERMES_DASHBOARD_HOST") or "127.0.0.1"
-    port = environment.get("HERMES_DASHBOARD_PORT") or "9119"
+    port = environment.get("HERMES_DASHBOARD_PORT") or DASHBOARD_PORT
+    if number_in(port, 1, 65535) is None:  # Kubernetes gives tcp://... for a service named hermes-dashboard
+        warn(f"HERMES_DASHBOARD_PORT={port!r} is not a number from 1 to 65535; using {DASHBOARD_PORT}")
+        port = DASHBOARD_PORT
     return execute(as_hermes([HERMES, "dashboard", "--host", address, "--port", port, "--no-open"]), environment)
 
 
@@ -3337,7 +4263,7 @@ def gateway_run(words: list[str], environment: dict[str, str]) -> int:
             stopped = was_stopped(manager, profile)
             if stopped:
                 say("info", f"{profile} was stopped and stays so; start it with `hermes -p {profile} gateway start`")
-            if stopped or (not s6_is_pid_1() and control("start", profile, False, environment) == 0):
+            if stopped or (not s6_is_pid_1() and control_as_hermes("start", profile, False, environment) == 0):
                 return execute(["/bin/sleep", "infinity"], environment)
     return execute([HERMES, *words], environment)
 
@@ -3591,7 +4517,6 @@ def service_rows(boot: Boot) -> list[Row]:
 
 def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | None) -> int:
     """Print the table or JSON, again and again with watch, in seconds; return 0, or 4 when there is no such profile."""
-    become_hermes()
     while True:
         rows = rows_of(boot, profile)
         if not rows:
@@ -3614,6 +4539,9 @@ def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | N
 # --------------------------------------------------------------------------------------------------------------------
 
 
+HEALTH_TIMEOUT = 4  # seconds; the image's HEALTHCHECK has 5
+
+
 def health(environment: dict[str, str], live: bool) -> int:
     """Return 0 when the supervisor answers and every gateway that should be up is, or is about to be; else 1, after one
     line why.
@@ -3622,7 +4550,6 @@ def health(environment: dict[str, str], live: bool) -> int:
     parser. With live, the supervisor alone counts: whoever restarts the container upon it would take good gateways down
     for a bad one.
     """
-    become_hermes()
     boot = Boot(environment)
     if not supervisor_answers(boot.scandir):
         print(f"unhealthy: no supervisor answers on {boot.scandir}")
@@ -3682,9 +4609,12 @@ def unread_logs(logs: Folder, last: int) -> list:
     current is opened before the archives are listed: when s6-log rotates in between, it is found among them, and what
     is newer comes with the next call. So nothing is read twice or missed.
     """
+    import heapq
+
     current = open_log(logs, "current")
-    archived = [name for name in sorted(os.listdir(logs.fd)) if name.startswith("@")][-MOST_ARCHIVES:]
-    archives = [open_log(logs, name) for name in archived]
+    with os.scandir(logs.fd) as listing:
+        archived = heapq.nlargest(MOST_ARCHIVES, (entry.name for entry in listing if entry.name[0] == "@"))
+    archives = [open_log(logs, name) for name in reversed(archived)]
     files = [file for file in (*archives, current) if file]
     inodes = [os.fstat(file.fileno()).st_ino for file in files]
     start = inodes.index(last) if last in inodes else 0
@@ -3784,20 +4714,24 @@ def since_when(text: str) -> str:
     raise ValueError(f"{text!r} is neither a time span (30s, 10m, 2h, 1d) nor a date (2026-05-21, 2026-05-21T06:18)")
 
 
-def show_logs(boot: Boot, profile: str | None, count: int | None, since: str | None, follow: bool) -> int:
-    """Print a gateway's log, its last count lines of those from since on; return 0, or 4 when there is none."""
+def show_logs(
+    boot: Boot, profile: str | None, count: int | None, since: str | None, follow: bool, raw: bool = False
+) -> int:
+    """Print a gateway's log, its last count lines of those from since on; return 0, or 4 when there is none. On a
+    terminal, unless raw, nothing in it can act on that."""
     become_hermes()
     manager = S6ServiceManager(boot.scandir, boot.home, environment=boot.environment)
     name, after = named_profile(manager, profile), (since or "").encode()
+    harmless = not raw and sys.stdout.isatty()
     try:
         manager.valid(name)
         with Folder(boot.home, follow=True) as home, home.folder(f"logs/gateways/{name}") as logs:
             found = log_lines(logs, count=count, follow=follow)
             lines = (line for line in found if line is None or line[: len(after)] >= after)
             past = iter(lines.__next__, None)  # up to the first pause
-            write_lines(past if count is None else [*past][-count:])
+            write_lines(past if count is None else [*past][-count:], harmless)
             for line in lines:
-                write_lines([line]) if line else time.sleep(0.2)
+                write_lines([line], harmless) if line else time.sleep(0.2)
     except FileNotFoundError:
         return report_failures({"": NotRegistered(f"{name}: no log here; `hermes-boot status` lists the gateways")})
     except GatewayError as error:
@@ -3811,10 +4745,25 @@ def show_logs(boot: Boot, profile: str | None, count: int | None, since: str | N
     return 0
 
 
-def write_lines(lines) -> None:
-    """Write log lines to stdout as they are, and at once."""
-    sys.stdout.buffer.writelines(lines)
+def write_lines(lines, harmless: bool) -> None:
+    """Write log lines to stdout, as they are or harmless to a terminal, and at once."""
+    sys.stdout.buffer.writelines(map(visible, lines) if harmless else lines)
     sys.stdout.buffer.flush()
+
+
+def visible(line: bytes) -> bytes:
+    """Return a line with its text as it is and all else as `cat -v` shows it: controls, bytes that are no text, and what
+    turns or hides text (bidi and other format characters)."""
+
+    def notation(byte: int) -> str:
+        low = byte & 0x7F
+        return ("M-" if byte > 0x7F else "") + (f"^{chr(low ^ 0x40)}" if low < 0x20 or low == 0x7F else chr(low))
+
+    text = line.decode("utf-8", "surrogateescape")
+    return "".join(
+        letter if letter.isprintable() or letter in "\t\n\u3000" else "".join(map(notation, os.fsencode(letter)))
+        for letter in text
+    ).encode()
 
 
 # Doctor
@@ -3870,8 +4819,15 @@ def doctor(boot: Boot, *, as_json: bool, fix: bool) -> int:
     """
     if fix and os.geteuid() == 0:
         fix_owners(boot)
-    owners = owner_checks(boot)
-    become_hermes()
+        if is_sealed(boot.environment) and not no_gateways(boot, container_words()):
+            reconcile_phase(boot)
+    return by_hermes(
+        command_timeout(boot.environment, waits=False), doctor_as_hermes, boot, owner_checks(boot), as_json, fix
+    )
+
+
+def doctor_as_hermes(boot: Boot, owners: list[Check], as_json: bool, fix: bool) -> int:
+    """As hermes: look at all that needs no root, fix it with fix, and print these checks after those of the owners."""
     checks = all_checks(boot)
     repairs = [check for check in checks if fix and check.repair]
     for check in repairs:
@@ -3942,9 +4898,7 @@ def supervisor_checks(boot: Boot) -> list[Check]:
 
 
 def fix_owners(boot: Boot) -> None:
-    """As root: hand over what the boot hands over. What keeps it from that, the checks say."""
-    if not no_gateways(boot, container_words()):
-        own_services(boot)
+    """As root: hand over what the boot hands over on the volume. What keeps it from that, the checks say."""
     try:
         sweep = sweep_volume(boot)
     except OSError:
@@ -3973,8 +4927,12 @@ def owner_checks(boot: Boot) -> list[Check]:
         return [*checks, Check("warn", "owners", f"could not be checked: {reason(error)}", "run it as root")]
     finally:
         boot.dry_run = False
-    if names := foreign_entries(boot):
-        fault = foreign_fault(boot.home, names, boot.owner)
+    if sweep.strangers:
+        found = f"{sweep.strangers} entries at the top of {shown(boot.home)} are neither {USER}'s nor the agent's own"
+        fix = f"move them off the volume, where {USER} can put them among its own, or chown them on the host"
+        checks.append(Check("warn", "owner", f"{found}, the first: {shown(sweep.first_stranger)}", fix))
+    if sweep.kept:
+        fault = sweep.kept_fault(boot)
         checks.append(Check("warn", "owner", fault.text, fault.fix))
     fix = "restart the container, or run `hermes-boot doctor --fix` as root"
     if sweep.changed:
@@ -3985,19 +4943,6 @@ def owner_checks(boot: Boot) -> list[Check]:
             Check("fail", "owners", f"{sweep.failed} folders cannot be read, the first: {sweep.failure}", fix)
         )
     return checks or [Check("pass", "owners", f"{sweep.checked} entries are {ours}'s")]
-
-
-def foreign_entries(boot: Boot) -> list[str]:
-    """Return the entries at the top of the volume that nobody manages and that are neither hermes's nor root's."""
-    try:
-        with os.scandir(boot.home) as listing:
-            return [
-                entry.name
-                for entry in listing
-                if not is_managed(entry.name) and owner_in(entry) not in (0, boot.owner[0])
-            ]
-    except OSError:
-        return []  # the volume's own check says it
 
 
 def volume_checks(boot: Boot) -> list[Check]:
@@ -4013,12 +4958,13 @@ def volume_checks(boot: Boot) -> list[Check]:
                 "mount a volume there, or set HERMES_HOME right",
             )
         ]
-    space, kind, checks = free.f_bavail * free.f_frsize, holding_mount(boot.home, mount_points())[1], []
+    space, kind = free.f_bavail * free.f_frsize, holding_mount(boot.home, mount_points())[1]
+    checks = [Check("warn", "volume", fault.text, fault.fix) for fault in mount_faults(boot)]
     if space < 64 << 20:
-        largest = f"du -xh {quoted(boot.home)} | sort -h | tail"
+        largest = f"du -xh {quoted(boot.home)} | sort -h | tail | cat -v"
         checks.append(Check("warn", "volume", f"only {space >> 20} MiB are free", f"free some; the largest: {largest}"))
     if free.f_files and free.f_favail < 1000:
-        most = f"du -x --inodes {quoted(boot.home)} | sort -n | tail"
+        most = f"du -x --inodes {quoted(boot.home)} | sort -n | tail | cat -v"
         fix = f"remove some; most are where this says: {most}"
         checks.append(Check("warn", "volume", f"only {free.f_favail} more files fit (inodes)", fix))
     started = time.monotonic()
@@ -4044,28 +4990,27 @@ def volume_checks(boot: Boot) -> list[Check]:
 
 def version_checks(boot: Boot) -> list[Check]:
     """Compare the image's agent with the one that last ran on the volume."""
-    image, volume = image_version(), volume_version(boot)
-    if image and volume and version_key(image) < version_key(volume):
+    image, volume, fixed = image_version(), "", False
+    try:
+        with Folder(boot.home, follow=True) as home:
+            volume, fixed = volume_version(home), is_fixed(home, "config.yaml")
+    except OSError:
+        pass  # the volume's own check says it; without a config.yaml there is none to migrate
+    if image and volume and is_newer(volume, image):
         found = f"hermes-agent {shown(volume)} has run on this volume, the image has {image}"
         return [Check("warn", "versions", found, f"use an image of {shown(volume)} or later")]
-    if image and volume != image and not switch(boot.setting("HERMES_SKIP_CONFIG_MIGRATION")):
+    if image and is_newer(image, volume) and not switch(boot.setting("HERMES_SKIP_CONFIG_MIGRATION")):
         found = f"the configuration is of {shown(volume) if volume else 'an unknown version'}, the image has {image}"
-        return [
-            Check("warn", "versions", found, "restart the container, which migrates it; its log says what hinders that")
-        ]
-    return [
-        Check(
-            "pass",
-            "versions",
-            f"hermes-agent {image or 'missing'} in the image, {shown(volume) if volume else 'none'} on the volume",
-        )
-    ]
+        fix = "restart the container, which migrates it; its log says what hinders that"
+        if fixed:
+            fix = "config.yaml is mounted read-only: migrate what is mounted, or set HERMES_SKIP_CONFIG_MIGRATION=1"
+        return [Check("warn", "versions", found, fix)]
+    found = f"hermes-agent {image or 'missing'} in the image, {shown(volume) if volume else 'none'} on the volume"
+    return [Check("pass", "versions", found)]
 
 
 def path_checks() -> list[Check]:
-    """Look for the s6 programs, ours and people's, and for folders on PATH that endanger root."""
-    if fault := exposed_path(Boot(container_environment())):
-        return [Check("warn", "PATH", fault.text, fault.fix)]
+    """Look for the s6 programs, ours and people's."""
     program = s6_program("s6-svc")
     folder = os.path.dirname(program)
     if not os.access(program, os.X_OK):
@@ -4087,10 +5032,11 @@ def skipped_fix(boot: Boot, profile: Profile) -> tuple[str, str]:
     """Return why a folder is no profile, and the command that fixes it."""
     fault = profile.fault or Fault("")
     path = shell_word(f"{boot.home}/profiles/{profile.name}")
+    drop = f"{s6_program('s6-setuidgid')} {USER} " if boot.by_root else ""  # root acts on nothing there, see README
     if fault.fix == "rename the folder":
-        return fault.text, f"mv {path} {shell_word(f'{boot.home}/profiles/NEW-NAME')}"
+        return fault.text, f"{drop}mv {path} {shell_word(f'{boot.home}/profiles/NEW-NAME')}"
     if "no SOUL.md" in fault.text:
-        return fault.text, f"touch {path}/SOUL.md to make it one, else rm -r {path}"
+        return fault.text, f"{drop}touch {path}/SOUL.md to make it one, else {drop}rm -r {path}"
     return fault.text, fault.fix
 
 
@@ -4121,7 +5067,7 @@ def secret_check(home: Folder, profile: str, name: str) -> Check:
         os.close(fd)
         return f"chmod 600 {shown(path)}"
 
-    return Check("warn", profile, f"{name} can be read by everyone", f"chmod 600 {quoted(path)}", fix)
+    return Check("warn", profile, f"{name} can be read by everyone", "hermes-boot doctor --fix", fix)
 
 
 CAUSES = (  # words of a log in small letters, what they mean, and what to do
@@ -4273,21 +5219,29 @@ def main(argv: list[str]) -> int:
         words = [ROLES[name]]
     if name == "entrypoint.sh":
         warn("docker/entrypoint.sh is deprecated; use the image's ENTRYPOINT, /init")
+        if argv[1:] or 1 in (
+            os.getpid(),
+            os.getppid(),
+        ):  # the container's start, else `docker exec`, which has no parent here
+            return execute(["/init", WRAPPER, *argv[1:]], process_environment())
     if name == "hermes-boot":
         words = words or ["--help"]  # whoever types that wants to look, not to boot
     return guarded(dispatch, words)
 
 
 def dispatch(words: list[str]) -> int:
-    """Run a command. What the image itself calls pays for no parser, nor does what people look at most often; it takes as
-    long as all the rest."""
+    """Run a command. What the image itself calls pays for no parser; people's commands get one."""
     command, rest = words[0] if words else "", words[1:]
     if words in ([], ["setup"], ["reconcile"], ["shutdown"]):
         return run_phases(command, dry_run=False)
     if words in (["health"], ["health", "--live"]):
-        return health(exec_environment(), bool(rest))
+        return by_hermes(HEALTH_TIMEOUT, health, exec_environment(), bool(rest))
+    if words == ["migrate"]:
+        return migrate_config(Boot(process_environment()))
     if command == "finish" and len(rest) >= 2:
         return finish(rest[0], rest[1])
+    if words == ["end-boot"]:
+        return end_boot()
     if command == "init" and rest:
         return fallback_init(rest[0], rest[1:])
     if command == "container-command":
@@ -4296,14 +5250,21 @@ def dispatch(words: list[str]) -> int:
         return dashboard(process_environment())
     if command == "gateway" and rest[:1] and rest[0] in DONE and (rest[1:] in ([], ["--all"]) or rest[1:-1] == ["-p"]):
         return control(rest[0], rest[2] if rest[2:] else None, rest[1:] == ["--all"], exec_environment())
-    profile = rest[-1] if rest[-2:-1] == ["-p"] else None
-    if command == "status" and len(rest) == (2 if profile else 0):
-        return show_status(Boot(exec_environment()), profile, False, None)
-    if words[:2] == ["gateway", "status"] and profile and len(rest) == 3:
-        return gateway_command(Boot(exec_environment()), "status", profile, False, False)
-    if command == "logs" and rest[:-1] == ["-n"] and (lines := number_in(rest[-1], 1, 10**9)):
-        return show_logs(Boot(exec_environment()), None, lines, None, False)
-    return run_command(parse(words))
+    return run_command(without_parser(words) or parse(words))
+
+
+def without_parser(words: list[str]):
+    """Return what the parser makes of the forms that people use most, None for any other: it takes as long as all the
+    rest."""
+    command, *rest = words[1:] if words[:2] == ["gateway", "status"] else words
+    found = type(sys.implementation)(**dict.fromkeys("profile lines all json watch since follow raw".split()))
+    found.command, found.action = words[0], "status"
+    if command == "status" and (not rest or rest[:-1] == ["-p"]):
+        found.profile = rest[-1] if rest else None
+        return found
+    if command == "logs" and rest[:-1] == ["-n"]:
+        found.lines = number_in(rest[1], 1, 10**9)
+    return found if found.lines else None
 
 
 def exec_environment() -> dict[str, str]:
@@ -4317,6 +5278,7 @@ def run_phases(role: str, *, dry_run: bool) -> int:
     boot = Boot(container_environment(), dry_run=dry_run)
     if role == "shutdown":
         return shut_down(boot)
+    end_on_sigterm()
     code = setup_phase(boot) if role != "reconcile" else 0
     return code if code or role == "setup" else reconcile_phase(boot)
 
@@ -4327,14 +5289,17 @@ def run_command(arguments) -> int:
     if command in ("", "setup", "reconcile", "shutdown"):
         return run_phases(command, dry_run=getattr(arguments, "dry_run", False))
     if command == "health":
-        return health(exec_environment(), arguments.live)
+        return by_hermes(HEALTH_TIMEOUT, health, exec_environment(), arguments.live)
     boot = Boot(exec_environment())
     if command == "gateway":
         return gateway_command(boot, arguments.action, arguments.profile, arguments.all, arguments.json)
     if command == "status":
-        return show_status(boot, arguments.profile, arguments.json, arguments.watch)
+        if arguments.watch:
+            become_hermes()
+        timeout = command_timeout(boot.environment, waits=False)
+        return by_hermes(timeout, show_status, boot, arguments.profile, arguments.json, arguments.watch)
     if command == "logs":
-        return show_logs(boot, arguments.profile, arguments.lines, arguments.since, arguments.follow)
+        return show_logs(boot, arguments.profile, arguments.lines, arguments.since, arguments.follow, arguments.raw)
     return doctor(boot, as_json=arguments.json, fix=arguments.fix)
 
 
@@ -4429,6 +5394,7 @@ def add_operators_commands(commands):
     diagnosis.add_argument("--fix", action="store_true", help="fix what is safe to fix, saying each step")
     logs.add_argument("-f", "--follow", action="store_true", help="go on as the log grows")
     logs.add_argument("-n", "--lines", type=whole, metavar="N", help="the last N lines")
+    logs.add_argument("--raw", action="store_true", help="as it was written, control characters too, on a terminal")
     logs.add_argument("--since", type=moment, metavar="TIME", help="30s, 10m, 2h, 1d ago, or a date")
     return gateway
 

@@ -82,6 +82,16 @@ def container(in_time, tmp_path):
         box.remove()
 
 
+# What s6-overlay says of a boot that failed, after us, at S6_VERBOSITY 1; with 0 it is the two lines of rc.init alone.
+OVERLAYS = ("/run/s6/basedir/scripts/rc.init: ", "s6-rc: ", "cont-init: ")
+
+
+def ours(stderr: bytes | str) -> list[str]:
+    """Return the lines on stderr that are not s6-overlay's."""
+    text = stderr if isinstance(stderr, str) else stderr.decode(errors="surrogateescape")
+    return [line for line in text.splitlines() if not line.startswith(OVERLAYS)]
+
+
 MANAGER = "/opt/hermes/docker/hermes_boot.py"
 GATEWAY = """#!/bin/sh
 # A gateway that does what the file `does` of its profile says; any other command shows what it was called with.

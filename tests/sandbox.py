@@ -12,8 +12,9 @@ differs, so that only a real image can show it:
 
 - The root is this machine's: its Python, its shell and its programs; s6 is Debian's, dynamic, a bug fix newer than the
   release's own. s6 programs that s6 calls by path are in /usr/bin too and not in /command alone.
-- Of services there are the longruns of the bundles user and user2, all after the cont-init scripts; no oneshots,
-  pipelines or bundles of a derived image, no fix-attrs.d, no services.d. There is no s6-rc to call.
+- Of services there are the oneshots of the bundles user and user2, one after another, then their longruns, all after
+  the cont-init scripts; no dependencies, pipelines or bundles of a derived image, no fix-attrs.d, no services.d. There
+  is no s6-rc to call.
 - S6_LOGGING, S6_STAGE2_HOOK, S6_RUNTIME_PROFILE, S6_READ_ONLY_ROOT, S6_SYNC_DISKS and S6_CMD_* have no effect, but
   S6_CMD_WAIT_FOR_SERVICES_MAXTIME.
 - A container that lived less than a second does not wait for the rest of it. `s6-svscanctl -t` ends it at once.
@@ -116,8 +117,8 @@ class Sandbox:
 
     mounts are (host path, guest path); environment is what `docker run -e` gives; user and gid are `--user`, groups
     `--group-add`, all by number; agent says whether to have the real hermes-agent at /opt/hermes/.venv; with an
-    entrypoint, that is run below a PID 1 of the platform's, as with `docker run --init`; passwd and group are the
-    image's account files.
+    entrypoint, that is run below a PID 1 of the platform's, as with `docker run --init`; with first, that is PID 1;
+    run_options are those of the tmpfs on /run; passwd and group are the image's account files.
     """
 
     def __init__(
@@ -133,6 +134,8 @@ class Sandbox:
         workdir: str = "/opt/data",
         agent: bool = False,
         entrypoint: tuple[str, ...] = (),
+        first: tuple[str, ...] = (),
+        run_options: str = "mode=0755",
         passwd: str = PASSWD,
         group: str = GROUP,
     ) -> None:
@@ -140,7 +143,7 @@ class Sandbox:
         self.volume = volume or folder / "volume"
         self.environment = image().environment() | (environment or {})
         self.mounts, self.user, self.groups, self.workdir, self.agent = mounts, user, groups, workdir, agent
-        self.entrypoint = entrypoint
+        self.entrypoint, self.first, self.run_options = entrypoint, first, run_options
         self.gid = user if gid is None else gid
         self.process: subprocess.Popen[bytes] | None = None
         self.words: list[str] = []
@@ -196,6 +199,8 @@ class Sandbox:
             "groups": list(self.groups),
             "workdir": self.workdir,
             "entrypoint": list(self.entrypoint),
+            "first": list(self.first),
+            "run_options": self.run_options,
             "words": words,
         }
         (self.folder / "spec.json").write_text(json.dumps(spec))
@@ -371,7 +376,7 @@ def become_container(folder: str) -> None:
     """In the new namespaces: mount, take the user's IDs, and become the entrypoint."""
     with open(f"{folder}/spec.json") as file:
         spec = json.load(file)
-    mount_root(f"{folder}/layers", spec["mounts"])
+    mount_root(f"{folder}/layers", spec["mounts"], spec["run_options"])
     environment = {os.fsencode(name): os.fsencode(value) for name, value in spec["environment"]}
     if os.isatty(0):
         take_terminal()
@@ -386,18 +391,18 @@ def become_container(folder: str) -> None:
     for number in range(1, 32):  # as an engine does: what the caller ignores stays outside
         if number not in (signal.SIGKILL, signal.SIGSTOP):
             signal.signal(number, signal.SIG_DFL)
-    words = [os.fsencode(word) for word in (*(spec["entrypoint"] or ENTRYPOINT), *spec["words"])]
+    words = [os.fsencode(word) for word in (*(spec["entrypoint"] or spec["first"] or ENTRYPOINT), *spec["words"])]
     if spec["entrypoint"]:
         be_another_init(words, environment)
     os.execve(words[0], words, environment)
 
 
-def mount_root(layers: str, mounts: list[tuple[str, str]]) -> None:
+def mount_root(layers: str, mounts: list[tuple[str, str]], run_options: str) -> None:
     """Put the container's root together, and make it this process's."""
     root = f"{layers}/root"
     subprocess.run(["sh", "-ec", OVERLAY, "sh", layers], check=True)
     commands = ["cd \"$1\"", "mount -n --rbind /dev dev"]
-    for kind, target, options in (("proc", "proc", "nosuid"), ("tmpfs", "run", "mode=0755"), ("tmpfs", "tmp", "mode=1777")):
+    for kind, target, options in (("proc", "proc", "nosuid"), ("tmpfs", "run", run_options), ("tmpfs", "tmp", "mode=1777")):
         os.makedirs(f"{root}/{target}", exist_ok=True)
         commands.append(f"mount -n -t {kind} -o {options} {kind} {target}")
     subprocess.run(["sh", "-ec", "\n".join(commands), "sh", root], check=True)

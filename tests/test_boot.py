@@ -67,6 +67,8 @@ drwx-ws--T hermes hermes gateway-default/supervise/event
 -rw-r--r-- hermes hermes gateway-default/type
 lrwxrwxrwx root root dashboard
 lrwxrwxrwx root root main-hermes
+lrwxrwxrwx root root s6rc-fdholder
+lrwxrwxrwx root root s6rc-oneshot-runner
 """
 
 
@@ -78,12 +80,12 @@ def listing(box, folder: str) -> list[str]:
 
 @pytest.mark.sandbox
 def test_the_tree_after_a_boot_is_the_golden_one(container):
-    """Owner, mode and kind of everything on the volume and in the scandir; s6-svscan's own control files aside."""
+    """Owner, mode and kind of everything on the volume and in the scandir; what is s6-svscan's own aside."""
     box = container()
     box.start("sleep", "infinity")
     assert wait_for(lambda: box.exec("test", "-e", "/opt/data/logs/gateways/default/state").returncode == 0)
     assert listing(box, "/opt/data") == sorted(GOLDEN_VOLUME.splitlines())
-    of_svscan = re.compile(r"\.s6-svscan/(lock|finish|SIG[A-Z]+)$")
+    of_svscan = re.compile(r"\.s6-svscan/(lock|finish|crash|SIG[A-Z0-9]+)$| s6-linux-init-shutdownd")
     assert [line for line in listing(box, "/run/service") if not of_svscan.search(line)] == sorted(
         GOLDEN_SCANDIR.splitlines()
     )

@@ -101,7 +101,7 @@ def test_program_environment_adds_what_is_missing_and_changes_nothing_else():
     """PATH keeps its order; HOME is the root HERMES_HOME."""
     given = {"PATH": "/usr/bin:/opt/hermes/.venv/bin", "HERMES_HOME": "/srv/profiles/a", "A": "b\n", "HOME": "/root"}
     found = hermes_boot.program_environment(given)
-    assert found["PATH"] == "/opt/hermes/bin:/usr/bin:/opt/hermes/.venv/bin"
+    assert found["PATH"] == "/opt/hermes/bin:/usr/bin:/opt/hermes/.venv/bin:/srv/.local/bin"
     assert (found["HOME"], found["HERMES_HOME"], found["A"]) == ("/srv", "/srv/profiles/a", "b\n")
     assert found["VIRTUAL_ENV"] == "/opt/hermes/.venv"
 

@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from conftest import ours
 
 
 def mode(path: Path) -> int:
@@ -70,7 +71,9 @@ def test_an_env_file_that_others_can_read_is_only_warned_about(container, tmp_pa
     box.run("true")
     (home / ".env").chmod(0o644)
     done = box.run("true")
-    assert b".env on the volume can be read by everyone (mode 0644); chmod 600 it" in done.stderr
+    assert (
+        b".env on the volume can be read by everyone (mode 0644); `hermes-boot doctor --fix`" in done.stderr
+    )
     assert mode(home / ".env") == 0o644
 
 
@@ -103,7 +106,7 @@ def test_a_home_that_cannot_be_read_or_made_ends_the_boot_with_one_line(containe
     assert done.returncode == 1 and b"Traceback" not in done.stderr
     assert b"/opt/data cannot be read by hermes (10000:10000): Permission denied; it belongs to 0:0" in done.stderr
     done = container(environment={"HERMES_HOME": "/etc/passwd"}).run("true")
-    (line,) = done.stderr.decode().splitlines()[-1:]
+    (line,) = ours(done.stderr)[-1:]
     assert (
         done.returncode == 1
         and "HERMES_HOME='/etc/passwd' cannot be made a folder: Not a directory; mount a volume there" in line
@@ -178,7 +181,8 @@ def test_a_failing_migration_is_a_warning_and_tried_again(container, tmp_path):
     (home / "config.yaml").mkdir()
     for _ in range(2):
         done = box.run("echo", "ran")
-        assert done.stdout == b"ran\n" and b"were not migrated" in done.stderr or b"was not migrated" in done.stderr
+        assert done.stdout == b"ran\n"
+        assert b"default: configuration not migrated, since config.yaml is not a regular file" in done.stderr
 
 
 @pytest.mark.sandbox
@@ -193,7 +197,7 @@ def test_what_a_helper_leaves_behind_ends_with_it(container, tmp_path):
     (box.upper / "opt/hermes/.venv/lib/python3.11/site-packages/hermes_agent-0.19.0.dist-info").mkdir(parents=True)
     stopper = "while :; do pkill -STOP -f 02-reconcile; sleep 0.01; done"
     box.put_agent(
-        f"#!/bin/sh\n[ $1 != config ] || setsid setsid sh -c 'touch /tmp/left; {stopper}' >/dev/null 2>&1 &\nsleep 0.5\n"
+        f"#!/bin/sh\n[ $3 != config ] || setsid setsid sh -c 'touch /tmp/left; {stopper}' >/dev/null 2>&1 &\nsleep 0.5\n"
     )
     done = box.run("sh", "-c", "ls /tmp/left; ps -eo args", timeout=30)
     assert done.returncode == 0 and b"/tmp/left\n" in done.stdout and b"pkill" not in done.stdout, done

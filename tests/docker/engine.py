@@ -63,6 +63,8 @@ class EngineContainer:
         workdir: str = "/opt/data",
         agent: bool = False,
         entrypoint: tuple[str, ...] = (),
+        first: tuple[str, ...] = (),
+        run_options: str = "",
         options: tuple[str, ...] = (),
     ) -> None:
         folder.mkdir(parents=True)
@@ -70,6 +72,7 @@ class EngineContainer:
         self.environment = image_environment() | self.given
         self.mounts, self.user, self.gid, self.groups = list(mounts), user, user if gid is None else gid, groups
         self.workdir, self.entrypoint, self.options = workdir, entrypoint, options
+        self.first, self.run_options = first, run_options
         self.name = f"hermes-test-{os.getpid()}-{time.monotonic_ns()}"
         self.words: list[str] = []
         self.process: subprocess.Popen[bytes] | None = None
@@ -102,6 +105,10 @@ class EngineContainer:
             argv += ["--user", f"{self.user}:{self.gid}", "--tmpfs", "/run:exec,mode=1777"]
         for group in self.groups:
             argv += ["--group-add", str(group)]
+        if self.run_options:
+            argv += ["--tmpfs", f"/run:{self.run_options}"]
+        if self.first:
+            argv += ["--entrypoint", json.dumps(self.first)]
         if self.entrypoint:
             argv += ["--init", "--entrypoint", json.dumps(self.entrypoint)]
         return [*argv, *self.options, image(), *words]
