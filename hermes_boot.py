@@ -2522,6 +2522,7 @@ BOOT = "/opt/hermes/bin/hermes-boot"
 SLOT_LIMIT = 490  # s6-svscan takes 500 services with loggers, in no order of ours, and the image has some of its own
 FULL = Fault(f"s6-svscan takes no more than {SLOT_LIMIT} gateways", "use another container")
 EX_CONFIG = 78
+ENDING = ".s6-svscan/hermes-ending"  # in the scandir while the container ends
 STOP_TIMEOUT = 30  # seconds until SIGKILL, unless HERMES_GATEWAY_STOP_TIMEOUT says otherwise
 BACK_OFF_LIMIT = 60  # seconds
 
@@ -2577,12 +2578,13 @@ def run_script(profile: str, extra_env: dict[str, str] | None = None) -> str:
 
 
 def finish_script(profile: str) -> str:
-    """Return a slot's finish: hermes_boot.py as hermes, see finish(). Not where that would find nothing to do: where s6
-    has noted less than five deaths, of 14 bytes, and none is left of the gateway's process group ($4), so that hundreds
-    of gateways that end at once do not start hundreds of Pythons."""
+    """Return a slot's finish: hermes_boot.py as hermes, see finish(). Not where that would find nothing to do, lest
+    hundreds of gateways that end at once start hundreds of Pythons: at the container's end, and where s6 has noted less
+    than five deaths, of 14 bytes, and none is left of the gateway's process group ($4)."""
     due = f'[ "$1" = {EX_CONFIG} ] || [ "$(wc -c <supervise/death_tally)" -ge {5 * 14} ] || kill -0 "-$4" 2>/dev/null'
     script = quoted(f'{due} || exit 0; exec {BOOT} finish {profile} "$@"')
-    return "\n".join(["#!/bin/sh", f"script={script}", *dropping('/bin/sh -c "$script" finish "$@"')]) + "\n"
+    lines = ["#!/bin/sh", f"[ ! -e ../{ENDING} ] || exit 0", f"script={script}"]
+    return "\n".join([*lines, *dropping('/bin/sh -c "$script" finish "$@"')]) + "\n"
 
 
 def log_run_script(profile: str, *, to_folder: bool = True) -> str:
@@ -3930,6 +3932,11 @@ def end_gateways(boot: Boot, deadline: float) -> None:
     clock."""
     manager = S6ServiceManager(environment=boot.environment)
     slots = [f"{manager.scandir}/{SLOT_PREFIX}{name}" for name in manager.list_profile_gateways()]
+    ending = f"{manager.scandir}/{ENDING}"
+    try:
+        os.close(os.open(ending, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
+    except OSError:
+        pass  # root's alone: then every finish does its work
     for slot in slots:
         try:
             tell(f"{slot}/supervise/control", b"d")
@@ -3945,7 +3952,11 @@ def end_gateways(boot: Boot, deadline: float) -> None:
         slots[:] = filter(runs, slots)
         return not slots
 
-    until(all_ended, deadline - time.monotonic())
+    try:
+        until(all_ended, deadline - time.monotonic())
+    finally:
+        if os.path.lexists(ending):
+            os.unlink(ending)
     until(lambda: not read_pid_file(COMMAND_PROCESS), deadline - time.monotonic())
 
 

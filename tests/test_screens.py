@@ -170,7 +170,8 @@ def test_a_long_sweep_says_how_far_it_is(plain, capfd, folders):
         sweep = hermes_boot.Sweep(boot)
         sweep.progress.due = min(sweep.progress.due, time.monotonic() if not quiet else float("inf"))
         with hermes_boot.Folder(str(plain.home)) as home:
-            sweep.volume(home)
+            sweep.home = sweep.place(home.fd)
+            sweep.volume(home, ["workspace"])
         said = capfd.readouterr().err
         if quiet:
             assert said == ""

@@ -87,6 +87,7 @@ def test_what_many_files_raise_is_raised(tmp_path):
 
 FINISHES = {
     "few deaths": ("1", 4, "", 0),
+    "the container's end": ("1", 5, "ending", 0),
     "no tally": ("1", None, "", 0),
     "many deaths": ("1", 5, "", 42),
     "parked": ("78", 0, "", 42),
@@ -97,19 +98,23 @@ FINISHES = {
 @pytest.mark.parametrize("case", FINISHES)
 def test_finish_starts_python_only_where_there_is_something_to_do(tmp_path, monkeypatch, case):
     """The script itself, with a program in hermes-boot's place that ends with 42."""
-    code, deaths, group, expected = FINISHES[case]
+    code, deaths, more, expected = FINISHES[case]
     program = tmp_path / "hermes-boot"
     program.write_text("#!/bin/sh\nexit 42\n")
     program.chmod(0o755)
     monkeypatch.setattr(hermes_boot, "BOOT", str(program))
     monkeypatch.setattr(hermes_boot, "dropping", lambda command: [f"exec {command}"])
-    (tmp_path / "supervise").mkdir()
+    slot = tmp_path / "gateway-a"
+    for folder in (slot / "supervise", tmp_path / ".s6-svscan"):
+        folder.mkdir(parents=True)
+    if more == "ending":
+        (tmp_path / hermes_boot.ENDING).touch()
     if deaths is not None:
-        (tmp_path / "supervise/death_tally").write_bytes(bytes(14 * deaths))
+        (slot / "supervise/death_tally").write_bytes(bytes(14 * deaths))
     process = subprocess.Popen(["sleep", "60"], process_group=0)
     try:
         argv = ["sh", "-c", hermes_boot.finish_script("a"), "finish", code, "0", "gateway-a"]
-        done = subprocess.run([*argv, str(process.pid) if group else "4194000"], cwd=tmp_path)
+        done = subprocess.run([*argv, str(process.pid) if more == "group" else "4194000"], cwd=slot)
     finally:
         process.kill()
         process.wait()
