@@ -266,6 +266,39 @@ def warn(text: object) -> None:
     say("warning", text)
 
 
+class Progress:
+    """Says on stderr what a long operation waits for: on a terminal one line that counts, elsewhere a line every 10
+    seconds."""
+
+    __slots__ = ("due", "terminal", "written")
+
+    def __init__(self, *, first: float = 10, quiet: bool = False) -> None:
+        """first is when the first line is due elsewhere than on a terminal, in seconds."""
+        self.terminal, self.written = sys.stderr.isatty(), False
+        self.due = float("inf") if quiet else time.monotonic() + (2 if self.terminal else first)
+
+    def tell(self, text) -> None:
+        """Say what the function text returns, if it is time to."""
+        if time.monotonic() < self.due:
+            return
+        self.due = time.monotonic() + (0.2 if self.terminal else 10)
+        if self.terminal:
+            line = cut(f"{os.path.basename(sys.argv[0])}: info: {text()}", os.get_terminal_size(2).columns)
+            self.written = print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True) is None
+        else:
+            say("info", text())
+
+    def end(self) -> None:
+        """Clear the terminal's line."""
+        if self.written:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def cut(text: str, width: int) -> str:
+    """Return text that fits a line of width columns; 0 is any width."""
+    return text if not width or len(text) <= width else text[: width - 1] + "…"
+
+
 def shown(name: str) -> str:
     """Return a name from the volume fit for one line: as it is when harmless, else quoted, escaped and shortened."""
     harmless = name.isascii() and name.isprintable() and name and not set(name) & set(" \"'\\=")
@@ -486,15 +519,15 @@ class Folder:
             raise OSError(errno.EFBIG, f"is longer than {limit} bytes")
         return data
 
-    def write(self, name: str, data: bytes, mode: int, *, replace: bool) -> bool:
+    def write(self, name: str, data: bytes, mode: int, *, replace: bool, sync: bool = True) -> bool:
         """Put a file in place whole, or not at all: beside, fsync, rename. Without replace an existing entry stays;
-        False then.
+        False then. Without sync, for what only this boot needs, whole is meant for processes, not for a power cut.
 
         mode holds from the first instant (it is open's, not a later chmod's), so a secret is never readable by others.
         """
         with Lock(self, name):
             if replace:
-                self.replace(name, data, mode)
+                self.replace(name, data, mode, sync=sync)
                 return True
             temporary = self.write_beside(name, data, mode)
             if not self.reserve(temporary, name):
@@ -511,10 +544,11 @@ class Folder:
             if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
                 raise
 
-    def replace(self, name: str, data: bytes, mode: int) -> None:
+    def replace(self, name: str, data: bytes, mode: int, *, sync: bool = True) -> None:
         """Put a file in place whole, whatever has its name, for a caller that holds the lock."""
-        os.rename(self.write_beside(name, data, mode), name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-        self.sync()
+        os.rename(self.write_beside(name, data, mode, sync=sync), name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        if sync:
+            self.sync()
 
     def update(self, name: str, edit, limit: int) -> None:
         """Replace a file by what edit makes of its content (None when missing), whole. Our own writers are kept out
@@ -539,7 +573,7 @@ class Folder:
                     continue  # we had to do without the lock, and who has it took our file for a dead writer's
             raise OSError(errno.EBUSY, "is being written all the time")
 
-    def write_beside(self, name: str, data: bytes, mode: int) -> str:
+    def write_beside(self, name: str, data: bytes, mode: int, *, sync: bool = True) -> str:
         """Write a file under a temporary name, safely on disk; return that name. Leaves nothing when it fails."""
         temporary = f".{name}.{os.getpid()}-{time.time_ns()}.tmp"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode, dir_fd=self.fd)
@@ -548,7 +582,8 @@ class Folder:
                 file.write(data)
                 file.flush()
                 os.fchmod(fd, mode)  # what the umask has taken from it
-                os.fsync(fd)
+                if sync:
+                    os.fsync(fd)
         except OSError:
             self.unlinked(temporary)
             raise
@@ -746,6 +781,7 @@ def read_small(path: str) -> bytes:
 # --------------------------------------------------------------------------------------------------------------------
 
 SIGKILL, SIGTERM, SIGCONT = 9, 15, 18
+MOST_THREADS = 32
 HELPER_TIMEOUT = 120  # seconds for a program of the agent's that the boot runs
 CHILD_TIMEOUT = 600  # seconds for what the boot does as hermes
 MOST_STOPS = 20  # that a process which became hermes is woken from
@@ -927,6 +963,23 @@ def set_terminal_going() -> None:
     except termios.error:
         pass  # hung up
     _signal.signal(_signal.SIGTTOU, before)
+
+
+def at_once(action, items: list) -> None:
+    """Take an action on every item, many at a time: a disk syncs many files in little more than the time of one. Raises
+    what an action has raised."""
+    if len(items) > 1:
+        from concurrent.futures import ThreadPoolExecutor  # 15 ms
+
+        try:
+            with ThreadPoolExecutor(MOST_THREADS) as pool:
+                for _ in pool.map(action, items):
+                    pass
+                return
+        except RuntimeError:
+            pass  # the container may have no more processes: then one after the other
+    for item in items:
+        action(item)
 
 
 def send(process: int, number: int) -> None:
@@ -1335,7 +1388,11 @@ class Sweep:
 
     COUNTS = tuple("changed checked linked failed kept deep strangers left_behind".split())
     WORDS = tuple("first failure first_kept first_stranger first_left_behind".split())
-    __slots__ = (*"uid gid by_group dry_run former mounted home held".split(), *COUNTS, *WORDS)
+    __slots__ = (
+        *"uid gid by_group dry_run former mounted home held path progress counts index".split(),
+        *COUNTS,
+        *WORDS,
+    )
 
     def __init__(self, boot: Boot, *, former: int = -1, mounted: bool = False) -> None:
         """former is the UID that hermes had before, -1 for none; mounted says whether there are other file systems
@@ -1348,6 +1405,8 @@ class Sweep:
         self.held = 0  # names of folders in memory
         # Nothing of hermes's runs before the CMD; from then on it can move what is mounted elsewhere.
         self.mounted = mounted or os.path.exists(COMMAND_PROCESS)
+        self.path, self.progress = boot.home, Progress(quiet=boot.quiet)
+        self.counts, self.index = [0] * MOST_SWEEPERS, 0  # what each process has checked, and which one we are
         self.reset()
 
     def reset(self) -> None:
@@ -1470,6 +1529,9 @@ class Sweep:
                 elif self.may_change(status):
                     self.change(entry.name, fd, status, True)
         self.checked += checked
+        self.counts[self.index] = self.checked
+        if not self.index:
+            self.progress.tell(self.so_far)
         if (own.st_uid != uid or own.st_gid != gid) and not (theirs and self.keep(".", fd, own)):
             self.change(".", fd, own, False)
         return folders
@@ -1502,6 +1564,13 @@ class Sweep:
         except OSError:
             return False
         return True
+
+    def so_far(self) -> str:
+        """Return what has been done until now; how much there is, the file system knows, with what else it has."""
+        aim = f"giving {shown(self.path)} to {self.uid}:{self.gid}" if self.changed else f"owners on {shown(self.path)}"
+        files = os.statvfs(self.path)
+        most = f" of at most {files.f_files - files.f_ffree:,}" if files.f_files > files.f_ffree else ""
+        return f"{aim}: {sum(self.counts):,}{most} entries"
 
     def change(self, name: str, fd: int, status: os.stat_result, inside: bool) -> None:
         """Give an open folder (as "."), or an entry inside of it that nobody but root can move, to hermes."""
@@ -1649,10 +1718,17 @@ class Sweep:
                 for path, place in folders[token[0] :: groups]:
                     self.below(home, path, place, self.tree)
 
-        children = [self.fork(work) for _ in range(min(MOST_SWEEPERS, len(os.sched_getaffinity(0))) - 1)]
+        import mmap
+        import select
+
+        self.counts = memoryview(mmap.mmap(-1, 8 * MOST_SWEEPERS)).cast("q")
+        workers = min(MOST_SWEEPERS, len(os.sched_getaffinity(0)))
+        children = [self.fork(work, index) for index in range(1, workers)]
         work()
         os.close(tokens)
         for child, result in children:
+            while not select.select([result], [], [], 1)[0]:
+                self.progress.tell(self.so_far)
             with open(result, "rb") as file:
                 data = file.read()
             if os.waitpid(child, 0)[1] == 0:
@@ -1662,12 +1738,14 @@ class Sweep:
             for path, place in folders:
                 self.below(home, path, place, self.tree)
 
-    def fork(self, work) -> tuple[int, int]:
-        """Start a process that works and then writes what it counted; return its pid and where to read that."""
+    def fork(self, work, index: int) -> tuple[int, int]:
+        """Start a process that works and then writes what it counted; return its pid and where to read that. index is
+        its number."""
         result, output = os.pipe()
         sys.stderr.flush()
         child = os.fork()
         if child == 0:
+            self.index = index
             self.reset()
             code = guarded(lambda: work() or 0)
             values = [str(getattr(self, name)) for name in self.COUNTS + self.WORDS]
@@ -1859,6 +1937,7 @@ def sweep_volume(boot: Boot) -> Sweep:
                     sweep.checked += 1
                     sweep.claim(entry.name, home.fd, writable=True)
         sweep.volume(home, sorted(folders))
+        sweep.progress.end()
         sweep.checked += 1
         sweep.claim(".", home.fd)  # last: until then it tells, at the next boot too, who hermes was
     return sweep
@@ -2425,7 +2504,7 @@ def container_words() -> list[str]:
     runs the wrapper, or of the fallback init.
     """
     fallback = read_pid_file(SUPERVISOR_PROCESS)  # among others' processes, in a shared PID namespace
-    for process in [fallback] if fallback else [1, *families().get(1, [])]:
+    for process in [fallback] if fallback else first_processes():
         try:
             line = [os.fsdecode(word) for word in content(f"/proc/{process}/cmdline").split(b"\0")[:-1]]
         except OSError:
@@ -2433,6 +2512,16 @@ def container_words() -> list[str]:
         if words := wrapped_words(line, process in (1, fallback)):
             return words[2:] if words[1:2] == [USER] else words[1:]
     return []
+
+
+def first_processes():
+    """Yield PID 1 and its children; those that the kernel lists first, since hundreds of others are s6's supervisors."""
+    yield 1
+    try:
+        yield from map(int, content("/proc/1/task/1/children").split())
+    except OSError:
+        pass  # not every kernel has that, and it may miss one while another ends
+    yield from families().get(1, [])
 
 
 def wrapped_words(line: list[str], is_init: bool) -> list[str]:
@@ -2443,7 +2532,7 @@ def wrapped_words(line: list[str], is_init: bool) -> list[str]:
 
 
 def families() -> dict[int, list[int]]:
-    """Return every process's children of this moment. Not every kernel has /proc/PID/task/TID/children."""
+    """Return every process's children of this moment."""
     result: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         try:
@@ -2639,6 +2728,7 @@ BOOT = "/opt/hermes/bin/hermes-boot"
 SLOT_LIMIT = 490  # s6-svscan takes 500 services with loggers, in no order of ours, and the image has some of its own
 FULL = Fault(f"s6-svscan takes no more than {SLOT_LIMIT} gateways", "use another container")
 EX_CONFIG = 78
+ENDING = ".s6-svscan/hermes-ending"  # in the scandir while the container ends
 STOP_TIMEOUT = 30  # seconds until SIGKILL, unless HERMES_GATEWAY_STOP_TIMEOUT says otherwise
 BACK_OFF_LIMIT = 60  # seconds
 LOGGER_MEMORY = 16 << 10  # KiB of address space; s6-log keeps all that the container's stderr does not take
@@ -2701,8 +2791,13 @@ def run_script(profile: str, extra_env: dict[str, str] | None = None) -> str:
 
 
 def finish_script(profile: str) -> str:
-    """Return a slot's finish: hermes_boot.py as hermes, see finish()."""
-    return "\n".join(["#!/bin/sh", *dropping(f'{BOOT} finish {profile} "$@"')]) + "\n"
+    """Return a slot's finish: hermes_boot.py as hermes, see finish(). Not where that would find nothing to do, lest
+    hundreds of gateways that end at once start hundreds of Pythons: at the container's end, and where s6 has noted less
+    than five deaths, of 14 bytes, and none is left of the gateway's process group ($4)."""
+    due = f'[ "$1" = {EX_CONFIG} ] || [ "$(wc -c <supervise/death_tally)" -ge {5 * 14} ] || kill -0 "-$4" 2>/dev/null'
+    script = quoted(f'{due} || exit 0; exec {BOOT} finish {profile} "$@"')
+    lines = ["#!/bin/sh", f"[ ! -e ../{ENDING} ] || exit 0", f"script={script}"]
+    return "\n".join([*lines, *dropping('/bin/sh -c "$script" finish "$@"')]) + "\n"
 
 
 def log_run_script(profile: str, *, to_folder: bool = True) -> str:
@@ -3298,6 +3393,7 @@ def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 TAI_OFFSET = (1 << 62) + 37  # s6 counts TAI seconds since 1970, 37 ahead of UTC since 2017
+MOST_DEATHS = 100  # that s6 remembers, unless told otherwise
 RESTART_WINDOW = 60  # seconds in which deaths count as one crash loop
 PERMANENT_FAILURE = 125  # s6's word from a finish script for "do not restart"
 START_GRACE = 10  # seconds that a wanted gateway may be down, and after which one that is up has come up to stay
@@ -3380,14 +3476,15 @@ def deaths(slot: str) -> list[tuple[float, int]]:
     ]
 
 
-def death_times(slot: str) -> list[float]:
+def death_times(slot: str, tally: list[tuple[float, int]] | None = None) -> list[float]:
     """Return when the last deaths in a slot were, in seconds since 1970, since an operator has started it: an end that the
-    operator asked for is no sign of a crash loop. The manager leaves the time of a start on the FIFO back-off."""
+    operator asked for is no sign of a crash loop. The manager leaves the time of a start on the FIFO back-off. tally is
+    what deaths() has said, where that is known."""
     try:
         started = os.stat(f"{slot}/back-off", follow_symlinks=False).st_mtime
     except OSError:
         started = 0.0  # a logger's, or a slot that hermes-agent made
-    return [moment for moment, _ in deaths(slot) if moment > started]
+    return [moment for moment, _ in (deaths(slot) if tally is None else tally) if moment > started]
 
 
 def back_off(times: list[float]) -> int:
@@ -3645,7 +3742,7 @@ class S6ServiceManager:
 
     def announce_stop(self, profile: str) -> None:
         """Tell the gateway that the SIGTERM to come is meant: hermes-agent then ends with code 0 and says so in its
-        log."""
+        log. It ends without the signal too, within 0.5 s, so s6 must hear of it at once."""
         import json
 
         try:
@@ -3659,7 +3756,7 @@ class S6ServiceManager:
                 "written_at": written,
             }
             with self.profile_folder(profile) as folder:
-                folder.write(".gateway-planned-stop.json", json.dumps(marker).encode(), 0o644, replace=True)
+                folder.write(".gateway-planned-stop.json", json.dumps(marker).encode(), 0o644, replace=True, sync=False)
         except (OSError, ValueError, GatewayError):
             pass  # not up, or no profile: then there is nobody to tell
 
@@ -3707,9 +3804,9 @@ class S6ServiceManager:
     ) -> dict[str, GatewayError]:
         """Take the steps, each (up, timeout), and record the intent; return what failed, by name.
 
-        One command at a time works on a gateway, so the intent is the last one's. It is written once more at the end:
-        the agent writes the same file without our lock, and may have put back what it read before. An intent that
-        cannot be written is a failure, but the steps are taken all the same.
+        One command at a time works on a gateway, so the intent is the last one's. It is written as soon as s6 has been
+        told, and once more at the end: the agent writes the same file without our lock, and may have put back what it
+        read before. An intent that cannot be written is a failure, but the steps are taken all the same.
         """
         failures: dict[str, GatewayError] = {}
         known = [name for name in dict.fromkeys(names) if self.tried(failures, name, self.own_slot)]
@@ -3718,9 +3815,9 @@ class S6ServiceManager:
             known = [name for name in known if name not in failures]
             if desired == "running":
                 known = [name for name in known if self.tried(failures, name, self.make_ours)]
-            self.record_all(known, desired)
-            for up, patience in steps:
-                failures |= self.bring([name for name in known if name not in failures], up=up, timeout=patience)
+            for index, (up, patience) in enumerate(steps):
+                able = [name for name in known if name not in failures]
+                failures |= self.bring(able, up=up, timeout=patience, desired="" if index else desired)
             return failures | self.record_all([name for name in known if name not in failures], desired)
         finally:
             for lock in locks:
@@ -3753,35 +3850,42 @@ class S6ServiceManager:
     def record_all(self, names: list[str], desired: str) -> dict[str, GatewayError]:
         """Record the intent for gateways; return what failed, by name."""
         failures: dict[str, GatewayError] = {}
-        for name in names:
-            self.tried(failures, name, self.record, desired)
-        return failures
+        at_once(lambda name: self.tried(failures, name, self.record, desired), names)
+        return {name: failures[name] for name in names if name in failures}
 
-    def bring(self, names: list[str], *, up: bool, timeout: float) -> dict[str, GatewayError]:
-        """Tell s6 to bring slots up or down, all in parallel, and wait until it has, timeout seconds at most; return
-        what failed, by name. A supervisor that is not there yet is waited for: s6-svscan takes seconds to start
-        hundreds of them."""
+    def bring(self, names: list[str], *, up: bool, timeout: float, desired: str = "") -> dict[str, GatewayError]:
+        """Tell s6 to bring slots up or down, all in parallel, record what is desired, if anything, and wait until s6 has
+        done it, timeout seconds at most; return what failed, by name. A supervisor that is not there yet is waited for:
+        s6-svscan takes seconds to start hundreds of them."""
         waiting = {name: self.slot(name) for name in names}
         untold = set(names)
         failures: dict[str, GatewayError] = {}
-        began, deadline = time.time(), time.monotonic() + timeout
-        for name in names if not up else ():
-            self.announce_stop(self.valid(name))
+        began, deadline, progress = time.time(), time.monotonic() + timeout, Progress(first=2)
+        aim = "come up" if up else "end"
         while waiting:
+            for name in filter(untold.__contains__, names):
+                if not up:
+                    self.announce_stop(self.valid(name))
+                if self.told(waiting[name], up):
+                    untold.discard(name)
+            if desired:
+                self.record_all(names, desired)
+                desired = ""
             for name, slot in [*waiting.items()]:
                 end_back_off(slot)
-                if name in untold and self.told(slot, up):
-                    untold.discard(name)
                 if name not in untold and self.settled(name, up, began, failures):
                     del waiting[name]
             if time.monotonic() > deadline or (untold and not supervisor_answers(self.scandir)):
                 break
+            some = ", ".join([*waiting][:3]) + (", ..." if len(waiting) > 3 else "")
+            progress.tell(lambda: f"waiting for {len(waiting)} of {len(names)} gateways to {aim}: {some}")  # noqa: B023
             time.sleep(0.005 if len(waiting) < 20 and time.time() - began < 1 else 0.05)
+        progress.end()
         for name in waiting:
             if up and name not in untold and self.is_up(name):
                 continue  # it takes its time, which is no failure
             unwatched = f"no supervisor answers within {timeout:g} s; run `hermes-boot doctor`"
-            overdue = f"did not {'come up' if up else 'end'} within {timeout:g} s"
+            overdue = f"did not {aim} within {timeout:g} s"
             failures[name] = CommandFailed(f"{name}: {unwatched if name in untold else overdue}")
         return failures
 
@@ -3922,7 +4026,9 @@ class S6ServiceManager:
 
         patience = self.default_timeout(None)
         if strays() and not let_go(self.scandir, lambda: name in strays(), lambda: f"{name}/log" in strays(), patience):
-            raise CommandFailed(f"{name}: a gateway without a slot has not ended within {patience:g} s; end it by its pid")
+            raise CommandFailed(
+                f"{name}: a gateway without a slot has not ended within {patience:g} s; end it by its pid"
+            )
 
     def unregister_profile_gateway(self, profile: str, *, timeout: float | None = None) -> None:
         """Stop a gateway within timeout seconds and remove its slot, supervisors and logger included.
@@ -4139,8 +4245,9 @@ def gateway_status(boot: Boot, manager: S6ServiceManager, names: list[str], as_j
     """Print the rows of some gateways, or of all that have a slot; return 0 when they are all up, else 3."""
     for name in names:
         manager.slot(name)
-    rows = [row for row in rows_of(boot) if row.name in (names or manager.list_profile_gateways())]
-    print(to_json([row.as_dict() for row in rows]) if as_json else table(rows))
+    with open_home(boot) as home:
+        rows = [row_of(boot, home, name) for name in in_order(names or manager.list_profile_gateways())]
+    print(to_json([row.as_dict() for row in rows]) if as_json else table(rows, []))
     return 0 if all(row.state in ("up", "starting") for row in rows) else 3
 
 
@@ -4205,18 +4312,31 @@ def end_gateways(boot: Boot, deadline: float) -> None:
     clock."""
     manager = S6ServiceManager(environment=boot.environment)
     slots = [f"{manager.scandir}/{SLOT_PREFIX}{name}" for name in manager.list_profile_gateways()]
+    ending = f"{manager.scandir}/{ENDING}"
+    try:
+        os.close(os.open(ending, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
+    except OSError:
+        pass  # root's alone: then every finish does its work
     for slot in slots:
         try:
             tell(f"{slot}/supervise/control", b"d")
         except OSError:
             continue  # no supervisor, or not ours
 
-    def ended(slot: str) -> bool:
+    def runs(slot: str) -> bool:
         end_back_off(slot)
         status = slot_status(slot)
-        return status is None or status.pid == 0
+        return status is not None and status.pid != 0
 
-    until(lambda: all([ended(slot) for slot in slots]), deadline - time.monotonic())
+    def all_ended() -> bool:
+        slots[:] = filter(runs, slots)
+        return not slots
+
+    try:
+        until(all_ended, deadline - time.monotonic())
+    finally:
+        if os.path.lexists(ending):
+            os.unlink(ending)
     until(lambda: not read_pid_file(COMMAND_PROCESS), deadline - time.monotonic())
 
 
@@ -4555,37 +4675,64 @@ def gateway_run(words: list[str], environment: dict[str, str]) -> int:
 
 
 class Row:
-    """What `status` says of one gateway; the fields are its columns."""
+    """What `status` says of one gateway; times are seconds since 1970, restarts those of the last minute, and waits_until
+    is when a crash loop's next start is."""
 
-    __slots__ = ("name", "state", "since", "pid", "restarts", "wanted", "last_exit", "autostart", "why", "last_line", "platforms")
+    __slots__ = (
+        *"name state since pid restarts wanted last_exit autostart why last_line".split(),
+        *"waits_until restarts_since_boot memory platforms".split(),
+    )
 
     def as_dict(self) -> dict[str, object]:
-        """Return the row for JSON; times are seconds since 1970."""
+        """Return the row for JSON."""
         return {field: getattr(self, field) for field in self.__slots__}
 
 
 START_SECONDS = 3  # a gateway up for less is still starting, unless it has said more
 
 
-def rows_of(boot: Boot) -> list[Row]:
-    """Return a row for every profile of the volume and for every slot, default first."""
+def rows_of(boot: Boot, profile: str | None = None) -> list[Row]:
+    """Return a row for every profile of the volume and for every slot, default first; or for one, if it is there."""
     manager = S6ServiceManager(boot.scandir, boot.home, environment=boot.environment)
     boot.multiplexes = None  # looked up anew, under --watch
     with open_home(boot) as home:
-        names = {
-            "default",
-            *manager.list_profile_gateways(),
-            *(p.name for p in list_profiles(boot, home, None) if p.action != "skipped"),
-        }
-        return [row_of(boot, home, name) for name in sorted(names, key=lambda name: (name != "default", name))]
+        names = {"default", *manager.list_profile_gateways()}
+        if profile is None or profile not in names:
+            names |= unregistered(home, names, profile)
+        if profile is not None:
+            names &= {profile}
+        return [row_of(boot, home, name) for name in in_order(names)]
+
+
+def in_order(names: list[str] | set[str]) -> list[str]:
+    """Return profiles in name order, default first."""
+    return sorted(names, key=lambda name: (name != "default", name))
+
+
+def unregistered(home: Folder, registered: set[str], profile: str | None) -> set[str]:
+    """Return the volume's profiles that are not among the registered ones, or one of them, if it is there."""
+
+    def is_profile(name: str) -> bool:
+        if name == "default" or name in registered or name_fault(name):
+            return False
+        try:
+            with Folder(name, profiles.fd) as folder:
+                return not soul_fault(folder)
+        except OSError:
+            return False  # a file, or nothing that hermes can look into
+
+    try:
+        with home.folder("profiles") as profiles:
+            return set(filter(is_profile, os.listdir(profiles.fd) if profile is None else [profile]))
+    except OSError:
+        return set()
 
 
 def row_of(boot: Boot, home: Folder, name: str) -> Row:
     """Return what there is to say of one gateway."""
     row, slot = Row(), f"{boot.scandir}/{SLOT_PREFIX}{name}"
-    status, tally = slot_status(slot), deaths(slot)
-    row.name, row.autostart, row.why = name, False, "no such profile"
     state: dict[str, object] = {}
+    row.name, row.autostart, row.why = name, False, "no such profile"
     try:
         with profile_folder(home, name) as folder:
             state, fault = read_state(folder)
@@ -4594,32 +4741,54 @@ def row_of(boot: Boot, home: Folder, name: str) -> Row:
         pass  # a slot whose profile is gone
     except OSError as error:
         row.why = f"profiles/{name} {described(error)}{mode_of(home, f'profiles/{name}')}"
-    row.platforms = failed_platforms(state, status)
-    times = death_times(slot)
-    row.state = state_of(status, state, times, os.path.isdir(slot))
-    row.since = round(status.since, 3) if status else None
-    row.pid = status.pid if status and status.up else None
-    recent = sum(1 for moment in times if time.time() - moment <= RESTART_WINDOW)
-    row.restarts = (
-        recent - 1 if recent and status and not status.wanted else recent
-    )  # after the last death no start followed
-    row.wanted = status.wanted if status else None
-    row.last_exit = ending(tally[-1][1]) if tally else None
+    add_what_s6_says(row, slot, state)
     row.last_line = (last_lines(home, name, 1) or [""])[0]
     return row
 
 
-def failed_platforms(state: dict[str, object], status: SlotStatus | None) -> dict[str, tuple[str, str]]:
-    """Return code and message of each messaging platform that has failed, by a running gateway's own word; what one that
-    has ended has left there says nothing."""
+def add_what_s6_says(row: Row, slot: str, state: dict[str, object]) -> None:
+    """Fill in what s6-supervise knows of a slot; state is what its profile's state file says."""
+    status, tally = slot_status(slot), deaths(slot)
+    times = death_times(slot, tally)
+    row.platforms = platforms_of(state, status)
+    row.state = state_of(status, state, times, os.path.isdir(slot))
+    row.since = round(status.since, 3) if status else None
+    row.pid = status.pid if status and status.up else None
+    row.wanted = status.wanted if status else None
+    recent = sum(1 for moment in times if time.time() - moment <= RESTART_WINDOW)
+    last = 1 if status and not status.wanted else 0  # no start followed
+    row.restarts, row.restarts_since_boot = max(0, recent - last), max(0, len(tally) - last)
+    row.waits_until = round(times[-1] + back_off(times)) if row.state == "crash loop" and not row.pid else None
+    row.last_exit = ending(tally[-1][1]) if tally else None
+    row.memory = resident(row.pid) if row.pid else None
+
+
+def resident(pid: int) -> int | None:
+    """Return a process's resident memory in bytes, None when that cannot be seen."""
+    try:
+        return int(content(f"/proc/{pid}/statm").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+
+
+def platforms_of(state: dict[str, object], status: SlotStatus | None) -> dict[str, dict[str, str]]:
+    """Return state, error_code and error_message of each messaging platform, by a running gateway's own word; what one
+    that has ended has left there says nothing."""
     platforms = state.get("platforms")
     if not isinstance(platforms, dict) or status is None or not status.up or state.get("pid") != status.pid:
         return {}
+    fields = ("state", "error_code", "error_message")
     return {
-        printable(name): (printable(str(entry.get("error_code") or "")), printable(str(entry.get("error_message") or "")))
+        printable(name): {field: printable(str(entry.get(field) or "")) for field in fields}
         for name, entry in platforms.items()
-        if isinstance(entry, dict) and (entry.get("error_code") or entry.get("state") in ("fatal", "retrying"))
+        if isinstance(entry, dict)
     }
+
+
+def failure_of(platform: dict[str, str]) -> str:
+    """Return what is wrong with a messaging platform, "" when nothing is."""
+    failed = platform["error_code"] or platform["state"] in ("fatal", "retrying")
+    return (platform["error_code"] or platform["error_message"] or platform["state"]) if failed else ""
 
 
 def state_of(status: SlotStatus | None, state: dict[str, object], times: list[float], registered: bool) -> str:
@@ -4667,22 +4836,36 @@ def ending(wait_status: int) -> str:
         return f"signal {-code}"
 
 
-COLUMNS = ("PROFILE", "STATE", "SINCE", "PID", "RESTARTS/MIN", "WANTED", "LAST EXIT", "NEXT BOOT", "LAST LOG LINE")
-COLOURS = {"up": 32, "starting": 33, "stopping": 33, "crash loop": 31, "parked": 31, "no slot": 31, "no supervisor": 31}
+COLUMNS = (
+    *("PROFILE", "STATE", "SINCE", "PID", "MEMORY", "RESTARTS", "WANTED", "LAST EXIT", "NEXT BOOT", "PLATFORMS"),
+    "LAST LOG LINE",
+)
+DROPPED = ("WANTED", "RESTARTS", "LAST EXIT", "MEMORY", "PLATFORMS")  # in this order where a terminal is narrow
+WIDE = 120  # columns of a terminal from which on cells are whole
+RED, GREEN, YELLOW = 31, 32, 33
+COLOURS = {
+    **{"up": GREEN, "starting": YELLOW, "stopping": YELLOW, "pass": GREEN, "warn": YELLOW, "fail": RED},
+    **{"crash loop": RED, "parked": RED, "no slot": RED, "no supervisor": RED},
+}
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: Row, *, brief: bool) -> tuple[str, ...]:
     """Return a row's columns as text."""
+    waits = f"next start at {time.strftime('%H:%M:%S', time.localtime(row.waits_until))}: " if row.waits_until else ""
+    next_boot = "starts" if row.autostart else "stays down"
+    failed = {name: failure for name, platform in row.platforms.items() if (failure := failure_of(platform))}
     return (
         row.name,
-        ", ".join([row.state, *(f"{name}: {code or text or 'failed'}" for name, (code, text) in row.platforms.items())]),
+        ", ".join([row.state, *(f"{name}: {failure}" for name, failure in failed.items())]),
         "-" if row.since is None else duration(time.time() - row.since),
         str(row.pid or "-"),
-        str(row.restarts),
+        "-" if row.memory is None else f"{row.memory >> 20} MiB",
+        f"{row.restarts_since_boot}{'+' if row.restarts_since_boot >= MOST_DEATHS - 1 else ''}",
         {True: "up", False: "down", None: "-"}[row.wanted],
         row.last_exit or "-",
-        f"{'starts' if row.autostart else 'stays down'} ({row.why})",
-        row.last_line,
+        row.why if row.why == "service" else next_boot if brief else f"{next_boot} ({row.why})",
+        " ".join(name for name in row.platforms if name not in failed),
+        f"{waits}{row.last_line}",
     )
 
 
@@ -4696,31 +4879,71 @@ def duration(seconds_past: float) -> str:
     return " ".join(parts[:2])
 
 
-def table(rows: list[Row]) -> str:
-    """Return the rows aligned; on a terminal in colour (unless NO_COLOR is set) and cut to its width."""
-    terminal = sys.stdout.isatty()
-    lines = [COLUMNS, *(cells(row) for row in rows)]
-    widths = [max(len(line[index]) for line in lines) for index in range(len(COLUMNS) - 1)]
-    width = os.get_terminal_size().columns if terminal else 0
+def terminal_width() -> int:
+    """Return how many columns the terminal has that stdout is, 0 for another file."""
+    return os.get_terminal_size(1).columns if os.isatty(1) else 0
+
+
+def coloured(text: str, word: str) -> str:
+    """Return text with the first of a word in its colour, on a terminal, unless NO_COLOR is set."""
+    colour = (
+        COLOURS.get(word, YELLOW if ", " in word else None)
+        if terminal_width() and not os.environ.get("NO_COLOR")
+        else None
+    )
+    return text.replace(word, f"\033[{colour}m{word}\033[0m", 1) if colour else text
+
+
+def table(rows: list[Row], services: list[Row]) -> str:
+    """Return the rows aligned, and how many gateways are in which state. A terminal's width is kept: the last log line
+    of a gateway that is not well stands below it, any other is cut, and columns are left out."""
+    width = terminal_width()
+    found = [dict(zip(COLUMNS, cells(row, brief=0 < width < WIDE), strict=True)) for row in (*rows, *services)]
+    lines = [dict(zip(COLUMNS, COLUMNS, strict=True)), *found]
+    sizes = {name: max(len(line[name]) for line in lines) + 2 for name in COLUMNS}
+    columns = [name for name in COLUMNS[:-1] if any(line[name] for line in found)]
+    for name in DROPPED:
+        if name in columns and 0 < width < sum(sizes[name] for name in columns):
+            columns.remove(name)
+    room = max(0, width - sum(sizes[name] for name in columns))
     result = []
     for line in lines:
-        padded = [cell.ljust(size) for cell, size in zip(line, widths)]
-        text = "  ".join([*padded, line[-1]]).rstrip()
-        text = text[:width] if width else text
-        colour = COLOURS.get(line[1]) if terminal and not os.environ.get("NO_COLOR") else None
-        start = widths[0] + 2
-        result.append(
-            f"{text[:start]}\033[{colour}m{text[start : start + len(line[1])]}\033[0m{text[start + len(line[1]) :]}"
-            if colour
-            else text
-        )
-    return "\n".join(result)
+        first, last = line["PROFILE"].ljust(sizes["PROFILE"]), line[COLUMNS[-1]]
+        text = "".join(line[name].ljust(sizes[name]) for name in columns[1:])
+        below = width and last and COLOURS.get(line["STATE"]) == RED
+        text += "" if below or (width and not room) else cut(last, room)
+        result.append(first + coloured(cut(text.rstrip(), max(0, width - len(first))), line["STATE"]))
+        result += [cut(f"    {last}", width)] if below else []
+    return "\n".join([*result, "", summary(rows)])
+
+
+def summary(rows: list[Row]) -> str:
+    """Return how many gateways there are, and how many are in each state."""
+    states = [row.state for row in rows]
+    counts = ", ".join(
+        f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states, key=states.count)[::-1])
+    )
+    return f"{len(rows)} gateway{'s' * (len(rows) != 1)}: {counts}"
+
+
+def service_rows(boot: Boot) -> list[Row]:
+    """Return a row for each of the image's static services."""
+    rows = []
+    for name in sorted(os.listdir(STATIC_SERVICES)) if os.path.isdir(STATIC_SERVICES) else ():
+        if os.path.isdir(slot := f"{boot.scandir}/{name}"):
+            row = Row()
+            row.name, row.autostart, row.why, row.last_line, row.platforms = name, True, "service", "", {}
+            add_what_s6_says(row, slot, {})
+            if name == "dashboard" and row.state == "up" and not switch(boot.setting("HERMES_DASHBOARD")):
+                row.state = "off"
+            rows.append(row)
+    return rows
 
 
 def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | None) -> int:
     """Print the table or JSON, again and again with watch, in seconds; return 0, or 4 when there is no such profile."""
     while True:
-        rows = [row for row in rows_of(boot) if profile in (None, row.name)]
+        rows = rows_of(boot, profile)
         if not rows:
             return report_failures(
                 {"": NotRegistered(f"no such profile: {shown(profile or '')}; `hermes-boot status` lists them")}
@@ -4729,7 +4952,8 @@ def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | N
             warn(f"this container has no gateways, since {why}")
         elif not as_json and not supervisor_answers(boot.scandir):
             warn(f"no supervisor answers on {boot.scandir}; `hermes-boot doctor` says why")
-        text = to_json([row.as_dict() for row in rows]) if as_json else table(rows)
+        services = [] if profile or as_json else service_rows(boot)
+        text = to_json([row.as_dict() for row in rows]) if as_json else table(rows, services)
         print(f"\033[H\033[J{text}" if watch and sys.stdout.isatty() else text, flush=True)
         if not watch:
             return 0
@@ -4850,13 +5074,40 @@ def unread_logs(logs: Folder, last: int) -> list:
     return files[start:end]
 
 
-def log_lines(logs: Folder, *, follow: bool):
+def last_files(files: list, count: int) -> list:
+    """Return those of a log's files, oldest first, that its last count lines are in, the first of them placed where
+    these begin, or a little before; the others are closed. Blocks are read from the end on: a log's size costs no time."""
+    for index in range(len(files) - 1, -1, -1):
+        count -= place_before(files[index], count)
+        if count <= 0:
+            for file in files[:index]:
+                file.close()
+            return files[index:]
+    return files
+
+
+def place_before(file, count: int) -> int:
+    """Place a log file before its last count lines, or at its start; return how many lines follow there."""
+    position, found = os.fstat(file.fileno()).st_size, 0
+    least = max(0, position - count * LINE_LIMIT)  # longer lines are taken for several
+    while position > least:
+        size = min(position - least, LINE_LIMIT)
+        position -= size
+        found += os.pread(file.fileno(), size, position).count(b"\n")
+        if found > count:
+            break
+    file.seek(position)
+    return count if position and position == least else found
+
+
+def log_lines(logs: Folder, *, count: int | None, follow: bool):
     """Yield a log's lines as bytes, archives and current in order; with follow, go on for ever, over rotations, with
-    None in pauses."""
+    None in pauses. With a count, start where at least as many lines are left, unless there are fewer."""
     last = None
     while True:
         inode = os.fstat(last.fileno()).st_ino if last else 0
-        for file in unread_logs(logs, inode):
+        files = unread_logs(logs, inode)
+        for file in files if last or count is None else last_files(files, count):
             if last and os.fstat(file.fileno()).st_ino == inode:
                 file.close()
             else:
@@ -4871,17 +5122,15 @@ def log_lines(logs: Folder, *, follow: bool):
 
 def whole_lines(file):
     """Yield what a log file has more; a line that s6-log has only begun is left for the next time."""
-    while True:
-        position = file.tell()
-        line = file.readline(LINE_LIMIT)
+    while line := file.readline(LINE_LIMIT):
         if not line.endswith(b"\n") and len(line) < LINE_LIMIT:
-            file.seek(position)
+            file.seek(-len(line), os.SEEK_CUR)
             return
         yield line
 
 
 def last_lines(home: Folder, profile: str, count: int) -> list[str]:
-    """Return the last lines of a gateway's current log that say something, without timestamps, fit for one line of a
+    """Return the last lines of a gateway's current log that have letters, without timestamps, fit for one line of a
     terminal each."""
     try:
         with home.folder(f"logs/gateways/{profile}") as logs:
@@ -4894,7 +5143,7 @@ def last_lines(home: Folder, profile: str, count: int) -> list[str]:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
         lines = file.read(4096).decode(errors="replace").splitlines()
     texts = [printable(line.partition("  ")[2]) for line in lines]
-    return [text for text in texts if text][-count:]
+    return [text for text in texts if any(map(str.isalpha, text))][-count:]
 
 
 def since_when(text: str) -> str:
@@ -4917,8 +5166,6 @@ def show_logs(
 ) -> int:
     """Print a gateway's log, its last count lines of those from since on; return 0, or 4 when there is none. On a
     terminal, unless raw, nothing in it can act on that."""
-    from collections import deque
-
     become_hermes()
     manager = S6ServiceManager(boot.scandir, boot.home, environment=boot.environment)
     name, after = named_profile(manager, profile), (since or "").encode()
@@ -4926,9 +5173,10 @@ def show_logs(
     try:
         manager.valid(name)
         with Folder(boot.home, follow=True) as home, home.folder(f"logs/gateways/{name}") as logs:
-            lines = (line for line in log_lines(logs, follow=follow) if line is None or line[: len(after)] >= after)
+            found = log_lines(logs, count=count, follow=follow)
+            lines = (line for line in found if line is None or line[: len(after)] >= after)
             past = iter(lines.__next__, None)  # up to the first pause
-            write_lines(past if count is None else deque(past, count), harmless)
+            write_lines(past if count is None else [*past][-count:], harmless)
             for line in lines:
                 write_lines([line], harmless) if line else time.sleep(0.2)
     except FileNotFoundError:
@@ -4984,6 +5232,31 @@ class Check:
         """Return the check for JSON."""
         return {"level": self.level, "check": self.what, "found": self.found, "fix": self.fix}
 
+    def text(self, width: int) -> str:
+        """Return the check for people: one line and, if any, lines of a log; on a terminal of a width in colour, and
+        filled, with what fixes it on a line of its own."""
+        line = f"{self.level:4}  {self.what}: "
+        if not width:
+            return f"{line}{Fault(self.found, self.fix)}"
+        fix, *said = self.fix.split("\n")
+        result = [
+            filled(f"{line}{self.found}", width),
+            *([f"      {filled(fix, width) if '`' in fix else fix}"] if fix else []),
+        ]
+        return "\n".join([coloured("\n".join(result), self.level), *(cut(text, width) for text in said)])
+
+
+def filled(text: str, width: int) -> str:
+    """Return text in lines for a terminal, six columns in. A command in backticks stays whole, for people to paste."""
+    import re
+
+    lines = [""]
+    for word in re.findall(r"(?:`[^`]*`|\S)+", text):
+        if lines[-1] and len(lines[-1]) + len(word) + 7 > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".lstrip()
+    return "\n      ".join(lines)
+
 
 def doctor(boot: Boot, *, as_json: bool, fix: bool) -> int:
     """Look at everything that goes wrong in such a container; return 1 when a check fails. With fix, fix what is safe
@@ -5013,7 +5286,7 @@ def doctor_as_hermes(boot: Boot, owners: list[Check], as_json: bool, fix: bool) 
     if as_json:
         print(to_json([check.as_dict() for check in checks]))
     for check in [] if as_json else checks:
-        print(f"{check.level:4}  {check.what}: {Fault(check.found, check.fix)}")
+        print(check.text(terminal_width()))
     return int(any(check.level == "fail" for check in checks))
 
 
@@ -5328,7 +5601,10 @@ def foreign_checks(boot: Boot, name: str) -> list[Check]:
 def platform_checks(row: Row, rows: list[Row]) -> list[Check]:
     """Look for messaging platforms that have failed, and for who else has a platform's token."""
     checks = []
-    for platform, (code, message) in row.platforms.items():
+    for platform, said in row.platforms.items():
+        if not failure_of(said):
+            continue
+        code, message = said["error_code"], said["error_message"]
         found, fix = f"{platform}: {message or code or 'failed'}", f"`hermes-boot logs -p {row.name} -n 50`"
         if code.endswith("_lock") or code == "lock_conflict":
             number = message.partition("PID ")[2].partition(")")[0]
@@ -5407,7 +5683,15 @@ def logger_checks(boot: Boot, home: Folder, name: str) -> list[Check]:
         return [Check("fail", name, "its logger dies again and again", fix)]
 
     why = f"{folder} is locked by a logger without a supervisor (PID {holder})" if holder else f"{folder} is not used"
-    return [Check("fail", name, f"{why}, so its log goes to the container's alone", "hermes-boot doctor --fix", lambda: renew_logger(boot, name))]
+    return [
+        Check(
+            "fail",
+            name,
+            f"{why}, so its log goes to the container's alone",
+            "hermes-boot doctor --fix",
+            lambda: renew_logger(boot, name),
+        )
+    ]
 
 
 def renew_logger(boot: Boot, name: str) -> str:
@@ -5496,7 +5780,21 @@ def dispatch(words: list[str]) -> int:
         return dashboard(process_environment())
     if command == "gateway" and rest[:1] and rest[0] in DONE and (rest[1:] in ([], ["--all"]) or rest[1:-1] == ["-p"]):
         return control(rest[0], rest[2] if rest[2:] else None, rest[1:] == ["--all"], exec_environment())
-    return run_command(parse(words))
+    return run_command(without_parser(words) or parse(words))
+
+
+def without_parser(words: list[str]):
+    """Return what the parser makes of the forms that people use most, None for any other: it takes as long as all the
+    rest."""
+    command, *rest = words[1:] if words[:2] == ["gateway", "status"] else words
+    found = type(sys.implementation)(**dict.fromkeys("profile lines all json watch since follow raw".split()))
+    found.command, found.action = words[0], "status"
+    if command == "status" and (not rest or rest[:-1] == ["-p"]):
+        found.profile = rest[-1] if rest else None
+        return found
+    if command == "logs" and rest[:-1] == ["-n"]:
+        found.lines = number_in(rest[1], 1, 10**9)
+    return found if found.lines else None
 
 
 def exec_environment() -> dict[str, str]:

@@ -333,8 +333,11 @@ exec s6-setuidgid hermes hermes -p coder gateway run --replace
 """
 FINISH = """\
 #!/bin/sh
-[ "$(id -u)" = 0 ] || exec /opt/hermes/bin/hermes-boot finish coder "$@"
-exec s6-setuidgid hermes /opt/hermes/bin/hermes-boot finish coder "$@"
+[ ! -e ../.s6-svscan/hermes-ending ] || exit 0
+script='[ "$1" = 78 ] || [ "$(wc -c <supervise/death_tally)" -ge 70 ] || kill -0 "-$4" 2>/dev/null \
+|| exit 0; exec /opt/hermes/bin/hermes-boot finish coder "$@"'
+[ "$(id -u)" = 0 ] || exec /bin/sh -c "$script" finish "$@"
+exec s6-setuidgid hermes /bin/sh -c "$script" finish "$@"
 """
 LOG_RUN = """\
 #!/command/with-contenv sh
