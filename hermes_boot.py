@@ -2464,8 +2464,11 @@ def intent_of(state: dict[str, object]) -> tuple[str | None, Fault | None]:
 
 def prior_exit(folder: Folder, state: dict[str, object]) -> str:
     """Return how a gateway ended last: `clean` where it has said so by its state or its marker, which its next start
-    removes, `unclean` where it was still at work by its own word, `unknown` where it has said nothing."""
+    removes, `unclean` where it was still at work by its own word, `unknown` where it has said nothing, "" where it
+    has no state at all."""
     own = state.get("gateway_state")
+    if not state:
+        return ""
     if own not in ("starting", "running", "draining", "degraded"):
         return "clean" if own == "stopped" else "unknown"
     try:
