@@ -3099,6 +3099,7 @@ def watch_for_stop() -> None:
         warn(f"{script} cannot be replaced ({reason(error)}), so a stop waits until the boot is over")
     if any(name == "s6-rc" and b"-bda" in words for name, words in map(command_of, descendants(1))):
         end_boot()  # it came before us, and s6-overlay's now waits for us
+        os._exit(128 + SIGTERM)
 
 
 def end_boot() -> int:
@@ -3116,7 +3117,7 @@ def end_boot() -> int:
     deadline, told = time.monotonic() + 1, set()  # some are PID 1's children, once their parents have ended
     while time.monotonic() < deadline + 1:
         found = {process for process in descendants(runner) if command_of(process)[0] not in OF_THE_RUNNER}
-        left = {process for process in found | told if command_of(process)[1]}
+        left = {process for process in found | told if command_of(process)[1]} - {os.getpid()}
         if not left:
             break
         over = time.monotonic() >= deadline
