@@ -1,5 +1,5 @@
 PYTHON ?= python3
-AGENT_VERSION := 0.19.0
+AGENT_VERSION := $(shell sed -n "s/^ARG HERMES_AGENT_VERSION=//p" Dockerfile)
 IMAGE := hermes-agent:$(AGENT_VERSION)
 CACHE := .cache
 LINTERS := ruff==0.17.6 mypy==2.4.1
@@ -22,7 +22,7 @@ endif
 
 .PHONY: image
 image: ## build the image
-	$(ENGINE) build $(if $(findstring podman,$(ENGINE)),--format docker) $(ENGINE_BUILD_OPTIONS) --build-arg HERMES_AGENT_VERSION=$(AGENT_VERSION) -t $(IMAGE) .
+	$(ENGINE) build $(if $(findstring podman,$(ENGINE)),--format docker) $(ENGINE_BUILD_OPTIONS) --build-arg HERMES_AGENT_VERSION=$(AGENT_VERSION) -t $(IMAGE) -t hermes-agent .
 
 .PHONY: test
 test: ## run the tests; TESTS="-k wrapper" picks some

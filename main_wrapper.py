@@ -26,6 +26,7 @@ COMMAND_FOLDERS = ("/opt/hermes/bin", f"{VENV}/bin")
 COMMAND_PROCESS = "/run/hermes-command"  # pid and start time of the container command, for its graceful shutdown
 SUPERVISOR_PROCESS = "/run/hermes-supervisor"  # and of the fallback init, hermes_boot.py where s6-overlay cannot start
 CONTAINER_ENVIRONMENT = "/run/s6/container_environment"
+RUNTIME_FOLDER = "/tmp/hermes-runtime"  # XDG_RUNTIME_DIR unless that is set
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 SIGPIPE, SIGXFSZ = 13, 25
 
@@ -87,18 +88,26 @@ def root_home(environment: dict[str, str]) -> str:
 
 def program_environment(environment: dict[str, str]) -> dict[str, str]:
     """Return the environment for a program of the image: HOME, HERMES_HOME, VIRTUAL_ENV, and PATH with our folders
-    on it; last on it are the commands that `hermes profile create` makes on the volume, which root must not find. A
-    UID without a name has hermes's."""
+    on it; last on it are the commands that `hermes profile create` and pip make on the volume, which root must not
+    find. Unless given: where pip puts packages, a runtime folder, and hermes's name for a UID that has none."""
     path, home = environment.get("PATH") or os.defpath, root_home(environment)
     missing = [folder for folder in COMMAND_FOLDERS if folder not in path.split(":")]
     made = [f"{home}/.local/bin"] if f"{home}/.local/bin" not in path.split(":") else []
+    defaults = {"USER": USER, "LOGNAME": USER, "PYTHONUSERBASE": f"{home}/.local", "XDG_RUNTIME_DIR": RUNTIME_FOLDER}
     own = {
         "HOME": home,
         "HERMES_HOME": environment.get("HERMES_HOME") or HOME,
         "PATH": ":".join([*missing, path, *made]),
         "VIRTUAL_ENV": VENV,
     }
-    return {"USER": USER, "LOGNAME": USER} | environment | own
+    return defaults | environment | own
+
+
+def umask_of(environment: dict[str, str]) -> int | None:
+    """Return the umask that UMASK gives for hermes's processes, in octal, None when it gives none."""
+    value = environment.get("UMASK", "")
+    octal = value and len(value) <= 4 and not value.strip("01234567")
+    return int(value, 8) if octal and int(value, 8) <= 0o777 else None
 
 
 def s6_program(name: str) -> str:
@@ -125,6 +134,13 @@ def execute(argv: list[str], environment: dict[str, str]) -> int:
     except OSError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: cannot run {argv[0]!r}: {error.strerror}", file=sys.stderr)
         return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
+
+
+def execute_as_hermes(argv: list[str], environment: dict[str, str]) -> int:
+    """Exec a program as hermes, with hermes's umask; return only when that fails, as execute() does."""
+    if (umask := umask_of(environment)) is not None:
+        os.umask(umask)
+    return execute(as_hermes(argv), environment)
 
 
 def s6_is_pid_1() -> bool:
@@ -227,17 +243,43 @@ def gateway_request(words: list[str]) -> list[str]:
     return [*rest] if rest[2:] or profile is None else [*rest, "-p", profile]
 
 
+def with_secrets(environment: dict[str, str]) -> dict[str, str]:
+    """Return the environment of `docker exec` with the secrets that the boot has read from files, see
+    read_secrets()."""
+    missing = [name[:-5] for name in environment if name.endswith("_FILE") and not environment.get(name[:-5])]
+    for name in missing:
+        try:
+            value = content(f"{CONTAINER_ENVIRONMENT}/{name}")
+        except OSError:
+            continue  # a file that is not the boot's to read, or nobody's before it has
+        environment[name] = os.fsdecode(value.removesuffix(b"\n"))
+    return environment
+
+
+UPDATE = (
+    "the agent is part of this container's image, which is not the one named below: build or pull the one that you run"
+    " (`make image`), then make the container anew; the volume keeps everything"
+)
+
+
 def hermes_command(words: list[str]) -> int:
     """Be the `hermes` command: answer for the gateways that s6 supervises, hand everything else to the real program
     untouched."""
-    environment = process_environment()
+    environment = with_secrets(process_environment())
     if "HERMES_HOME" not in environment:  # a login shell's, by ssh
         environment = container_environment()
     if (request := gateway_request(words)) and supervised():
         return execute([BOOT, *request], environment)
+    if profile_option(words)[1][:2] == ["gateway", "run"] and not environment.get("HERMES_S6_SUPERVISED_CHILD"):
+        # Below another PID 1 the agent does not see s6; without gateways by HERMES_RECONCILE it would ask s6 for one.
+        alone = switch(environment.get("HERMES_RECONCILE", "")) is False
+        if supervised() and (alone or not s6_is_pid_1()):
+            return execute([BOOT, "container-command", *words], environment)
+    if profile_option(words)[1] in (["update"], ["update", "--check"]):
+        print(f"{USER}: info: {UPDATE}", file=sys.stderr)
     if switch(environment.get("HERMES_DOCKER_EXEC_AS_ROOT", "")):
         return execute([HERMES, *words], environment)
-    return execute(as_hermes([HERMES, *words]), program_environment(environment))
+    return execute_as_hermes([HERMES, *words], program_environment(environment))
 
 
 def hand_over_stdio() -> None:
@@ -266,7 +308,7 @@ def container_command(words: list[str]) -> int:
                 hand_over_stdio()
         if program[0] == HERMES and profile_option(program[1:])[1][:2] == ["gateway", "run"]:
             return execute([BOOT, "container-command", *program[1:]], environment)
-    return execute(as_hermes(program), environment)
+    return execute_as_hermes(program, environment)
 
 
 def launched(words: list[str]) -> list[str]:

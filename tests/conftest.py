@@ -107,7 +107,15 @@ RUN = "exec sleep infinity\n"
 class Gateways:
     """A running container with profiles whose gateways do as told."""
 
-    def __init__(self, box: Sandbox, profiles: dict[str, str], state: str = "", *, agent: str = GATEWAY) -> None:
+    def __init__(
+        self,
+        box: Sandbox,
+        profiles: dict[str, str],
+        state: str = "",
+        *,
+        agent: str = GATEWAY,
+        command: tuple[str, ...] = ("sleep", "infinity"),
+    ) -> None:
         self.box, self.volume = box, box.volume
         box.put_agent(agent)
         for name, does in ({"default": RUN} | profiles).items():
@@ -119,7 +127,7 @@ class Gateways:
                 (folder / "gateway_state.json").write_text(
                     json.dumps({"desired_state": state, "kept": [1, {"a": None}]})
                 )
-        box.start("sleep", "infinity")
+        box.start(*command)
 
     def folder(self, name: str) -> Path:
         """Return a profile's folder on the machine."""

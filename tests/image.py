@@ -94,7 +94,7 @@ def environment() -> dict[str, str]:
 @cache
 def agent_version() -> str:
     """Return the version of hermes-agent that the image has."""
-    (version,) = re.findall(r"^AGENT_VERSION *:?= *(\S+)$", (PROJECT / "Makefile").read_text(), re.M)
+    (version,) = re.findall(r"^HERMES_AGENT_VERSION=(\S+)$", "\n".join(instructions("ARG", "")), re.M)
     return version
 
 
@@ -246,8 +246,8 @@ def put_scripts(layer: Path) -> None:
     copy_from_checkout(own_steps(dockerfile()[-1].stage)[0], layer)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         built = Path(folder)
-        build("agent", built)
-        for source, target in (text.split()[1:] for text in instructions("COPY") if text.startswith("--from=agent ")):
+        build("scripts", built)
+        for source, target in (text.split()[1:] for text in instructions("COPY") if text.startswith("--from=scripts ")):
             shutil.copytree(built / source.strip("/"), layer / target.strip("/"), symlinks=True, dirs_exist_ok=True)
 
 
@@ -279,7 +279,9 @@ def copy_from_checkout(copies: list[list[str]], root: Path) -> None:
 def fingerprint() -> str:
     """Return a short name for all that a layer is made of."""
     found = hashlib.sha256(f"{s6_root()} {s6_root().stat().st_mtime_ns} {base_python()} {sys.version}".encode())
-    sources = [word for stage in ("agent", dockerfile()[-1].stage) for copy in own_steps(stage)[0] for word in copy[:-1]]
+    sources = [
+        word for stage in ("scripts", dockerfile()[-1].stage) for copy in own_steps(stage)[0] for word in copy[:-1]
+    ]
     tops = [Path(__file__), PROJECT / "Dockerfile", STAND_IN, *(PROJECT / source for source in sources)]
     for top in tops:
         for path in [top] if top.is_file() else sorted(top.rglob("*")):

@@ -326,21 +326,32 @@ home="${HERMES_HOME:-/opt/data}"
 case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac
 export HOME="$home" HERMES_HOME="$home" HERMES_S6_SUPERVISED_CHILD=1
 cd "$home" || cd /
+[ -d "$home/profiles/coder" ] || s6-setuidgid hermes test -d "$home/profiles/coder" || { ECHO; exit 78; }
 unset $(awk 'BEGIN { for (name in ENVIRON) if (name ~ /^API_SERVER_[A-Z0-9_]+$/) print name }')
 export A='b'"'"'c'
 [ "$(id -u)" = 0 ] || exec hermes -p coder gateway run --replace
 exec s6-setuidgid hermes hermes -p coder gateway run --replace
-"""
+""".replace("ECHO", 'echo "coder: profiles/coder is no folder, so its gateway is parked"')
 FINISH = """\
 #!/bin/sh
-[ "$(id -u)" = 0 ] || exec /opt/hermes/bin/hermes-boot finish coder "$@"
-exec s6-setuidgid hermes /opt/hermes/bin/hermes-boot finish coder "$@"
+[ ! -e ../.s6-svscan/hermes-ending ] || exit 0
+script='[ "$1" = 78 ] || [ "$(wc -c <supervise/death_tally)" -ge 70 ] || kill -0 "-$4" 2>/dev/null \
+|| exit 0; exec /opt/hermes/bin/hermes-boot finish coder "$@"'
+[ "$(id -u)" = 0 ] || exec /bin/sh -c "$script" finish "$@"
+exec s6-setuidgid hermes /bin/sh -c "$script" finish "$@"
 """
 LOG_RUN = """\
 #!/command/with-contenv sh
 if [ -w /proc/self/fd/2 ] && [ ! -S /proc/self/fd/2 ]; then exec 1>>/proc/self/fd/2; else exec 1>&2; fi
+exec 2>&1
 home="${HERMES_HOME:-/opt/data}"
 case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac
+[ "$(id -u)" = 0 ] && set -- s6-setuidgid hermes || set --
+"$@" s6-setlock -n "$home/logs/gateways/coder"/lock true 2>/dev/null || {
+  echo "coder: logs/gateways/coder is locked or cannot be used, so its log goes to the container's alone"
+  ulimit -v 16384; exec "$@" s6-log 1
+}
+ulimit -v 16384
 [ "$(id -u)" = 0 ] || exec s6-log 1 n10 s1000000 T "$home/logs/gateways/coder"
 exec s6-setuidgid hermes s6-log 1 n10 s1000000 T "$home/logs/gateways/coder"
 """
@@ -361,9 +372,13 @@ def test_a_slots_files():
 def test_what_differs_for_default_and_without_a_log_folder():
     """The default gateway has no -p, and the container's API_SERVER_ variables; the log goes to the container alone."""
     run = RUN.replace("-p coder ", "").replace("export A='b'\"'\"'c'\n", "")
-    assert hermes_boot.run_script("default") == "\n".join(line for line in run.split("\n") if "unset" not in line)
-    alone = hermes_boot.log_run_script("coder", to_folder=False)
-    assert alone == LOG_RUN.replace(' n10 s1000000 T "$home/logs/gateways/coder"', "")
+    named = "unset", "profiles/coder"
+    kept = [line for line in run.split("\n") if not any(word in line for word in named)]
+    assert hermes_boot.run_script("default") == "\n".join(kept)
+    alone = LOG_RUN.replace(' n10 s1000000 T "$home/logs/gateways/coder"', "")
+    before, _, after = alone.partition('[ "$(id -u)" = 0 ] && set')
+    alone = before + after.partition("}\n")[2]
+    assert hermes_boot.log_run_script("coder", to_folder=False) == alone
 
 
 def test_a_built_slot_is_what_was_rendered(tmp_path):
