@@ -1,4 +1,5 @@
 ARG BASE_IMAGE=debian:trixie-slim
+ARG HERMES_AGENT_VERSION=0.19.0
 
 # s6-overlay, each tarball checked against its SHA-256 before it is unpacked. S6_OVERLAY_BASE may name a mirror of its releases, or a
 # folder (file:///...); whoever puts other tarballs there gives their sums too.
@@ -14,6 +15,7 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates curl xz-utils \
  && rm -rf /var/lib/apt/lists/*
 # /init is ours: it is s6-overlay's where it is PID 1, and hermes_boot.py where the platform has another PID 1.
+# Its files lose the write permission of group 0, as which platforms run any UID: root runs them at the next start.
 RUN set -eu; \
     case "${TARGETARCH:-$(dpkg --print-architecture)}" in \
       amd64) arch=x86_64; sum=$S6_OVERLAY_SHA256_X86_64 ;; \
@@ -30,25 +32,73 @@ RUN set -eu; \
     fetch "$arch" "$sum"; \
     fetch symlinks-noarch "$S6_OVERLAY_SHA256_SYMLINKS"; \
     mv /s6/init /s6/init.s6-overlay; \
-    ln -s /opt/hermes/docker/wrapper /s6/init
+    ln -s /opt/hermes/docker/wrapper /s6/init; \
+    find /s6 ! -type l -perm /022 -exec chmod go-w {} +
 
-# The agent, in a virtual environment that needs only Debian's python3. Bytecode is checked by the source's hash and not by its time,
-# so that two builds give the same. pip stays: the agent fetches what a messaging platform needs with it, to the volume.
-FROM ${BASE_IMAGE} AS agent
-ARG HERMES_AGENT_VERSION=0.19.0
+# What the image and the agent's build both stand on: python3, the programs that the agent calls, the user hermes. SQLite comes from
+# forky, by a pin for that one package: with trixie's 3.46.1 two processes that write can corrupt a database in WAL mode (fixed in
+# 3.51.3). Whatever version forky has (SQLITE_VERSION=3.53.4-2 asks for one) is tried below.
+FROM ${BASE_IMAGE} AS system
+ARG APT_PACKAGES="git ripgrep openssh-client procps curl less"
+ARG SQLITE_VERSION=*
+ARG DEBIAN_MIRROR=http://deb.debian.org/debian
+ARG SOURCE_DATE_EPOCH=0
+RUN set -eu; \
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] ${DEBIAN_MIRROR} forky main" >/etc/apt/sources.list.d/forky.list; \
+    printf '%s\n' 'Package: *' 'Pin: release n=forky' 'Pin-Priority: -1' '' \
+      'Package: libsqlite3-0' 'Pin: release n=forky' 'Pin-Priority: 990' >/etc/apt/preferences.d/forky; \
+    apt-get update; \
+    apt-get install -y --no-install-recommends ca-certificates python3 "libsqlite3-0=${SQLITE_VERSION}" ${APT_PACKAGES}; \
+    rm -rf /etc/apt/sources.list.d/forky.list /etc/apt/preferences.d/forky /var/lib/apt/lists/* /var/cache/apt/*.bin \
+      /var/cache/ldconfig/aux-cache /var/cache/debconf/*-old /var/log/apt /var/log/*.log; \
+    groupadd --gid 10000 hermes; \
+    useradd --uid 10000 --gid 10000 --home-dir /opt/data --no-create-home --shell /bin/bash hermes; \
+    install -d -o hermes -g hermes /opt/data; \
+    find / -xdev -type f -perm /6000 -exec chmod a-s {} +; \
+    rm -rf /run/lock /var/tmp; \
+    ln -s ../tmp /var/tmp
+
+# The agent, in a virtual environment of Debian's python3. AGENT_SOURCE is any requirement that pip takes; what lies in the folder
+# agent-source beside this file is in /agent-source. Bytecode is checked by the source's hash and not by its time, so that two builds
+# give the same. The environment is root's, so pip, which stays, installs for hermes where a user's packages go, on the volume; for
+# that the environment has to see the system's packages.
+FROM system AS agent
+ARG HERMES_AGENT_VERSION
+ARG HERMES_AGENT_EXTRAS=messaging,cli,mcp,acp,homeassistant,sms,web,anthropic
+ARG AGENT_SOURCE=hermes-agent==${HERMES_AGENT_VERSION}
 ARG SOURCE_DATE_EPOCH=0
 RUN apt-get update \
- && apt-get install -y --no-install-recommends python3 python3-venv \
+ && apt-get install -y --no-install-recommends python3-venv \
  && rm -rf /var/lib/apt/lists/*
-RUN python3 -m venv /opt/hermes/.venv \
- && /opt/hermes/.venv/bin/pip install --no-cache-dir --no-compile "hermes-agent==${HERMES_AGENT_VERSION}" \
- && /opt/hermes/.venv/bin/pip uninstall -y setuptools \
- && find /opt/hermes/.venv -name __pycache__ -prune -exec rm -rf {} + \
- && python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/hermes/.venv/lib
+COPY LICENSE agent-source* /agent-source/
+RUN set -eu; \
+    python3 -m venv /opt/hermes/.venv; \
+    cd /opt/hermes/.venv; \
+    bin/pip install --no-cache-dir --no-compile "${AGENT_SOURCE}" "hermes-agent[${HERMES_AGENT_EXTRAS}]"; \
+    bin/pip uninstall -y setuptools; \
+    found=$(bin/python -c 'from importlib.metadata import version; print(version("hermes-agent"))'); \
+    [ "$found" = "$HERMES_AGENT_VERSION" ] || { echo "AGENT_SOURCE is $found: build with HERMES_AGENT_VERSION=$found" >&2; exit 1; }; \
+    echo docker >"$(bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/.install_method"; \
+    sed -i 's/^\(include-system-site-packages = \)false$/\1true/' pyvenv.cfg; \
+    find . -name __pycache__ -prune -exec rm -rf {} +; \
+    python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash lib; \
+    find . ! -type l -perm /022 -exec chmod go-w {} +; \
+    find /opt/hermes -exec touch -h -d "@${SOURCE_DATE_EPOCH}" {} +
+RUN for python in python3 /opt/hermes/.venv/bin/python; do \
+      "$python" -B -c 'import sqlite3, sys; \
+db = sqlite3.connect(":memory:"); \
+db.execute("CREATE VIRTUAL TABLE texts USING fts5(text, tokenize = trigram)"); \
+db.execute("INSERT INTO texts VALUES (?)", ["supervision"]); \
+found = db.execute("SELECT count(*) FROM texts WHERE texts MATCH ?", ["ervis"]).fetchone(); \
+sys.exit(sqlite3.sqlite_version_info < (3, 51, 3) and f"SQLite {sqlite3.sqlite_version} is linked: take 3.51.3 or later" or found != (1,))' \
+      || exit 1; \
+    done
 
 # Our scripts with their bytecode, which is never written at run time; an entry stub for each, which imports it and so finds that
 # bytecode; the names they are called by, links to the stubs; and PATH for login shells.
-COPY hermes_boot.py main_wrapper.py /opt/hermes/docker/
+FROM system AS scripts
+ARG SOURCE_DATE_EPOCH=0
+COPY hermes_boot.py main_wrapper.py LICENSE /opt/hermes/docker/
 RUN cd /opt/hermes/docker \
  && chmod 0755 hermes_boot.py main_wrapper.py \
  && python3 -m compileall -q --invalidation-mode unchecked-hash . \
@@ -75,24 +125,21 @@ RUN cd /opt/hermes/docker \
       ': "${HERMES_HOME:=$(cat /run/s6/container_environment/HERMES_HOME 2>/dev/null || echo /opt/data)}"' \
       '# The commands that `hermes profile create` makes there are not for root.' \
       '[ "$(id -u)" = 0 ] || PATH="$PATH:${HERMES_HOME%%/profiles/*}/.local/bin"' >/names/etc/profile.d/hermes.sh \
+ && find /opt/hermes /names ! -type l -perm /022 -exec chmod go-w {} + \
  && find /opt/hermes /names -exec touch -h -d "@${SOURCE_DATE_EPOCH}" {} +
 
-FROM ${BASE_IMAGE}
-ARG HERMES_AGENT_VERSION=0.19.0
-ARG SOURCE_DATE_EPOCH=0
+FROM system
+ARG BASE_IMAGE
+ARG HERMES_AGENT_VERSION
 LABEL org.opencontainers.image.title="Hermes Agent" \
       org.opencontainers.image.description="A self-improving AI agent, its gateways supervised by s6" \
       org.opencontainers.image.version="${HERMES_AGENT_VERSION}" \
+      org.opencontainers.image.base.name="${BASE_IMAGE}" \
       org.opencontainers.image.licenses="MIT"
-RUN apt-get update \
- && apt-get install -y --no-install-recommends ca-certificates python3 \
- && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/ldconfig/aux-cache /var/log/apt /var/log/*.log \
- && groupadd --gid 10000 hermes \
- && useradd --uid 10000 --gid 10000 --home-dir /opt/data --no-create-home --shell /bin/bash hermes \
- && install -d -o hermes -g hermes /opt/data
 COPY --from=s6-overlay /s6/ /
 COPY --from=agent /opt/hermes/ /opt/hermes/
-COPY --from=agent /names/ /
+COPY --from=scripts /opt/hermes/ /opt/hermes/
+COPY --from=scripts /names/ /
 COPY s6-rc.d/ /etc/s6-overlay/s6-rc.d/
 
 # S6_KILL_GRACETIME is a fixed wait at every end (0 would mean 3000); gateways drain before it, in cont-finish.d, and pay none of it.
@@ -104,6 +151,8 @@ ENV HERMES_HOME=/opt/data \
     HERMES_DISABLE_LAZY_INSTALLS=1 \
     HERMES_LAZY_INSTALL_TARGET=/opt/data/lazy-packages \
     PATH=/opt/hermes/bin:/opt/hermes/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/command \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
     VIRTUAL_ENV=/opt/hermes/.venv \
     S6_BEHAVIOUR_IF_STAGE2_FAILS=2 \
     S6_CMD_WAIT_FOR_SERVICES_MAXTIME=0 \

@@ -1,7 +1,8 @@
 PYTHON ?= python3
-AGENT_VERSION := 0.19.0
+AGENT_VERSION := $(shell sed -n "s/^ARG HERMES_AGENT_VERSION=//p" Dockerfile)
 IMAGE := hermes-agent:$(AGENT_VERSION)
 CACHE := .cache
+LINTERS := ruff==0.17.6 mypy==2.4.1
 # The first engine that answers; without one, `make run` uses the sandbox.
 ENGINE ?= $(shell for engine in docker podman; do $$engine info >/dev/null 2>&1 && echo $$engine && break; done)
 PYTEST = $(shell $(PYTHON) -c 'import pytest' 2>/dev/null && echo $(PYTHON) || echo $(CACHE)/pytest/bin/python)
@@ -21,13 +22,20 @@ endif
 
 .PHONY: image
 image: ## build the image
-	$(ENGINE) build $(if $(findstring podman,$(ENGINE)),--format docker) $(ENGINE_BUILD_OPTIONS) --build-arg HERMES_AGENT_VERSION=$(AGENT_VERSION) -t $(IMAGE) .
+	$(ENGINE) build $(if $(findstring podman,$(ENGINE)),--format docker) $(ENGINE_BUILD_OPTIONS) --build-arg HERMES_AGENT_VERSION=$(AGENT_VERSION) -t $(IMAGE) -t hermes-agent .
 
 .PHONY: test
 test: ## run the tests; TESTS="-k wrapper" picks some
 	@$(PYTHON) -c 'import pytest' 2>/dev/null || [ -x $(CACHE)/pytest/bin/pytest ] || \
 	  { $(PYTHON) -m venv $(CACHE)/pytest && $(CACHE)/pytest/bin/pip -q install pytest; }
 	@$(PYTEST) -m pytest -q -p no:cacheprovider tests $(TESTS)
+
+.PHONY: lint
+lint: ## look over the code: ruff (format and lint) and mypy, fetched when they are missing
+	@[ -x $(CACHE)/lint/bin/mypy ] || { $(PYTHON) -m venv $(CACHE)/lint && $(CACHE)/lint/bin/pip -q --disable-pip-version-check install $(LINTERS); }
+	@$(CACHE)/lint/bin/ruff format --check -q .
+	@$(CACHE)/lint/bin/ruff check -q .
+	@$(CACHE)/lint/bin/mypy --no-error-summary
 
 .PHONY: test-engine
 test-engine: ## run the tests that a real image can show, with docker or podman; README says how to replace what cannot be fetched

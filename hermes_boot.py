@@ -27,7 +27,7 @@ import stat
 import sys
 import time
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 
 Owner = tuple[int, int]  # UID, GID
 MountId = tuple[int, bytes]  # device and mount that a folder is on
@@ -48,6 +48,7 @@ COMMAND_FOLDERS = ("/opt/hermes/bin", f"{VENV}/bin")
 COMMAND_PROCESS = "/run/hermes-command"  # pid and start time of the container command, for its graceful shutdown
 SUPERVISOR_PROCESS = "/run/hermes-supervisor"  # and of the fallback init, hermes_boot.py where s6-overlay cannot start
 CONTAINER_ENVIRONMENT = "/run/s6/container_environment"
+RUNTIME_FOLDER = "/tmp/hermes-runtime"  # XDG_RUNTIME_DIR unless that is set
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 SIGPIPE, SIGXFSZ = 13, 25
 
@@ -109,16 +110,26 @@ def root_home(environment: dict[str, str]) -> str:
 
 def program_environment(environment: dict[str, str]) -> dict[str, str]:
     """Return the environment for a program of the image: HOME, HERMES_HOME, VIRTUAL_ENV, and PATH with our folders
-    on it; last on it are the commands that `hermes profile create` makes on the volume, which root must not find."""
+    on it; last on it are the commands that `hermes profile create` and pip make on the volume, which root must not
+    find. Unless given: where pip puts packages, a runtime folder, and hermes's name for a UID that has none."""
     path, home = environment.get("PATH") or os.defpath, root_home(environment)
     missing = [folder for folder in COMMAND_FOLDERS if folder not in path.split(":")]
     made = [f"{home}/.local/bin"] if f"{home}/.local/bin" not in path.split(":") else []
-    return environment | {
+    defaults = {"USER": USER, "LOGNAME": USER, "PYTHONUSERBASE": f"{home}/.local", "XDG_RUNTIME_DIR": RUNTIME_FOLDER}
+    own = {
         "HOME": home,
         "HERMES_HOME": environment.get("HERMES_HOME") or HOME,
         "PATH": ":".join([*missing, path, *made]),
         "VIRTUAL_ENV": VENV,
     }
+    return defaults | environment | own
+
+
+def umask_of(environment: dict[str, str]) -> int | None:
+    """Return the umask that UMASK gives for hermes's processes, in octal, None when it gives none."""
+    value = environment.get("UMASK", "")
+    octal = value and len(value) <= 4 and not value.strip("01234567")
+    return int(value, 8) if octal and int(value, 8) <= 0o777 else None
 
 
 def s6_program(name: str) -> str:
@@ -145,6 +156,13 @@ def execute(argv: list[str], environment: dict[str, str]) -> int:
     except OSError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: cannot run {argv[0]!r}: {error.strerror}", file=sys.stderr)
         return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
+
+
+def execute_as_hermes(argv: list[str], environment: dict[str, str]) -> int:
+    """Exec a program as hermes, with hermes's umask; return only when that fails, as execute() does."""
+    if (umask := umask_of(environment)) is not None:
+        os.umask(umask)
+    return execute(as_hermes(argv), environment)
 
 
 def s6_is_pid_1() -> bool:
@@ -206,6 +224,9 @@ def profile_option(words: list[str]) -> tuple[str | None, list[str]]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+TERMINAL_PATIENCE = 1.0  # seconds
+
+
 class Fatal(Exception):
     """What the boot cannot go on from; its text is the line for the operator."""
 
@@ -224,7 +245,20 @@ class Fault:
 
 def say(level: str, text: object) -> None:
     """Write `program: level: text` on stderr, where every line of ours goes: stdout is the program's."""
-    print(f"{os.path.basename(sys.argv[0])}: {level}: {text}", file=sys.stderr, flush=True)
+    write_error(f"{os.path.basename(sys.argv[0])}: {level}: {text}\n")
+
+
+def write_error(text: str) -> None:
+    """Write to stderr, a line that nobody takes is lost. On a terminal, whose output hermes can stop, all lines of a
+    process together may take TERMINAL_PATIENCE seconds."""
+    global TERMINAL_PATIENCE
+    data, started, terminal = text.encode(errors="backslashreplace"), time.monotonic(), os.isatty(2)
+    try:
+        with TimeLimit(max(TERMINAL_PATIENCE, 0.01) if terminal else MAX_SECONDS):
+            while data:
+                data = data[os.write(2, data) :]
+    except OSError:
+        TERMINAL_PATIENCE -= time.monotonic() - started
 
 
 def warn(text: object) -> None:
@@ -232,11 +266,49 @@ def warn(text: object) -> None:
     say("warning", text)
 
 
+class Progress:
+    """Says on stderr what a long operation waits for: on a terminal one line that counts, elsewhere a line every 10
+    seconds."""
+
+    __slots__ = ("due", "terminal", "written")
+
+    def __init__(self, *, first: float = 10, quiet: bool = False) -> None:
+        """first is when the first line is due elsewhere than on a terminal, in seconds."""
+        self.terminal, self.written = sys.stderr.isatty(), False
+        self.due = float("inf") if quiet else time.monotonic() + (2 if self.terminal else first)
+
+    def tell(self, text) -> None:
+        """Say what the function text returns, if it is time to."""
+        if time.monotonic() < self.due:
+            return
+        self.due = time.monotonic() + (0.2 if self.terminal else 10)
+        if self.terminal:
+            line = cut(f"{os.path.basename(sys.argv[0])}: info: {text()}", os.get_terminal_size(2).columns)
+            self.written = print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True) is None
+        else:
+            say("info", text())
+
+    def end(self) -> None:
+        """Clear the terminal's line."""
+        if self.written:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def cut(text: str, width: int) -> str:
+    """Return text that fits a line of width columns; 0 is any width."""
+    return text if not width or len(text) <= width else text[: width - 1] + "…"
+
+
 def shown(name: str) -> str:
     """Return a name from the volume fit for one line: as it is when harmless, else quoted, escaped and shortened."""
     harmless = name.isascii() and name.isprintable() and name and not set(name) & set(" \"'\\=")
     text = name if harmless else ascii(name)
     return text if len(text) <= 100 else f"{text[:80]}...({len(name)} characters)"
+
+
+def printable(text: str) -> str:
+    """Return a sentence from the volume fit for one line of a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text).strip()[:200]
 
 
 def reason(error: OSError) -> str:
@@ -272,11 +344,12 @@ def guarded(action, *arguments) -> int:
 # --------------------------------------------------------------------------------------------------------------------
 
 IMAGE = "/opt/hermes"
+WRAPPER = f"{IMAGE}/docker/main-wrapper.sh"
 SCANDIR = "/run/service"
 MAX_SECONDS = 86400
 SWITCHES = (
     "HERMES_BOOT_QUIET GATEWAY_MULTIPLEX_PROFILES HERMES_DASHBOARD HERMES_DOCKER_EXEC_AS_ROOT HERMES_GATEWAY_NO_SUPERVISE"
-    " HERMES_RECONCILE HERMES_SKIP_CONFIG_MIGRATION"
+    " HERMES_RECONCILE HERMES_SEALED HERMES_SKIP_CONFIG_MIGRATION"
 ).split()
 
 
@@ -284,7 +357,7 @@ class Boot:
     """What every step needs to know: the environment, the root HERMES_HOME, who hermes is, and whether to change
     anything."""
 
-    __slots__ = ("environment", "home", "scandir", "owner", "dry_run", "by_root")
+    __slots__ = ("environment", "home", "scandir", "owner", "dry_run", "by_root", "multiplexes")
 
     def __init__(self, environment: dict[str, str], *, dry_run: bool = False) -> None:
         """Raise Fatal when HERMES_HOME is nothing to boot on."""
@@ -295,6 +368,7 @@ class Boot:
         if os.geteuid() not in (0, self.owner[0]) and os.getegid() == 0:
             self.owner = os.geteuid(), 0  # OpenShift's way: any UID, with root's group
         self.dry_run, self.by_root = dry_run, os.geteuid() == 0
+        self.multiplexes: bool | None = None  # see is_multiplexed; None: not looked up yet
         if not self.home.startswith("/") or os.path.realpath(self.home) == "/":
             raise Fatal(
                 f"HERMES_HOME={self.home!r} is not a folder of its own; set it to an absolute path such as {HOME}"
@@ -313,9 +387,22 @@ class Boot:
         return not self.dry_run
 
     @property
+    def sealed(self) -> bool:
+        """Return whether root keeps the scandir and all slots for itself, which takes root."""
+        return switch(self.setting("HERMES_SEALED")) is True and os.geteuid() == 0
+
+    @property
     def quiet(self) -> bool:
         """Return whether only warnings are wanted."""
         return switch(self.setting("HERMES_BOOT_QUIET")) is True
+
+
+def take_umask(boot: Boot) -> int:
+    """Take hermes's umask, for what hermes makes on the volume; return it."""
+    umask = umask_of(boot.environment)
+    umask = 0o022 if umask is None else umask
+    os.umask(umask)
+    return umask
 
 
 def scandir_of(environment: dict[str, str]) -> str:
@@ -339,7 +426,9 @@ def number_in(value: str, least: int, most: int) -> int | None:
 
 
 def check_switches(boot: Boot) -> None:
-    """Warn of switches that are neither on nor off."""
+    """Warn of switches that are neither on nor off, and of an UMASK that is none."""
+    if boot.setting("UMASK") and umask_of(boot.environment) is None:
+        warn(f"UMASK={boot.setting('UMASK')!r} is not an octal number from 0 to 777; using 022")
     for name in SWITCHES:
         value = boot.setting(name)
         if value.strip() and switch(value) is None:
@@ -391,7 +480,7 @@ class Folder:
         return child
 
     def make(self, path: str) -> Folder:
-        """Open a folder below this one, making what is missing of it with mode 0755."""
+        """Open a folder below this one, making what is missing of it."""
         try:
             return self.folder(path)
         except FileNotFoundError:
@@ -404,7 +493,7 @@ class Folder:
     def made(self, name: str) -> Folder:
         """Make a folder in this one, unless it is there by now, and open it."""
         try:
-            os.mkdir(name, 0o755, dir_fd=self.fd)
+            os.mkdir(name, dir_fd=self.fd)
         except FileExistsError:
             pass
         return Folder(name, self.fd)
@@ -430,15 +519,15 @@ class Folder:
             raise OSError(errno.EFBIG, f"is longer than {limit} bytes")
         return data
 
-    def write(self, name: str, data: bytes, mode: int, *, replace: bool) -> bool:
+    def write(self, name: str, data: bytes, mode: int, *, replace: bool, sync: bool = True) -> bool:
         """Put a file in place whole, or not at all: beside, fsync, rename. Without replace an existing entry stays;
-        False then.
+        False then. Without sync, for what only this boot needs, whole is meant for processes, not for a power cut.
 
         mode holds from the first instant (it is open's, not a later chmod's), so a secret is never readable by others.
         """
         with Lock(self, name):
             if replace:
-                self.replace(name, data, mode)
+                self.replace(name, data, mode, sync=sync)
                 return True
             temporary = self.write_beside(name, data, mode)
             if not self.reserve(temporary, name):
@@ -455,10 +544,11 @@ class Folder:
             if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
                 raise
 
-    def replace(self, name: str, data: bytes, mode: int) -> None:
+    def replace(self, name: str, data: bytes, mode: int, *, sync: bool = True) -> None:
         """Put a file in place whole, whatever has its name, for a caller that holds the lock."""
-        os.rename(self.write_beside(name, data, mode), name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-        self.sync()
+        os.rename(self.write_beside(name, data, mode, sync=sync), name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        if sync:
+            self.sync()
 
     def update(self, name: str, edit, limit: int) -> None:
         """Replace a file by what edit makes of its content (None when missing), whole. Our own writers are kept out
@@ -483,7 +573,7 @@ class Folder:
                     continue  # we had to do without the lock, and who has it took our file for a dead writer's
             raise OSError(errno.EBUSY, "is being written all the time")
 
-    def write_beside(self, name: str, data: bytes, mode: int) -> str:
+    def write_beside(self, name: str, data: bytes, mode: int, *, sync: bool = True) -> str:
         """Write a file under a temporary name, safely on disk; return that name. Leaves nothing when it fails."""
         temporary = f".{name}.{os.getpid()}-{time.time_ns()}.tmp"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode, dir_fd=self.fd)
@@ -492,7 +582,8 @@ class Folder:
                 file.write(data)
                 file.flush()
                 os.fchmod(fd, mode)  # what the umask has taken from it
-                os.fsync(fd)
+                if sync:
+                    os.fsync(fd)
         except OSError:
             self.unlinked(temporary)
             raise
@@ -551,11 +642,19 @@ class Folder:
                         for deeper in os.listdir(below.fd):
                             if not below.unlinked(deeper):
                                 moved += 1
-                                os.rename(
-                                    deeper, f".moved-{moved}-{time.time_ns()}", src_dir_fd=below.fd, dst_dir_fd=top.fd
-                                )
+                                below.move_up(deeper, top, f".moved-{moved}-{time.time_ns()}")
                     os.rmdir(entry, dir_fd=top.fd)
         os.rmdir(name, dir_fd=self.fd)
+
+    def move_up(self, name: str, top: Folder, new: str) -> None:
+        """Move a folder of this one to top, or remove it where that cannot be (EXDEV): overlayfs moves no folder of an
+        image's layer, and there none is deeper than a path can name."""
+        try:
+            os.rename(name, new, src_dir_fd=self.fd, dst_dir_fd=top.fd)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            self.remove(name)
 
     def same_place(self, below: Folder) -> None:
         """Raise OSError (EBUSY) when a folder of this one is a mount: what lies there is not ours to remove."""
@@ -682,7 +781,49 @@ def read_small(path: str) -> bytes:
 # --------------------------------------------------------------------------------------------------------------------
 
 SIGKILL, SIGTERM, SIGCONT = 9, 15, 18
+MOST_THREADS = 32
 HELPER_TIMEOUT = 120  # seconds for a program of the agent's that the boot runs
+CHILD_TIMEOUT = 600  # seconds for what the boot does as hermes
+MOST_STOPS = 20  # that a process which became hermes is woken from
+OVERDUE = 124  # the exit code of a process that was ended for its time, as of timeout(1)
+
+
+class TimeLimit:
+    """Raises TimeoutError in its block after so many seconds (0: never), out of a system call too."""
+
+    __slots__ = ("before", "outer", "seconds")
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __enter__(self) -> None:
+        import _signal
+
+        self.before = _signal.signal(_signal.SIGALRM, self.expire)
+        self.outer = _signal.setitimer(_signal.ITIMER_REAL, self.seconds)[0]
+
+    def __exit__(self, *_: object) -> None:
+        import _signal
+
+        _signal.signal(_signal.SIGALRM, self.before)
+        _signal.setitimer(_signal.ITIMER_REAL, self.outer)
+
+    def expire(self, *_: object) -> None:
+        """Be the handler of SIGALRM."""
+        raise TimeoutError
+
+
+def end_on_sigterm() -> None:
+    """Have SIGTERM end this process and its children at once, with code 143. What they write is put in place whole, and
+    what they began is taken up at the next boot, so nothing is left half done."""
+    import _signal  # `signal` itself would cost 5 ms for its enums
+
+    def end(*_: object) -> None:
+        for child in families().get(os.getpid(), []):
+            send(child, SIGTERM)
+        os._exit(128 + SIGTERM)
+
+    _signal.signal(SIGTERM, end)
 
 
 def shell_code(code: int) -> int:
@@ -690,15 +831,39 @@ def shell_code(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def in_child(action, *arguments) -> int:
-    """Run an action in a child process; return its exit code, 128 + n where signal n ended it."""
+def in_child(action, *arguments, timeout: float = CHILD_TIMEOUT) -> int:
+    """Run an action in a child process, for timeout seconds at most; return its exit code, see wait_for."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         code = guarded(action, *arguments)
         sys.stdout.flush()
         os._exit(code)
-    return shell_code(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    return wait_for(child, timeout)
+
+
+def wait_for(child: int, timeout: float) -> int:
+    """Return a child's exit code, 128 + n where signal n ended it. What has become hermes can be stopped by hermes: it
+    is told to go on, and after MOST_STOPS of these, or timeout seconds (0: any number), killed: OVERDUE."""
+    try:
+        with TimeLimit(timeout):
+            for _ in range(MOST_STOPS):
+                status = os.waitpid(child, os.WUNTRACED)[1]
+                if not os.WIFSTOPPED(status):
+                    return shell_code(os.waitstatus_to_exitcode(status))
+                send(child, SIGCONT)
+    except TimeoutError:
+        pass
+    except BaseException:
+        send(child, SIGKILL)
+        raise
+    send(child, SIGKILL)
+    try:
+        with TimeLimit(5):
+            os.waitpid(child, 0)
+    except TimeoutError:
+        pass  # root lacks the capability KILL, or the volume does not answer
+    return OVERDUE
 
 
 def drop_root(owner: Owner) -> None:
@@ -724,9 +889,9 @@ def become_hermes() -> None:
         drop_root(owner)
 
 
-def as_owner(owner: Owner, action, *arguments) -> int:
-    """Run an action as hermes and return its exit code: in a child that drops for good when we are root, else right
-    here."""
+def as_owner(owner: Owner, action, *arguments, timeout: float = CHILD_TIMEOUT) -> int:
+    """Run an action as hermes and return its exit code: in a child that drops for good when we are root, for timeout
+    seconds at most (see wait_for), else right here."""
 
     def dropped() -> int:
         drop_root(owner)
@@ -734,8 +899,10 @@ def as_owner(owner: Owner, action, *arguments) -> int:
 
     if os.geteuid() != 0 or owner[0] == 0:
         return guarded(action, *arguments)
-    code = in_child(dropped)
-    if code == 128 + SIGKILL:
+    code = in_child(dropped, timeout=timeout)
+    if code == OVERDUE:
+        say("error", f"what ran as {USER} was stopped by somebody, or took more than {timeout:g} s, so it was ended")
+    elif code == 128 + SIGKILL:
         say("error", "a process of the boot was killed; most likely it had too little memory")
     elif code > 128 and code != 128 + SIGPIPE:
         say("error", f"a process of the boot was ended by signal {code - 128}")
@@ -747,24 +914,72 @@ def run_helper(argv: list[str], environment: dict[str, str]) -> int:
     124 when killed.
 
     It reads what hermes has left on the volume, and may leave processes behind, which could stop what the boot does as
-    hermes later on: they all come to the process that watches it here, and end with it.
+    hermes later on, and a terminal whose output is stopped: they all come to the process that watches it here, and end
+    with it.
     """
 
     def watch() -> int:
         os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
         os.dup2(2, 1)
+        if (umask := umask_of(environment)) is not None:
+            os.umask(umask)
         children = Children()
         try:
-            helper = children.start(as_hermes(argv), environment)
+            helper = children.start(as_hermes(argv), environment, setsid=True)  # else the terminal could stop it
         except OSError as error:
             say("error", f"cannot run {argv[0]!r}: {reason(error)}")
             return NOT_FOUND
-        children.wait(helper, timeout=HELPER_TIMEOUT)
+        children.wait(helper, command=helper, timeout=HELPER_TIMEOUT)
         code = children.codes[helper]
-        children.end_all(0)
-        return 124 if code is None else shell_code(code)
+        if not children.end_all(0) and not kill_all_of_hermes():
+            warn(f"{argv[-1]} has left processes that do not end; restart the container")
+        set_terminal_going()
+        return OVERDUE if code is None else shell_code(code)
 
-    return in_child(watch)
+    return in_child(watch, timeout=HELPER_TIMEOUT + 60)
+
+
+def kill_all_of_hermes() -> bool:
+    """End all that runs as hermes, at once, which no fork outruns; return whether that was done: only at a boot, and
+    where the processes that we see are this container's alone."""
+    ours = s6_is_pid_1() or read_pid_file(SUPERVISOR_PROCESS) == 1
+    owner = account()
+    if not ours or read_pid_file(COMMAND_PROCESS) or not owner or os.geteuid() != 0:
+        return False
+    return as_owner(owner, lambda: os.kill(-1, SIGKILL) or 0, timeout=5) == 0
+
+
+def set_terminal_going() -> None:
+    """Undo what whoever runs in the container has done to the terminal's output with tcflow(3): stopped, it would stop
+    everybody who writes there."""
+    if not os.isatty(2):
+        return
+    import _signal
+    import termios
+
+    before = _signal.signal(_signal.SIGTTOU, _signal.SIG_IGN)  # else a process in the background is stopped for it
+    try:
+        termios.tcflow(2, termios.TCOON)
+    except termios.error:
+        pass  # hung up
+    _signal.signal(_signal.SIGTTOU, before)
+
+
+def at_once(action, items: list) -> None:
+    """Take an action on every item, many at a time: a disk syncs many files in little more than the time of one. Raises
+    what an action has raised."""
+    if len(items) > 1:
+        from concurrent.futures import ThreadPoolExecutor  # 15 ms
+
+        try:
+            with ThreadPoolExecutor(MOST_THREADS) as pool:
+                for _ in pool.map(action, items):
+                    pass
+                return
+        except RuntimeError:
+            pass  # the container may have no more processes: then one after the other
+    for item in items:
+        action(item)
 
 
 def send(process: int, number: int) -> None:
@@ -808,10 +1023,11 @@ class Children:
         except (ImportError, OSError):
             warn("this Python has no ctypes, so orphans go to PID 1, which may not reap them")
 
-    def start(self, argv: list[str], environment: dict[str, str]) -> int:
-        """Start a program in a process group of its own, with signals as it expects them; return its pid. Raises
-        OSError."""
-        pid = os.posix_spawnp(argv[0], argv, environment, setpgroup=0, setsigmask=(), setsigdef=(SIGPIPE, SIGXFSZ))
+    def start(self, argv: list[str], environment: dict[str, str], **group: object) -> int:
+        """Start a program in a process group of its own (or with setsid=True, a session), with signals as it expects
+        them; return its pid. Raises OSError."""
+        group = group or {"setpgroup": 0}
+        pid = os.posix_spawnp(argv[0], argv, environment, setsigmask=(), setsigdef=(SIGPIPE, SIGXFSZ), **group)
         self.codes[pid] = None
         return pid
 
@@ -845,22 +1061,24 @@ class Children:
             if command and number not in (signal.SIGCHLD, signal.SIGTTOU, signal.SIGTTIN):
                 send(command, number)
 
-    def end_all(self, grace: float) -> None:
-        """End every process that is left below us, and nobody else's: SIGTERM to each as it comes to us, SIGKILL
-        once grace seconds are over; 5 seconds later the rest is the kernel's."""
+    def end_all(self, grace: float) -> bool:
+        """End every process that is left below us, and nobody else's: SIGTERM to each, SIGKILL once grace seconds are
+        over; 5 seconds later the rest is the kernel's. Return whether none is left."""
         deadline, told = time.monotonic() + grace, set()
         while time.monotonic() < deadline + 5:
             self.reap()
-            if not (left := children_of(os.getpid())):
-                return
+            if not (left := descendants(os.getpid())):
+                return True
+            late = time.monotonic() >= deadline
             for pid in left:
-                if time.monotonic() >= deadline:
+                if late:
                     send(pid, SIGKILL)
                 elif pid not in told:
                     send(pid, SIGTERM)
                 told.add(pid)
                 self.codes[pid] = None
-            self.wait(*left, timeout=0.05)
+            self.wait(*left, timeout=0 if late else 0.05)  # what forks all the time is to be killed faster than that
+        return False
 
 
 def parent_of(process: int) -> int:
@@ -872,7 +1090,14 @@ def parent_of(process: int) -> int:
 # --------------------------------------------------------------------------------------------------------------------
 
 PASSWD, GROUP = "/etc/passwd", "/etc/group"
-DOCKER_SOCKET = "/var/run/docker.sock"
+DOCKER_SOCKET, RENDER_NODES = "/var/run/docker.sock", "/dev/dri"
+# Secrets, the ones that hermes-agent reads: by their names' ends, as itself tells them, and some others.
+SECRET_SUFFIXES = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD", "_PASSWORD_HASH")
+SECRETS = frozenset(
+    "HERMES_AUTH_JSON_BOOTSTRAP MODAL_TOKEN_ID AWS_ACCESS_KEY_ID AWS_BEARER_TOKEN_BEDROCK GATEWAY_RELAY_ROUTE_KEYS"
+    " GOOGLE_CHAT_SERVICE_ACCOUNT_JSON".split()
+)
+PATHS = ("AZURE_FEDERATED_TOKEN_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE")  # which are read, again and again, by others
 MAX_ID = 2**32 - 2  # 2**32 - 1 is chown's "leave it as it is"
 
 
@@ -951,6 +1176,14 @@ def with_member(lines: list[bytes], member: bytes, groups: list[int]) -> list[by
     return result + [b"%s-%s:x:%s:%s\n" % (member, group, group, member) for group in sorted(missing)]
 
 
+def rootless_advice(owner: Owner) -> str:
+    """Return what else helps where UIDs are not the machine's, "" where they are: rootless Podman can map ours to
+    hermes's."""
+    identity = [b"0", b"0", b"4294967295"]
+    mapped = content("/proc/self/uid_map").split() != identity
+    return f"; with rootless Podman: --userns=keep-id:uid={owner[0]},gid={owner[1]}" if mapped else ""
+
+
 def remap(boot: Boot) -> None:
     """Give the hermes user the UID and GID that HERMES_UID/HERMES_GID (or PUID/PGID) ask for, editing /etc in place.
 
@@ -997,8 +1230,8 @@ def follow_home(boot: Boot) -> None:
 
 
 def given_groups() -> list[int]:
-    """Return the GIDs that the container was started with (`--group-add`) and that of a mounted Docker socket,
-    root's excepted."""
+    """Return the GIDs that the container was started with (`--group-add`) and those of a mounted Docker socket and of
+    render nodes, root's excepted."""
     groups: list[int] = []
     init = read_pid_file(SUPERVISOR_PROCESS) or 1  # PID 1 may be another container's
     with open(f"/proc/{init}/status", "rb") as file:
@@ -1006,11 +1239,16 @@ def given_groups() -> list[int]:
             if line.startswith(b"Groups:"):
                 groups = [int(number) for number in line.split()[1:]]
     try:
-        status = os.stat(DOCKER_SOCKET)
-        if stat.S_ISSOCK(status.st_mode):
-            groups.append(status.st_gid)
+        nodes = [f"{RENDER_NODES}/{name}" for name in sorted(os.listdir(RENDER_NODES)) if name.startswith("renderD")]
     except OSError:
-        pass  # not mounted
+        nodes = []
+    for path in (DOCKER_SOCKET, *nodes):
+        try:
+            status = os.stat(path)
+            if stat.S_ISSOCK(status.st_mode) or stat.S_ISCHR(status.st_mode):
+                groups.append(status.st_gid)
+        except OSError:
+            continue  # not mounted
     return [group for group in dict.fromkeys(groups) if group != 0]
 
 
@@ -1031,21 +1269,58 @@ def join_groups(boot: Boot, *, look: bool = False) -> list[int]:
     return wanted if changed else []
 
 
-def exposed_path(boot: Boot) -> Fault | None:
-    """Return what is wrong with the container's PATH: s6-overlay finds programs on it that it runs as root, `sh` for
-    one, so a folder that hermes can write must come last."""
-    home = os.path.realpath(boot.home).rstrip("/") + "/"
-    folders = boot.setting("PATH").split(":")
-    ours = [
-        folder for folder in folders if not folder.startswith("/") or f"{os.path.realpath(folder)}/".startswith(home)
-    ]
-    if not ours or folders[-len(ours) :] == ours:
-        return None
-    names = " and ".join(shown(folder) for folder in ours)
-    return Fault(
-        f"PATH has {names} before the system's folders, so hermes could put programs there for root to run",
-        "put it last, with -e PATH=",
-    )
+def secret_of(variable: str) -> str:
+    """Return the name of the secret that a variable names the file of, "" when it is no such variable."""
+    name = variable.removesuffix("_FILE")
+    ours = name != variable and (name.endswith(SECRET_SUFFIXES) or name in SECRETS)
+    return name if ours and variable not in PATHS else ""
+
+
+def read_secrets(boot: Boot) -> None:
+    """Export what NAME_FILE names as NAME, to the boot itself and to all that is started with the container's
+    environment. Fatal when one cannot be had: without it the agent would fail later, and less clearly."""
+    later = read_pid_file(COMMAND_PROCESS) != 0  # NAME is then what the boot has exported
+    for variable in sorted(boot.environment):
+        name, path = secret_of(variable), boot.environment[variable]
+        if not name or not path:
+            continue
+        if boot.setting(name) and not later:
+            raise Fatal(f"{name} and {variable} are both set; unset one")
+        if not boot.announce(f"read {name} from {shown(path)}"):
+            continue
+        try:
+            value = secret_file(path, 131_000 - len(name)).rstrip(b"\r\n")  # Linux takes 128 KiB a variable
+        except OSError as error:
+            raise Fatal(
+                f"{variable}={path!r} {described(error)}; mount it as a file, such as /run/secrets/NAME"
+            ) from error
+        if not value or b"\0" in value:
+            why = "has a NUL byte, which no variable can hold" if value else "is empty"
+            raise Fatal(f"{variable}={path!r} {why}; give it the secret alone")
+        boot.environment[name] = os.fsdecode(value)
+        try:
+            with trusted_folder(CONTAINER_ENVIRONMENT) as folder:
+                folder.write(name, value + b"\n", 0o600, replace=True)
+        except OSError as error:
+            why = f"{CONTAINER_ENVIRONMENT} {described(error)}"
+            raise Fatal(f"{name} cannot be handed on: {why}; S6_KEEP_ENV must not be 1") from error
+
+
+def secret_file(path: str, limit: int) -> bytes:
+    """Return a file's content, of at most limit bytes. As root only where nobody but root decides what the path
+    leads to. Raises OSError."""
+    if not path.startswith("/"):
+        raise OSError(errno.EINVAL, "is not an absolute path")
+    path = path if os.geteuid() == 0 else os.path.realpath(path)
+    for _ in range(40):
+        parent, _, name = path.rpartition("/")
+        with trusted_folder(parent or "/") as folder:
+            if os.geteuid() == 0 and not folder.is_roots():
+                raise OSError(errno.EPERM, "is in a folder that not only root can write")
+            if not (target := folder.link_of_root(name)):
+                return folder.read(name, limit)
+        path = os.path.join(parent, target)
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
 
 
 # Ownership
@@ -1113,18 +1388,25 @@ class Sweep:
 
     COUNTS = tuple("changed checked linked failed kept deep strangers left_behind".split())
     WORDS = tuple("first failure first_kept first_stranger first_left_behind".split())
-    __slots__ = (*"uid gid dry_run former mounted home held".split(), *COUNTS, *WORDS)
+    __slots__ = (
+        *"uid gid by_group dry_run former mounted home held path progress counts index".split(),
+        *COUNTS,
+        *WORDS,
+    )
 
     def __init__(self, boot: Boot, *, former: int = -1, mounted: bool = False) -> None:
         """former is the UID that hermes had before, -1 for none; mounted says whether there are other file systems
         that it could move below a folder that is checked."""
         self.uid, self.gid = boot.owner
+        self.by_group = boot.owner != account()  # OpenShift's way
         self.dry_run = boot.dry_run
         self.former = {former, self.uid}
         self.home: MountId = (-1, b"")  # where the volume itself is
         self.held = 0  # names of folders in memory
         # Nothing of hermes's runs before the CMD; from then on it can move what is mounted elsewhere.
         self.mounted = mounted or os.path.exists(COMMAND_PROCESS)
+        self.path, self.progress = boot.home, Progress(quiet=boot.quiet)
+        self.counts, self.index = [0] * MOST_SWEEPERS, 0  # what each process has checked, and which one we are
         self.reset()
 
     def reset(self) -> None:
@@ -1161,6 +1443,8 @@ class Sweep:
 
     def note(self, name: str, at: int, status: os.stat_result) -> None:
         """Count a wrong owner; the first one is shown, by its path."""
+        if self.by_group and is_groups(status, self.gid):
+            return
         self.changed += 1
         if not self.first:
             self.first = f"{path_in(at, name)} belongs to {status.st_uid}:{status.st_gid}"
@@ -1168,7 +1452,7 @@ class Sweep:
     def notice(self, entry: os.DirEntry) -> None:
         """Count an entry at the top of the volume that nobody manages, where it is not hermes's."""
         owner = owner_in(entry)
-        if owner != self.uid:
+        if owner != self.uid and not (self.by_group and is_groups(entry.stat(follow_symlinks=False), self.gid)):
             self.strangers += 1
             self.first_stranger = self.first_stranger or entry.name
             if owner in self.former:
@@ -1245,6 +1529,9 @@ class Sweep:
                 elif self.may_change(status):
                     self.change(entry.name, fd, status, True)
         self.checked += checked
+        self.counts[self.index] = self.checked
+        if not self.index:
+            self.progress.tell(self.so_far)
         if (own.st_uid != uid or own.st_gid != gid) and not (theirs and self.keep(".", fd, own)):
             self.change(".", fd, own, False)
         return folders
@@ -1277,6 +1564,13 @@ class Sweep:
         except OSError:
             return False
         return True
+
+    def so_far(self) -> str:
+        """Return what has been done until now; how much there is, the file system knows, with what else it has."""
+        aim = f"giving {shown(self.path)} to {self.uid}:{self.gid}" if self.changed else f"owners on {shown(self.path)}"
+        files = os.statvfs(self.path)
+        most = f" of at most {files.f_files - files.f_ffree:,}" if files.f_files > files.f_ffree else ""
+        return f"{aim}: {sum(self.counts):,}{most} entries"
 
     def change(self, name: str, fd: int, status: os.stat_result, inside: bool) -> None:
         """Give an open folder (as "."), or an entry inside of it that nobody but root can move, to hermes."""
@@ -1424,10 +1718,17 @@ class Sweep:
                 for path, place in folders[token[0] :: groups]:
                     self.below(home, path, place, self.tree)
 
-        children = [self.fork(work) for _ in range(min(MOST_SWEEPERS, len(os.sched_getaffinity(0))) - 1)]
+        import mmap
+        import select
+
+        self.counts = memoryview(mmap.mmap(-1, 8 * MOST_SWEEPERS)).cast("q")
+        workers = min(MOST_SWEEPERS, len(os.sched_getaffinity(0)))
+        children = [self.fork(work, index) for index in range(1, workers)]
         work()
         os.close(tokens)
         for child, result in children:
+            while not select.select([result], [], [], 1)[0]:
+                self.progress.tell(self.so_far)
             with open(result, "rb") as file:
                 data = file.read()
             if os.waitpid(child, 0)[1] == 0:
@@ -1437,12 +1738,14 @@ class Sweep:
             for path, place in folders:
                 self.below(home, path, place, self.tree)
 
-    def fork(self, work) -> tuple[int, int]:
-        """Start a process that works and then writes what it counted; return its pid and where to read that."""
+    def fork(self, work, index: int) -> tuple[int, int]:
+        """Start a process that works and then writes what it counted; return its pid and where to read that. index is
+        its number."""
         result, output = os.pipe()
         sys.stderr.flush()
         child = os.fork()
         if child == 0:
+            self.index = index
             self.reset()
             code = guarded(lambda: work() or 0)
             values = [str(getattr(self, name)) for name in self.COUNTS + self.WORDS]
@@ -1522,6 +1825,12 @@ def is_empty(folder: Folder) -> bool:
     """Return whether nothing is in a folder."""
     with os.scandir(folder.fd) as listing:
         return next(listing, None) is None
+
+
+def is_groups(status: os.stat_result, gid: int) -> bool:
+    """Return whether a group can use an entry, by its status, as its owner could."""
+    wanted = 0o070 if stat.S_ISDIR(status.st_mode) else 0o060
+    return stat.S_ISLNK(status.st_mode) or (status.st_gid == gid and status.st_mode & wanted == wanted)
 
 
 def path_in(folder: int, name: str) -> str:
@@ -1628,6 +1937,7 @@ def sweep_volume(boot: Boot) -> Sweep:
                     sweep.checked += 1
                     sweep.claim(entry.name, home.fd, writable=True)
         sweep.volume(home, sorted(folders))
+        sweep.progress.end()
         sweep.checked += 1
         sweep.claim(".", home.fd)  # last: until then it tells, at the next boot too, who hermes was
     return sweep
@@ -1670,8 +1980,8 @@ BUILT_IN = {
 }
 TEMPLATES = (
     (".env", 0o600, ".env.example"),
-    ("config.yaml", 0o640, "cli-config.yaml.example"),
-    ("SOUL.md", 0o644, "docker/SOUL.md"),
+    ("config.yaml", 0o660, "cli-config.yaml.example"),
+    ("SOUL.md", 0o666, "docker/SOUL.md"),
 )
 STATE_FILE = "gateway_state.json"
 BOOTSTRAPS = {"auth.json": "HERMES_AUTH_JSON_BOOTSTRAP", STATE_FILE: "HERMES_GATEWAY_BOOTSTRAP_STATE"}
@@ -1681,7 +1991,7 @@ PROBE = "hermes-write-test"
 
 
 def seeds(boot: Boot) -> list[tuple[str, int, bytes]]:
-    """Return (name, mode, content) of every file that a volume starts with."""
+    """Return (name, mode before the umask, content) of every file that a volume starts with."""
     result = []
     for name, mode, template in TEMPLATES:
         try:
@@ -1694,7 +2004,7 @@ def seeds(boot: Boot) -> list[tuple[str, int, bytes]]:
         result.append(("auth.json", 0o600, os.fsencode(auth)))
     if state := boot.setting("HERMES_GATEWAY_BOOTSTRAP_STATE"):
         if state == "running":
-            result.append((STATE_FILE, 0o644, b'{"desired_state": "running"}\n'))
+            result.append((STATE_FILE, 0o666, b'{"desired_state": "running"}\n'))
         else:
             warn(f"HERMES_GATEWAY_BOOTSTRAP_STATE={state!r} is ignored; the one state to start from is `running`")
     return result
@@ -1734,17 +2044,20 @@ def owner_and_mode(name: str, at: int | None = None) -> str:
 def seed(boot: Boot) -> int:
     """As hermes: try the volume, make the managed folders, put missing files in place. Never overwrites. Fatal if
     not writable. Returns TO_MIGRATE when the configuration is of an older hermes-agent."""
+    umask = take_umask(boot)
     if not boot.dry_run:
         give_access(os.path.realpath(boot.home))
     with open_home(boot) as home:
         if not boot.dry_run:
             try_volume(boot, home)
+            make_runtime_folder(boot)
         fresh = home.stat("config.yaml") is None
         for path in MANAGED_FOLDERS:
             seed_folder(boot, home, path)
         for name, mode, content in seeds(boot):
-            seed_file(boot, home, name, mode, content)
+            seed_file(boot, home, name, mode & ~umask, content)
         check_files(home)
+        check_packages(boot)
         remove_install_method(boot, home)
         return TO_MIGRATE if wants_migration(boot, home, fresh=fresh) else 0
 
@@ -1813,8 +2126,39 @@ def try_volume(boot: Boot, home: Folder) -> None:
             advice = "chmod u+rwx it"
         raise Fatal(
             f"{shown(boot.home)} cannot be written by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)}; it belongs to"
-            f" {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}; {advice}"
+            f" {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}; {advice}{rootless_advice(boot.owner)}"
         ) from error
+
+
+def make_runtime_folder(boot: Boot) -> None:
+    """Make the folder for XDG_RUNTIME_DIR, hermes's alone, unless the container was given another one."""
+    if boot.setting("XDG_RUNTIME_DIR") or not supervised():
+        return
+    try:
+        with Folder("/tmp") as parent, parent.made(os.path.basename(RUNTIME_FOLDER)) as folder:
+            os.fchmod(folder.fd, 0o700)
+    except OSError as error:
+        warn(f"{RUNTIME_FOLDER} {described(error)}; give hermes a writable /tmp (--tmpfs /tmp), or set XDG_RUNTIME_DIR")
+
+
+def check_packages(boot: Boot) -> None:
+    """Name the packages that the agent has fetched for another Python; it fetches them anew when they are needed."""
+    import _imp
+
+    ours = f"{sys.version_info[0]}.{sys.version_info[1]}:{_imp.extension_suffixes()[0]}"
+    path = boot.setting("HERMES_LAZY_INSTALL_TARGET") or f"{boot.home}/lazy-packages"
+    try:
+        with Folder(path, follow=True) as folder:
+            found = folder.read(".python-abi", 200).decode(errors="replace").strip()
+            names = [name.removesuffix(".dist-info") for name in os.listdir(folder.fd) if name.endswith(".dist-info")]
+    except OSError:
+        return  # nothing was fetched
+    if found != ours and names:
+        packages = " ".join(shown(name) for name in sorted(names)[:20])
+        warn(
+            f"{len(names)} packages in {shown(path)} are for Python {shown(found)} and not {ours}: {packages};"
+            " the agent fetches them anew when a platform needs one; remove the folder to be rid of them at once"
+        )
 
 
 def seed_folder(boot: Boot, home: Folder, path: str) -> None:
@@ -2043,17 +2387,21 @@ MOST_PROFILES = 20_000
 class Profile:
     """What the reconciler found of one profile, and what it makes of that."""
 
-    __slots__ = ("name", "prior_state", "action", "fault")
+    __slots__ = ("name", "prior_state", "action", "fault", "prior_exit")
 
-    def __init__(self, name: str, prior_state: str | None, action: str, fault: Fault | None = None) -> None:
+    def __init__(
+        self, name: str, prior_state: str | None, action: str, fault: Fault | None = None, prior_exit: str = ""
+    ) -> None:
         self.name, self.prior_state, self.action, self.fault = name, prior_state, action, fault
+        self.prior_exit = prior_exit
 
     def line(self) -> str:
         """Return the profile's line for the boot log."""
         date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         state = "none" if self.prior_state is None else shown(self.prior_state)
         why = f' reason="{self.fault}"' if self.fault else ""
-        return f"{date} profile={shown(self.name)} prior_state={state} action={self.action}{why}\n"
+        end = f" prior_exit={self.prior_exit}" if self.prior_exit else ""
+        return f"{date} profile={shown(self.name)} prior_state={state} action={self.action}{why}{end}\n"
 
 
 def profile_folder(home: Folder, profile: str) -> Folder:
@@ -2098,12 +2446,6 @@ def read_state(folder: Folder) -> tuple[dict[str, object], Fault | None]:
         return {}, Fault(f"{STATE_FILE} is not a JSON object", advice)
 
 
-def prior_state(folder: Folder) -> tuple[str | None, Fault | None]:
-    """Return the state a gateway should be in by its state file, and what is wrong with that file."""
-    state, fault = read_state(folder)
-    return (None, fault) if fault else intent_of(state)
-
-
 def intent_of(state: dict[str, object]) -> tuple[str | None, Fault | None]:
     """Return the state that a gateway should be in, and what is wrong with it.
 
@@ -2118,6 +2460,30 @@ def intent_of(state: dict[str, object]) -> tuple[str | None, Fault | None]:
     if intent is None or isinstance(intent, str):
         return intent, None
     return None, Fault(f"{STATE_FILE} has a state that is no string", "start or stop the gateway to set it")
+
+
+def prior_exit(folder: Folder, state: dict[str, object]) -> str:
+    """Return how a gateway ended last: `clean` where it has said so by its state or its marker, which its next start
+    removes, `unclean` where it was still at work by its own word, `unknown` where it has said nothing, "" where it
+    has no state at all."""
+    own = state.get("gateway_state")
+    if not state:
+        return ""
+    if own not in ("starting", "running", "draining", "degraded"):
+        return "clean" if own == "stopped" else "unknown"
+    try:
+        return "clean" if folder.stat(".clean_shutdown") else "unclean"
+    except OSError:
+        return "unknown"
+
+
+def mode_of(folder: Folder, name: str) -> str:
+    """Return an entry's mode and owner, to follow what is wrong with it."""
+    try:
+        status = folder.stat(name)
+    except OSError:
+        return ""
+    return f", mode {stat.S_IMODE(status.st_mode):04o}, owner {status.st_uid}:{status.st_gid}" if status else ""
 
 
 def soul_fault(folder: Folder) -> Fault | None:
@@ -2137,33 +2503,55 @@ def soul_fault(folder: Folder) -> Fault | None:
 def container_words() -> list[str]:
     """Return the words of hermes's command line that the container was started with.
 
-    Cont-init scripts do not see them; they follow the wrapper on the command line of rc.init, a child of PID 1's, of
-    PID 1 where that runs the wrapper, or of the fallback init.
+    Cont-init scripts do not see them; they are on the command line of rc.init, a child of PID 1's, of PID 1 where that
+    runs the wrapper, or of the fallback init.
     """
     fallback = read_pid_file(SUPERVISOR_PROCESS)  # among others' processes, in a shared PID namespace
-    for process in [fallback] if fallback else [1, *children_of(1)]:
+    for process in [fallback] if fallback else first_processes():
         try:
-            words = [os.fsdecode(word) for word in content(f"/proc/{process}/cmdline").split(b"\0")[:-1]]
+            line = [os.fsdecode(word) for word in content(f"/proc/{process}/cmdline").split(b"\0")[:-1]]
         except OSError:
             continue  # ended meanwhile, or not ours to read
-        names = [os.path.basename(word) for word in words]
-        launcher = 0 if process in (1, fallback) else names.index("rc.init") if "rc.init" in names else len(names)
-        for index, name in enumerate(names[launcher:], launcher):
-            if name in ("main-wrapper.sh", "main_wrapper.py"):
-                return words[index + 2 :] if words[index + 1 : index + 2] == [USER] else words[index + 1 :]
+        if words := wrapped_words(line, process in (1, fallback)):
+            return words[2:] if words[1:2] == [USER] else words[1:]
     return []
 
 
-def children_of(parent: int) -> list[int]:
-    """Return a process's children of this moment. Not every kernel has /proc/PID/task/TID/children."""
-    result = []
+def first_processes():
+    """Yield PID 1 and its children; those that the kernel lists first, since hundreds of others are s6's supervisors."""
+    yield 1
+    try:
+        yield from map(int, content("/proc/1/task/1/children").split())
+    except OSError:
+        pass  # not every kernel has that, and it may miss one while another ends
+    yield from families().get(1, [])
+
+
+def wrapped_words(line: list[str], is_init: bool) -> list[str]:
+    """Return a command line from the wrapper's name on, [] when it has none; one that is not PID 1's must be rc.init's."""
+    names = [os.path.basename(word) for word in line]
+    start = 0 if is_init else names.index("rc.init") if "rc.init" in names else len(names)
+    return next((line[i:] for i in range(start, len(line)) if names[i] in ("main-wrapper.sh", "main_wrapper.py")), [])
+
+
+def families() -> dict[int, list[int]]:
+    """Return every process's children of this moment."""
+    result: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         try:
-            if name.isdigit() and parent_of(int(name)) == parent:
-                result.append(int(name))
+            if name.isdigit():
+                result.setdefault(parent_of(int(name)), []).append(int(name))
         except OSError:
             continue  # ended meanwhile
     return result
+
+
+def descendants(process: int) -> list[int]:
+    """Return all processes of this moment below one."""
+    found, children = [process], families()
+    for parent in found:
+        found += children.get(parent, [])
+    return found[1:]
 
 
 def is_dashboard(command: list[str]) -> bool:
@@ -2177,7 +2565,9 @@ def run_profile(boot: Boot, command: list[str], home: Folder) -> str | None:
     supervisor."""
     option, words = profile_option(command)
     supervised = "--no-supervise" not in words and not switch(boot.setting("HERMES_GATEWAY_NO_SUPERVISE"))
-    return chosen_profile(option, boot.environment, home) if words[:2] == ["gateway", "run"] and supervised else None
+    if words[:2] != ["gateway", "run"] or not supervised:
+        return None
+    return chosen_profile(option, boot.environment, None if is_multiplexed(boot) else home)
 
 
 def chosen_profile(option: str | None, environment: dict[str, str], home: Folder | None) -> str:
@@ -2195,9 +2585,47 @@ def chosen_profile(option: str | None, environment: dict[str, str], home: Folder
     return (first[0].strip() if first else "") or "default"
 
 
-def is_multiplexed(environment: dict[str, str], name: str) -> bool:
-    """Return whether a profile's gateway is left to the default one, which serves all profiles."""
-    return name != "default" and switch(environment.get("GATEWAY_MULTIPLEX_PROFILES", "")) is True
+MULTIPLEXED = Fault("multiplex_profiles leaves it to the default gateway")
+
+
+def is_multiplexed(boot: Boot, name: str = "") -> bool:
+    """Return whether a profile's gateway is left to the default one, which serves all profiles: as the variable says,
+    else the root profile's config.yaml."""
+    if boot.multiplexes is None:
+        boot.multiplexes = switch(boot.setting("GATEWAY_MULTIPLEX_PROFILES"))
+    if boot.multiplexes is None:
+        try:
+            with open_home(boot) as home:
+                text = home.read("config.yaml", 16 << 20).decode("utf-8-sig", "replace")
+        except (OSError, Fatal):
+            text = ""
+        boot.multiplexes = switch(yaml_value(text, "multiplex_profiles", "gateway")) is True
+    return name != "default" and boot.multiplexes
+
+
+def yaml_value(text: str, key: str, section: str) -> str:
+    """Return what a YAML file has for a key at the top or, unless it is there, in a section, "" for nothing. No more of
+    YAML is understood than people write for such a key: block style, a section in braces, quotes and comments."""
+    top = nested = None
+    inside, indent = False, 0
+    for line in text.splitlines() if key in text else ():
+        bare = line.strip()
+        depth = len(line) - len(line.lstrip(" "))
+        name, _, value = f"{bare} ".partition(": ")
+        name, value = name.strip("\"' "), value.partition(" #")[0].strip()
+        if not bare or bare.startswith("#"):
+            continue
+        if depth == 0:
+            inside, indent = name == section, 0
+            top = value if name == key else top
+            pairs = value.strip("{}").split(",") if inside and value.startswith("{") else []
+        else:
+            indent = indent or depth
+            pairs = [bare] if inside and depth == indent else []
+        for pair in pairs:
+            name, _, value = f"{pair} ".partition(": ")
+            nested = value.partition(" #")[0] if name.strip("\"' ") == key else nested
+    return (top if top is not None else nested or "").strip("\"' ")
 
 
 def list_profiles(boot: Boot, home: Folder, running: str | None) -> list[Profile]:
@@ -2267,7 +2695,7 @@ def inspect(boot: Boot, profiles: Folder, name: str, running: str | None) -> tup
             if not fault:
                 return decide(boot, folder, name, running), folder
     except OSError as error:
-        fault = Fault(f"profiles/{shown(name)} {described(error)}", "fix or remove it")
+        fault = Fault(f"profiles/{shown(name)} {described(error)}{mode_of(profiles, name)}", "fix or remove it")
     if folder:
         os.close(folder.fd)
     return Profile(name, None, "skipped", fault), None
@@ -2275,13 +2703,13 @@ def inspect(boot: Boot, profiles: Folder, name: str, running: str | None) -> tup
 
 def decide(boot: Boot, folder: Folder, name: str, running: str | None) -> Profile:
     """Decide from a profile's state file whether its gateway starts: only `running` does."""
-    state, fault = prior_state(folder)
+    whole, fault = read_state(folder)
+    state, fault = (None, fault) if fault else intent_of(whole)
     if state is None and not fault and name == running:
         state = "running"
-    left = state == "running" and is_multiplexed(boot.environment, name)
-    if left:
-        fault = Fault("GATEWAY_MULTIPLEX_PROFILES leaves it to the default gateway")
-    return Profile(name, state, "started" if state == "running" and not left else "registered", fault)
+    left = state == "running" and is_multiplexed(boot, name)
+    action = "started" if state == "running" and not left else "registered"
+    return Profile(name, state, action, MULTIPLEXED if left else fault, prior_exit(folder, whole))
 
 
 def clean_profile(folder: Folder) -> Fault | None:
@@ -2303,8 +2731,10 @@ BOOT = "/opt/hermes/bin/hermes-boot"
 SLOT_LIMIT = 490  # s6-svscan takes 500 services with loggers, in no order of ours, and the image has some of its own
 FULL = Fault(f"s6-svscan takes no more than {SLOT_LIMIT} gateways", "use another container")
 EX_CONFIG = 78
+ENDING = ".s6-svscan/hermes-ending"  # in the scandir while the container ends
 STOP_TIMEOUT = 30  # seconds until SIGKILL, unless HERMES_GATEWAY_STOP_TIMEOUT says otherwise
 BACK_OFF_LIMIT = 60  # seconds
+LOGGER_MEMORY = 16 << 10  # KiB of address space; s6-log keeps all that the container's stderr does not take
 
 
 def shell_word(path: str) -> str:
@@ -2325,8 +2755,9 @@ FIND_HOME = (  # in shell, what root_home does
     'home="${HERMES_HOME:-' + HOME + '}"',
     'case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac',
 )
+TAKE_UMASK = 'case "$UMASK" in "" | *[!0-7]* | [1-7]??? | ?????*) ;; *) umask "$UMASK" ;; esac'  # what umask_of does
 # s6-log makes its stdout non-blocking, for all who share it: so not the container command's stderr itself, but the same
-# file opened anew.
+# file opened anew. Its stderr is that one too: on a stderr that nobody reads, its last words would keep it from ending.
 OWN_STDERR = "if [ -w /proc/self/fd/2 ] && [ ! -S /proc/self/fd/2 ]; then exec 1>>/proc/self/fd/2; else exec 1>&2; fi"
 
 
@@ -2340,33 +2771,53 @@ def run_script(profile: str, extra_env: dict[str, str] | None = None) -> str:
     """Return a slot's run: the gateway of a profile, as hermes. Root does nothing here but drop; hermes can restart it
     at will.
 
-    HERMES_S6_SUPERVISED_CHILD keeps hermes-agent from handing the gateway to s6 once more, and a sticky active_profile
-    from capturing the slot. The API_SERVER_ variables are one gateway's, the default's: two on one port would loop.
+    HERMES_S6_SUPERVISED_CHILD (HERMES_SUPERVISED_CHILD in later agents) keeps hermes-agent from handing the gateway to
+    s6 once more, and a sticky active_profile from capturing the slot. `hermes` there is main_wrapper.py, which sets
+    what all of hermes's programs have. The API_SERVER_ variables are one gateway's, the default's: two on one port
+    would loop.
     """
     arguments = "gateway run --replace" if profile == "default" else f"-p {profile} gateway run --replace"
     lines = [
         "#!/command/with-contenv sh",
         "exec 2>&1",
         *FIND_HOME,
-        'export HOME="$home" HERMES_HOME="$home" HERMES_S6_SUPERVISED_CHILD=1',
+        'export HOME="$home" HERMES_HOME="$home" HERMES_S6_SUPERVISED_CHILD=1 HERMES_SUPERVISED_CHILD=1',
         'cd "$home" || cd /',
     ]
     if profile != "default":
+        gone = f'{{ echo "{profile}: profiles/{profile} is no folder, so its gateway is parked"; exit {EX_CONFIG}; }}'
+        folder = f'-d "$home/profiles/{profile}"'  # root may be refused what hermes is not, on NFS
+        lines.append(f"[ {folder} ] || s6-setuidgid {USER} test {folder} || {gone}")
         lines.append("unset $(awk 'BEGIN { for (name in ENVIRON) if (name ~ /^API_SERVER_[A-Z0-9_]+$/) print name }')")
     lines += [f"export {name}={quoted(value)}" for name, value in sorted((extra_env or {}).items())]
     return "\n".join([*lines, *dropping(f"hermes {arguments}")]) + "\n"
 
 
 def finish_script(profile: str) -> str:
-    """Return a slot's finish: hermes_boot.py as hermes, see finish()."""
-    return "\n".join(["#!/bin/sh", *dropping(f'{BOOT} finish {profile} "$@"')]) + "\n"
+    """Return a slot's finish: hermes_boot.py as hermes, see finish(). Not where that would find nothing to do, lest
+    hundreds of gateways that end at once start hundreds of Pythons: at the container's end, and where s6 has noted less
+    than five deaths, of 14 bytes, and none is left of the gateway's process group ($4)."""
+    due = f'[ "$1" = {EX_CONFIG} ] || [ "$(wc -c <supervise/death_tally)" -ge {5 * 14} ] || kill -0 "-$4" 2>/dev/null'
+    script = quoted(f'{due} || exit 0; exec {BOOT} finish {profile} "$@"')
+    lines = ["#!/bin/sh", f"[ ! -e ../{ENDING} ] || exit 0", f"script={script}"]
+    return "\n".join([*lines, *dropping('/bin/sh -c "$script" finish "$@"')]) + "\n"
 
 
 def log_run_script(profile: str, *, to_folder: bool = True) -> str:
     """Return a slot's log/run: each line to the container's stderr, and with a timestamp to the profile's log
-    folder."""
-    logger = "s6-log 1" + (f' n10 s1000000 T "$home/logs/gateways/{profile}"' if to_folder else "")
-    return "\n".join(["#!/command/with-contenv sh", OWN_STDERR, *FIND_HOME, *dropping(logger)]) + "\n"
+    folder, unless somebody has locked that: a logger that does not come up would stop its gateway."""
+    folder = f'"$home/logs/gateways/{profile}"'
+    lines = ["#!/command/with-contenv sh", OWN_STDERR, "exec 2>&1", TAKE_UMASK, *FIND_HOME]
+    if to_folder:
+        lines += [
+            f'[ "$(id -u)" = 0 ] && set -- s6-setuidgid {USER} || set --',
+            f'"$@" s6-setlock -n {folder}/lock true 2>/dev/null || {{',
+            f'  echo "{profile}: logs/gateways/{profile} is locked or cannot be used, so its log goes to the container\'s alone"',
+            f'  ulimit -v {LOGGER_MEMORY}; exec "$@" s6-log 1',
+            "}",
+        ]
+    logger = "s6-log 1" + (f" n10 s1000000 T {folder}" if to_folder else "")
+    return "\n".join([*lines, f"ulimit -v {LOGGER_MEMORY}", *dropping(logger)]) + "\n"
 
 
 def slot_files(
@@ -2391,31 +2842,47 @@ def put(folder: Folder, name: str, content: str, mode: int) -> None:
     os.close(fd)
 
 
-def make_skeleton(folder: Folder, path: str) -> None:
+def make_skeleton(folder: Folder, path: str, group: int | None) -> None:
     """Make what s6-supervise would make for root alone: found ready and ours, it stays ours, so hermes can control
-    its slots."""
+    its slots. With group, all is root's, and that group may write to the control FIFO."""
     os.mkdir(f"{path}supervise", 0o755, dir_fd=folder.fd)
     for name in ("event", "supervise/event"):
         os.mkdir(path + name, dir_fd=folder.fd)
         os.chmod(path + name, 0o3730, dir_fd=folder.fd)
-    os.mkfifo(f"{path}supervise/control", dir_fd=folder.fd)
-    os.chmod(f"{path}supervise/control", 0o660, dir_fd=folder.fd)
+    make_fifo(folder, f"{path}supervise/control", 0o660, 0o620, group)
+
+
+def make_fifo(folder: Folder, name: str, mode: int, sealed_mode: int, group: int | None) -> None:
+    """Make a FIFO of a slot, ours, or with group root's for that group to use."""
+    os.mkfifo(name, 0o600, dir_fd=folder.fd)
+    if group is not None:
+        os.chown(name, -1, group, dir_fd=folder.fd)
+    os.chmod(name, mode if group is None else sealed_mode, dir_fd=folder.fd)
 
 
 def publish(
-    scandir: Folder, name: str, found: os.stat_result | None, files: dict[str, tuple[str, int]], *, start: bool
+    scandir: Folder,
+    name: str,
+    found: os.stat_result | None,
+    files: dict[str, tuple[str, int]],
+    *,
+    start: bool,
+    group: int | None = None,
 ) -> None:
     """Put a slot into the scandir. One that was found there, and perhaps runs, keeps its folder and its process."""
     if found and stat.S_ISDIR(found.st_mode):
-        refresh(scandir, name, files, start=start)
+        refresh(scandir, name, files, start=start, group=group)
         return
     if found:
         scandir.remove(name)
-    build(scandir, name, files, start=start)
+    build(scandir, name, files, start=start, group=group)
 
 
-def build(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool) -> None:
-    """Make a slot that is not there yet: built under a dot name, which s6-svscan ignores, then renamed into place."""
+def build(
+    scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool, group: int | None = None
+) -> None:
+    """Make a slot that is not there yet: built under a dot name, which s6-svscan ignores, then renamed into place. With
+    group it stays ours, and is that group's to control."""
     temporary = f".{name}"[: 255 - len(".tmp")] + ".tmp"
     try:
         os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
@@ -2423,20 +2890,23 @@ def build(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, star
         scandir.remove(temporary)
         os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
     with Folder(temporary, scandir.fd) as slot:
-        make_skeleton(slot, "")
+        make_skeleton(slot, "", group)
         if "log/run" in files:
             os.mkdir("log", 0o755, dir_fd=slot.fd)
-            make_skeleton(slot, "log/")
+            make_skeleton(slot, "log/", group)
         for path, (content, mode) in files.items():
             put(slot, path, content, mode)
-        os.mkfifo("back-off", 0o600, dir_fd=slot.fd)
+        make_fifo(slot, "back-off", 0o600, 0o660, group)  # finish reads it
         if not start:
             put(slot, "down", "", 0o644)
     os.rename(temporary, name, src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
 
 
-def refresh(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool) -> None:
-    """Bring an existing slot's files up to date, each replaced whole; its process, if it has one, goes on."""
+def refresh(
+    scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool, group: int | None = None
+) -> None:
+    """Bring an existing slot's files up to date, each replaced whole; its process, if it has one, goes on. Takes no
+    lock: who manages the slot has that."""
     wanted = dict(files) if start else files | {"down": ("", 0o644)}
     with scandir.folder(name) as slot:
         for path, (content, mode) in wanted.items():
@@ -2447,11 +2917,11 @@ def refresh(scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, st
                 except OSError:
                     current = None
                 if current != content.encode():
-                    folder.write(file, content.encode(), mode, replace=True)
+                    folder.replace(file, content.encode(), mode)
         if start and slot.stat("down"):
             slot.remove("down")
         if slot.stat("back-off") is None:
-            os.mkfifo("back-off", 0o600, dir_fd=slot.fd)
+            make_fifo(slot, "back-off", 0o600, 0o660, group)
 
 
 def tell(fifo: str, letters: bytes) -> None:
@@ -2512,6 +2982,7 @@ def make_log_folder(home: Folder, profile: str) -> Fault | None:
 
 SETUP_FAILED = "/run/hermes-setup.failed"
 STATIC_SERVICES = "/etc/s6-overlay/s6-rc.d"
+ASKED_LIMIT = 1 << 20  # bytes
 BOOT_LOG, BOOT_LOG_LIMIT = "container-boot.log", 256 << 10
 # By their number in capabilities(7). Without CHOWN, FOWNER and KILL less works; the README says what.
 NEEDED_CAPABILITIES = {1: "DAC_OVERRIDE", 6: "SETGID", 7: "SETUID"}
@@ -2534,16 +3005,19 @@ def setup(boot: Boot) -> int:
     if euid not in (0, boot.owner[0]):
         raise Fatal(
             f"started as UID {euid}, which is not {USER}'s; drop `--user` and set HERMES_UID={euid} HERMES_GID={os.getegid()},"
-            f" or use `--user {boot.owner[0]}`, or any UID with GID 0 on a volume that group 0 may write"
+            f" or use `--user {boot.owner[0]}`, or any UID with GID 0 on a volume that group 0 may write{rootless_advice(boot.owner)}"
         )
     check_switches(boot)
     for fault in mount_faults(boot):
         warn(fault)
     remap(boot)
+    read_secrets(boot)
+    if not boot.dry_run:
+        close_environment(boot)
+    if euid != 0 and switch(boot.setting("HERMES_SEALED")):
+        warn("HERMES_SEALED seals nothing here: without root, all in this container is hermes's, and nothing is root's")
     boot.announce(f"run as {boot.owner[0]}:{boot.owner[1]}")
     if euid == 0:
-        if fault := exposed_path(boot):
-            warn(fault)
         follow_home(boot)
         join_groups(boot)
         own_volume(boot)
@@ -2555,13 +3029,30 @@ def setup(boot: Boot) -> int:
         return 0  # dry run on a volume that is still to be made
     reader = image_owner if boot.dry_run else boot.owner  # a dry run has not given the volume to the new one
     code = as_owner(reader, seed, boot)
-    if code not in (0, TO_MIGRATE):
+    if code not in (0, OVERDUE, TO_MIGRATE):
         return code
     sync_skills(boot)
-    failed = run_helper([BOOT, "migrate"], program_environment(boot.environment)) if code else 0
+    failed = run_helper([BOOT, "migrate"], program_environment(boot.environment)) if code == TO_MIGRATE else 0
     if failed > 1:  # else it has said why
         warn(f"the configuration was not migrated as a whole (code {failed}); the next boot goes on with it")
     return 0
+
+
+def close_environment(boot: Boot) -> None:
+    """Keep the container's environment, which has its keys, from everybody but root and hermes. s6-overlay opens that
+    folder at its start, and reads it as root."""
+    try:
+        with trusted_folder(CONTAINER_ENVIRONMENT) as folder:
+            if os.geteuid() == 0 and not folder.is_roots():
+                return
+            for name in [*os.listdir(folder.fd), "."]:
+                if os.geteuid() == 0:
+                    os.chown(name, 0, boot.owner[1], dir_fd=folder.fd, follow_symlinks=False)
+                os.chmod(name, 0o750 if name == "." else 0o640, dir_fd=folder.fd)
+    except FileNotFoundError:
+        pass  # S6_KEEP_ENV=1, or no container of ours
+    except OSError as error:
+        warn(f"{CONTAINER_ENVIRONMENT} {described(error)}, so every user of the container can read its environment")
 
 
 def setup_phase(boot: Boot) -> int:
@@ -2571,10 +3062,79 @@ def setup_phase(boot: Boot) -> int:
         return guarded(setup, boot)
     if not read_pid_file(COMMAND_PROCESS):  # at a boot, not by `docker exec`
         mark_setup(failed=True)
+        if s6_is_pid_1() and is_cont_init(boot):
+            watch_for_stop()
     code = guarded(setup, boot)
     if code == 0:
         mark_setup(failed=False)
     return code
+
+
+OF_THE_RUNNER = ("s6-ipcserverd", "s6-sudod")  # what s6-rc's oneshot runner is made of
+
+
+def is_cont_init(boot: Boot) -> bool:
+    """Return whether this is one of the boot's scripts: s6-rc tells its oneshots their name."""
+    return boot.setting("RC_NAME") == "legacy-cont-init"
+
+
+def watch_for_stop() -> None:
+    """Have a stop of the container end the boot first: s6-overlay's waits until that is over, however long it takes.
+
+    s6-svscan runs a script of its folder's upon SIGTERM; ours calls end-boot, then s6-overlay's own. With
+    S6_CMD_RECEIVE_SIGNALS=1 that has another name.
+    """
+    script = f"{SCANDIR}/.s6-svscan/SIGTERM"
+    if os.path.exists(f"{script}.s6-linux-init"):
+        script += ".s6-linux-init"
+    try:
+        if os.path.lexists(COMMAND_PROCESS):  # an earlier start's, where /run is kept
+            os.unlink(COMMAND_PROCESS)
+        os.link(script, f"{script}.s6-overlay")
+        with Folder(f"{SCANDIR}/.s6-svscan") as folder:
+            text = f'#!/bin/sh\n[ -e {COMMAND_PROCESS} ] || {BOOT} end-boot\nexec "$0.s6-overlay"\n'
+            put(folder, "SIGTERM+", text, 0o755)
+        os.rename(f"{SCANDIR}/.s6-svscan/SIGTERM+", script)
+    except OSError as error:
+        warn(f"{script} cannot be replaced ({reason(error)}), so a stop waits until the boot is over")
+    if any(name == "s6-rc" and b"-bda" in words for name, words in map(command_of, descendants(1))):
+        end_boot()  # it came before us, and s6-overlay's now waits for us
+        os._exit(128 + SIGTERM)
+
+
+def end_boot() -> int:
+    """End a boot that is under way, within two seconds: first what would go on to the container's command, then the
+    scripts, by SIGTERM and a second later by SIGKILL. The container's exit code is then 143."""
+    children = families()
+    first = {word: process for process in children.get(1, []) for word in command_of(process)[1]}
+    init, runner = first.get(b"/run/s6/basedir/scripts/rc.init"), first.get(b"s6rc-oneshot-runner")
+    if not init or not runner:
+        return 0
+    with open("/run/s6-linux-init-container-results/exitcode", "w") as file:
+        file.write(f"{128 + SIGTERM}\n")
+    for process in [init, *children.get(init, [])]:  # rc.init, and s6-rc, which ends once its scripts have
+        send(process, SIGTERM)
+    deadline, told = time.monotonic() + 1, set()  # some are PID 1's children, once their parents have ended
+    while time.monotonic() < deadline + 1:
+        found = {process for process in descendants(runner) if command_of(process)[0] not in OF_THE_RUNNER}
+        left = {process for process in found | told if command_of(process)[1]} - {os.getpid()}
+        if not left:
+            break
+        over = time.monotonic() >= deadline
+        for process in left if over else left - told:
+            send(process, SIGKILL if over else SIGTERM)
+        told |= left
+        time.sleep(0.05)
+    return 0
+
+
+def command_of(process: int) -> tuple[str, list[bytes]]:
+    """Return a process's name and the words of its command line, empty when it has ended."""
+    try:
+        name = content(f"/proc/{process}/comm").decode(errors="replace").rstrip("\n")
+        return name, content(f"/proc/{process}/cmdline").split(b"\0")[:-1]
+    except OSError:
+        return "", []
 
 
 def mark_setup(*, failed: bool) -> None:
@@ -2617,14 +3177,64 @@ def reconcile_phase(boot: Boot) -> int:
         if boot.dry_run:
             return 0  # setup would make it first
         raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; run the setup first, or set it right")
-    if not boot.dry_run:
-        own_services(boot)
-    return as_owner(boot.owner, reconcile, boot, command)
+    if boot.dry_run:
+        return as_owner(boot.owner, reconcile, boot, command)
+    if boot.sealed and boot.scandir != SCANDIR:
+        raise Fatal(f"HERMES_SEALED cannot seal S6_PROFILE_GATEWAY_SCANDIR={boot.scandir!r}; unset one of the two")
+    own_services(boot)
+    if boot.sealed:
+        code, wanted = asked_by_hermes(boot, reconcile, command)
+        publish_for_hermes(boot, wanted)
+    else:
+        code = as_owner(boot.owner, reconcile, boot, command)
+    return 0 if code == OVERDUE else code
+
+
+def asked_by_hermes(boot: Boot, action, *arguments) -> tuple[int, dict[str, tuple[bool, bool]]]:
+    """Run an action as hermes that asks for slots, by ask_for; return its exit code, and for each profile whether its
+    gateway starts, and whether it has a log folder. What hermes says is checked, and is all that root takes from it."""
+    import fcntl
+
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    os.set_blocking(writing, False)
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, ASKED_LIMIT)  # room for the longest names
+    code = as_owner(boot.owner, action, boot, *arguments, writing)
+    os.close(writing)
+    data = bytearray()
+    try:
+        while (part := os.read(reading, ASKED_LIMIT)) and len(data) < ASKED_LIMIT:
+            data += part
+    except BlockingIOError:
+        pass  # something of hermes's keeps it open
+    os.close(reading)
+    asked = (line.partition(" ") for line in data.decode("ascii", "replace").splitlines())
+    wanted = {name: ("start" in flags, "log" in flags) for name, _, flags in asked if not name_fault(name)}
+    return code, dict([*wanted.items()][:SLOT_LIMIT])
+
+
+def ask_for(output: int, profile: str, *, start: bool, to_folder: bool) -> None:
+    """As hermes: ask root for a slot."""
+    os.write(output, f"{profile} {'start' if start else ''} {'log' if to_folder else ''}\n".encode())
+
+
+def publish_for_hermes(boot: Boot, wanted: dict[str, tuple[bool, bool]]) -> None:
+    """As root: publish the slots that hermes has asked for, so that hermes can control them and nothing more."""
+    timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
+    with trusted_folder(boot.scandir) as scandir:
+        for profile, (start, to_folder) in wanted.items():
+            name, files = SLOT_PREFIX + profile, slot_files(profile, timeout, None, to_folder=to_folder)
+            try:
+                publish(scandir, name, scandir.stat(name), files, start=start, group=boot.owner[1])
+            except OSError as error:
+                say("error", f"{profile}: its slot could not be made ({reason(error)}); see to space in /run")
+    if not is_cont_init(boot):
+        rescan(boot.scandir)
 
 
 def own_services(boot: Boot) -> None:
-    """Hand the scandir and s6-svscan's control FIFO to hermes, which publishes slots at run time, and the static
-    services' control."""
+    """Let hermes publish slots at run time, by the scandir and s6-svscan's control FIFO, unless that is sealed; what is
+    root's there stays so. And let it control the static services."""
     try:
         folder = trusted_folder(boot.scandir, make=True)
     except OSError as error:
@@ -2634,27 +3244,40 @@ def own_services(boot: Boot) -> None:
     with folder as scandir:
         if os.geteuid() != 0:
             return
-        sweep = Sweep(boot)
-        sweep.claim(".", scandir.fd)
         try:
-            with scandir.folder(".s6-svscan") as control:
-                sweep.claim(".", control.fd)
-                sweep.claim("control", control.fd)
+            os.fchown(scandir.fd, 0, 0 if boot.sealed else boot.owner[1])
+            os.fchmod(scandir.fd, 0o755 if boot.sealed else 0o1775)
+            if not boot.sealed:
+                with scandir.folder(".s6-svscan") as svscan:
+                    let_write(boot, svscan, "control")
         except FileNotFoundError:
             pass  # no s6-svscan watches it
         except OSError as error:
-            warn(f"the scandir's .s6-svscan {described(error)}, so no gateway can be added; restart the container")
-        own_static_services(boot, scandir, whole=True)
+            warn(
+                f"the scandir {shown(boot.scandir)} {described(error)}, so no gateway can be added;"
+                " restart the container"
+            )
+        own_static_services(boot, scandir, whole=not boot.sealed)
+
+
+def let_write(boot: Boot, folder: Folder, fifo: str) -> None:
+    """Let hermes write to a FIFO that is root's, and to nothing else that may be in its place. Raises OSError."""
+    fd = os.open(fifo, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder.fd)
+    try:
+        status = os.fstat(fd)
+        if stat.S_ISFIFO(status.st_mode) and status.st_uid == 0 and status.st_nlink == 1:
+            os.chown(f"/proc/self/fd/{fd}", 0, boot.owner[1])
+            os.chmod(f"/proc/self/fd/{fd}", 0o620)
+    finally:
+        os.close(fd)
 
 
 def own_static_services(boot: Boot, scandir: Folder, *, whole: bool) -> None:
-    """Let hermes see and control the image's static services, as it does its slots: s6 made their supervise folders for
-    root alone.
+    """Let hermes see and control the image's static services, but for main-hermes, on which the container's life hangs.
 
-    Who owns such a folder can make s6-supervise, which is root, write through a link; so where hermes has no scandir,
-    and with it not all that root has, it gets no more than the control file.
+    Their supervise folders stay root's, since who owns one can make s6-supervise, which is root, write through a link.
+    So can who may write to event/, where others wait for s6's word: hermes can only where it has the scandir too.
     """
-    sweep = Sweep(boot)
     try:
         names = [name for name in os.listdir(STATIC_SERVICES) if os.path.exists(f"{STATIC_SERVICES}/{name}/run")]
     except FileNotFoundError:
@@ -2662,23 +3285,30 @@ def own_static_services(boot: Boot, scandir: Folder, *, whole: bool) -> None:
     for name in names:
         for place in (lambda: Folder(f"/run/s6-rc/servicedirs/{name}"), lambda: scandir.folder(name)):
             try:
-                with place() as service, service.folder("supervise") as supervise:
-                    sweep.claim("control", supervise.fd)
-                    if not whole:
-                        os.fchmod(supervise.fd, 0o755)
+                with place() as service, service.folder("supervise") as supervise, service.folder("event") as event:
+                    if os.fstat(supervise.fd).st_uid != 0:
                         continue
-                    for path, folder in (("event", service), ("supervise", service), ("event", supervise)):
-                        sweep.claim(path, folder.fd)
+                    os.fchmod(supervise.fd, 0o711)
+                    if name != "main-hermes":
+                        let_write(boot, supervise, "control")
+                    if whole:
+                        os.fchown(event.fd, 0, boot.owner[1])
+                        os.fchmod(event.fd, 0o3730)
             except OSError:
                 continue  # not supervised here, or s6-rc's link to the other folder
 
 
-def reconcile(boot: Boot, command: list[str]) -> int:
-    """As hermes: find the profiles, publish their slots, say and log a line for each."""
+def reconcile(boot: Boot, command: list[str], output: int | None = None) -> int:
+    """As hermes: find the profiles, publish their slots, or with output ask root to, say and log a line for each."""
+    take_umask(boot)
+    if "TZ" in boot.environment:
+        os.environ["TZ"] = boot.environment["TZ"]  # for the boot log's dates
+        time.tzset()
     with open_home(boot) as home:
         running = run_profile(boot, command, home)
         if boot.dry_run:
             for profile in list_profiles(boot, home, running):
+                profile.prior_exit = ""
                 verb = "skip" if profile.action == "skipped" else "publish"
                 boot.announce(f"{verb}: {profile.line().split(' ', 1)[1].rstrip()}")
             return 0
@@ -2687,12 +3317,13 @@ def reconcile(boot: Boot, command: list[str]) -> int:
             timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
             for profile, folder in open_profiles(boot, home, running):
                 if folder and (chosen is None or profile.name in chosen):
-                    register(home, folder, scandir, profile, timeout)
+                    register(home, folder, scandir, profile, timeout, output)
                 elif folder:
                     profile.action, profile.fault = "skipped", FULL
                 lines.append(profile.line())
         log_boot(boot, home, lines)
-        rescan(boot.scandir)
+        if output is None and not is_cont_init(boot):  # else root does, or the service hermes-gateways, after cont-init
+            rescan(boot.scandir)
     return 0
 
 
@@ -2712,18 +3343,25 @@ def most_wanted(boot: Boot, home: Folder, running: str | None) -> set[str] | Non
     return {profile.name for profile in found[:SLOT_LIMIT]}
 
 
-def register(home: Folder, folder: Folder, scandir: Folder, profile: Profile, timeout: int) -> None:
-    """Publish one profile's slot; what is in the way of that, or of its log, becomes the profile's own reason."""
+def register(
+    home: Folder, folder: Folder, scandir: Folder, profile: Profile, timeout: int, output: int | None = None
+) -> None:
+    """Publish one profile's slot, or with output ask root to; what is in the way of that, or of its log, becomes the
+    profile's own reason."""
     try:
         name = SLOT_PREFIX + profile.name
         found = scandir.stat(name)
         status = slot_status(f"/proc/self/fd/{scandir.fd}/{name}") if found else None
         if not (status and status.up):  # else these files are a living process's
             profile.fault = clean_profile(folder) or profile.fault
+        else:
+            profile.prior_exit = ""
         log_fault = make_log_folder(home, profile.name)
         profile.fault = profile.fault or log_fault
-        files = slot_files(profile.name, timeout, None, to_folder=not log_fault)
-        publish(scandir, name, found, files, start=profile.action == "started")
+        start = profile.action == "started"
+        if output is not None:
+            return ask_for(output, profile.name, start=start, to_folder=not log_fault)
+        publish(scandir, name, found, slot_files(profile.name, timeout, None, to_folder=not log_fault), start=start)
     except OSError as error:
         profile.action = "skipped"
         profile.fault = Fault(
@@ -2734,12 +3372,8 @@ def register(home: Folder, folder: Folder, scandir: Folder, profile: Profile, ti
 def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
     """Write the boot's lines to stderr and to logs/container-boot.log, which is rotated once it is over
     BOOT_LOG_LIMIT bytes."""
-    try:
-        if not boot.quiet:
-            sys.stderr.write("".join(lines))
-            sys.stderr.flush()
-    except OSError:
-        pass  # nobody reads it, and the volume has it too
+    if not boot.quiet:
+        write_error("".join(lines))
     try:
         with home.make("logs") as logs:
             found = logs.stat(BOOT_LOG)
@@ -2763,6 +3397,7 @@ def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 TAI_OFFSET = (1 << 62) + 37  # s6 counts TAI seconds since 1970, 37 ahead of UTC since 2017
+MOST_DEATHS = 100  # that s6 remembers, unless told otherwise
 RESTART_WINDOW = 60  # seconds in which deaths count as one crash loop
 PERMANENT_FAILURE = 125  # s6's word from a finish script for "do not restart"
 START_GRACE = 10  # seconds that a wanted gateway may be down, and after which one that is up has come up to stay
@@ -2778,6 +3413,14 @@ def supervisor_answers(scandir: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def is_ours(slot: str, profile: str) -> bool:
+    """Return whether a slot is as we make it: hermes-agent's own manager has another finish, and no back-off."""
+    try:
+        return read_small(f"{slot}/finish") == finish_script(profile).encode()
+    except OSError:
+        return False
 
 
 def is_supervised(slot: str) -> bool:
@@ -2837,14 +3480,15 @@ def deaths(slot: str) -> list[tuple[float, int]]:
     ]
 
 
-def death_times(slot: str) -> list[float]:
+def death_times(slot: str, tally: list[tuple[float, int]] | None = None) -> list[float]:
     """Return when the last deaths in a slot were, in seconds since 1970, since an operator has started it: an end that the
-    operator asked for is no sign of a crash loop. The manager leaves the time of a start on the FIFO back-off."""
+    operator asked for is no sign of a crash loop. The manager leaves the time of a start on the FIFO back-off. tally is
+    what deaths() has said, where that is known."""
     try:
         started = os.stat(f"{slot}/back-off", follow_symlinks=False).st_mtime
     except OSError:
         started = 0.0  # a logger's, or a slot that hermes-agent made
-    return [moment for moment, _ in deaths(slot) if moment > started]
+    return [moment for moment, _ in (deaths(slot) if tally is None else tally) if moment > started]
 
 
 def back_off(times: list[float]) -> int:
@@ -2869,12 +3513,60 @@ def is_looping(status: SlotStatus, times: list[float]) -> bool:
     )
 
 
-def finish(profile: str, code: str) -> int:
+def stray_supervisors(scandir: str) -> list[str]:
+    """Return the names of the slots and loggers, `gateway-NAME` and `gateway-NAME/log`, that have a supervisor too
+    many: somebody has removed or replaced their folder, and s6-svscan was not told to let go of the old one's."""
+    children = families()
+    svscans = [1] if s6_is_pid_1() else children.get(read_pid_file(SUPERVISOR_PROCESS) or -1, [])
+    strays, seen = [], set()
+    for process in [child for svscan in svscans for child in children.get(svscan, [])]:
+        try:
+            words = [os.fsdecode(word) for word in content(f"/proc/{process}/cmdline").split(b"\0")]
+        except OSError:
+            continue  # ended meanwhile, or not ours to read
+        if words[0] == "s6-supervise" and words[1].startswith(SLOT_PREFIX):
+            if words[1] in seen or not os.path.isdir(f"{scandir}/{words[1]}"):
+                strays.append(words[1])
+            seen.add(words[1])
+    return strays
+
+
+def let_go(scandir: str, supervised, logged, timeout: float) -> bool:
+    """Have s6-svscan end the supervisors of slots that are gone; return whether a slot's supervisor ends within timeout
+    seconds, and its logger's. That ends with the last writer of its pipe; where a child of the gateway's has kept that,
+    a second is enough."""
+    rescan(scandir, b"an")
+    until(lambda: not supervised(), timeout)
+    if not until(lambda: not logged(), 1):
+        rescan(scandir, b"aN")
+    return until(lambda: not supervised() and not logged(), 5)
+
+
+def end_group(group: str) -> None:
+    """End what a gateway has left in its process group: its helpers, which would keep its pipes and ports. What it has
+    started in groups of their own (terminals, background commands) may outlive it, and is the next start's to find."""
+
+    def left() -> bool:
+        try:
+            os.killpg(int(group), 0)
+        except OSError:
+            return False
+        return True
+
+    for number in (SIGTERM, SIGKILL) if number_in(group, 2, 1 << 22) else ():
+        if left():
+            os.killpg(int(group), number)
+            until(lambda: not left(), 1)
+
+
+def finish(profile: str, code: str, group: str = "") -> int:
     """Be a slot's finish, as hermes, in the slot: park after EX_CONFIG, wait after many deaths, else return at once.
 
-    profile is a name for the log; code is the exit code of run, 256 when a signal ended it. The wait is that of a
-    process which reads the FIFO back-off, so whoever opens that for writing ends it.
+    profile is a name for the log; code is the exit code of run, 256 when a signal ended it; group is its process group,
+    which s6 names since 2.12. The wait is that of a process which reads the FIFO back-off, so whoever opens that for
+    writing ends it.
     """
+    end_group(group)
     if code == str(EX_CONFIG):
         return PERMANENT_FAILURE
     status, delay = slot_status("."), back_off(death_times("."))
@@ -2915,15 +3607,6 @@ class CommandFailed(GatewayError):
     """What s6 was to bring about did not come about in time."""
 
 
-def was_stopped(manager: S6ServiceManager, profile: str) -> bool:
-    """Return whether the operator wants a gateway down."""
-    try:
-        with manager.profile_folder(profile) as folder:
-            return read_state(folder)[0].get("desired_state") == "stopped"
-    except OSError:
-        return False
-
-
 class S6ServiceManager:
     """Starts, stops, publishes and removes the gateways' slots, as hermes.
 
@@ -2952,6 +3635,14 @@ class S6ServiceManager:
             raise NotRegistered(self.unknown(profile))
         return path
 
+    def own_slot(self, name: str) -> str:
+        """Return a slot that we may control. Raises CommandFailed for one that is another user's, else as slot does."""
+        slot = self.slot(name)
+        control = f"{slot}/supervise/control"
+        if os.path.exists(control) and not os.access(control, os.W_OK):
+            raise CommandFailed(f"{name}: UID {os.geteuid()} may not control it; run this as {USER} or root")
+        return slot
+
     def valid(self, name: str) -> str:
         """Return the profile that a name is about: itself where it has a slot, else what follows `gateway-`. Raises
         InvalidName."""
@@ -2971,10 +3662,12 @@ class S6ServiceManager:
             return f"no such gateway: {profile}; this container has none, and `hermes-boot doctor` says why"
         try:
             with self.profile_folder(profile) as folder:
-                if not soul_fault(folder):
+                if profile == "default" or not soul_fault(folder):
                     return f"no such gateway: {profile}; its profile has no slot yet: `hermes-boot gateway register -p {profile}`"
-        except OSError:
+        except FileNotFoundError:
             pass  # no such profile either
+        except OSError as error:
+            return f"no such gateway: {profile}; it has no slot, and profiles/{profile} {described(error)}"
         near = difflib.get_close_matches(profile, names, 1)
         advice = f"did you mean {near[0]}?" if near else f"make the profile with `hermes profile create {profile}`"
         return f"no such gateway: {profile}; {advice}"
@@ -3000,6 +3693,10 @@ class S6ServiceManager:
     def is_running(self, name: str) -> bool:
         """Return whether a gateway's process is up, by s6. Raises NotRegistered, CommandFailed."""
         return self.status(name).up
+
+    def was_stopped(self, profile: str) -> bool:
+        """Return whether the operator wants a gateway down."""
+        return self.state_of(profile).get("desired_state") == "stopped"
 
     def record(self, name: str, desired: str) -> None:
         """Write the operator's intent to a profile's state file, keeping every other key. Raises InvalidName,
@@ -3034,6 +3731,14 @@ class S6ServiceManager:
                 f"{profile}: done, but {STATE_FILE} {described(error)}, so the next boot will not know of it"
             ) from error
 
+    def state_of(self, profile: str) -> dict[str, object]:
+        """Return a profile's state, empty where it has none that can be read."""
+        try:
+            with self.profile_folder(profile) as folder:
+                return read_state(folder)[0]
+        except OSError:
+            return {}
+
     def profile_folder(self, profile: str) -> Folder:
         """Open a profile's folder."""
         with Folder(self.home, follow=True) as home:
@@ -3041,7 +3746,7 @@ class S6ServiceManager:
 
     def announce_stop(self, profile: str) -> None:
         """Tell the gateway that the SIGTERM to come is meant: hermes-agent then ends with code 0 and says so in its
-        log."""
+        log. It ends without the signal too, within 0.5 s, so s6 must hear of it at once."""
         import json
 
         try:
@@ -3055,7 +3760,7 @@ class S6ServiceManager:
                 "written_at": written,
             }
             with self.profile_folder(profile) as folder:
-                folder.write(".gateway-planned-stop.json", json.dumps(marker).encode(), 0o644, replace=True)
+                folder.write(".gateway-planned-stop.json", json.dumps(marker).encode(), 0o644, replace=True, sync=False)
         except (OSError, ValueError, GatewayError):
             pass  # not up, or no profile: then there is nobody to tell
 
@@ -3085,8 +3790,10 @@ class S6ServiceManager:
             raise error
 
     def start_all(self, names: list[str], *, timeout: float = 10) -> dict[str, GatewayError]:
-        """Start gateways, all at once; return what failed, by name."""
-        return self.carry_out(names, "running", ((True, timeout),))
+        """Start gateways, all at once, publishing slots that are missing; return what failed, by name."""
+        failures: dict[str, GatewayError] = {}
+        ready = [name for name in dict.fromkeys(names) if self.tried(failures, name, self.publish_missing)]
+        return failures | self.carry_out(ready, "running", ((True, timeout),))
 
     def stop_all(self, names: list[str], *, timeout: float | None = None) -> dict[str, GatewayError]:
         """Stop gateways, all at once; return what failed, by name."""
@@ -3101,18 +3808,20 @@ class S6ServiceManager:
     ) -> dict[str, GatewayError]:
         """Take the steps, each (up, timeout), and record the intent; return what failed, by name.
 
-        One command at a time works on a gateway, so the intent is the last one's. It is written once more at the end:
-        the agent writes the same file without our lock, and may have put back what it read before. An intent that
-        cannot be written is a failure, but the steps are taken all the same.
+        One command at a time works on a gateway, so the intent is the last one's. It is written as soon as s6 has been
+        told, and once more at the end: the agent writes the same file without our lock, and may have put back what it
+        read before. An intent that cannot be written is a failure, but the steps are taken all the same.
         """
         failures: dict[str, GatewayError] = {}
-        known = [name for name in dict.fromkeys(names) if self.tried(failures, name, self.slot)]
-        locks = self.lock_all(known, sum(patience for _, patience in steps), failures)
+        known = [name for name in dict.fromkeys(names) if self.tried(failures, name, self.own_slot)]
+        locks = self.lock_all(known, self.default_timeout(None) + 10, failures)  # what a restart may take
         try:
             known = [name for name in known if name not in failures]
-            self.record_all(known, desired)
-            for up, patience in steps:
-                failures |= self.bring([name for name in known if name not in failures], up=up, timeout=patience)
+            if desired == "running":
+                known = [name for name in known if self.tried(failures, name, self.make_ours)]
+            for index, (up, patience) in enumerate(steps):
+                able = [name for name in known if name not in failures]
+                failures |= self.bring(able, up=up, timeout=patience, desired="" if index else desired)
             return failures | self.record_all([name for name in known if name not in failures], desired)
         finally:
             for lock in locks:
@@ -3145,33 +3854,42 @@ class S6ServiceManager:
     def record_all(self, names: list[str], desired: str) -> dict[str, GatewayError]:
         """Record the intent for gateways; return what failed, by name."""
         failures: dict[str, GatewayError] = {}
-        for name in names:
-            self.tried(failures, name, self.record, desired)
-        return failures
+        at_once(lambda name: self.tried(failures, name, self.record, desired), names)
+        return {name: failures[name] for name in names if name in failures}
 
-    def bring(self, names: list[str], *, up: bool, timeout: float) -> dict[str, GatewayError]:
-        """Tell s6 to bring slots up or down, all in parallel, and wait until it has, timeout seconds at most; return
-        what failed, by name. A supervisor that is not there yet is waited for: s6-svscan takes seconds to start
-        hundreds of them."""
+    def bring(self, names: list[str], *, up: bool, timeout: float, desired: str = "") -> dict[str, GatewayError]:
+        """Tell s6 to bring slots up or down, all in parallel, record what is desired, if anything, and wait until s6 has
+        done it, timeout seconds at most; return what failed, by name. A supervisor that is not there yet is waited for:
+        s6-svscan takes seconds to start hundreds of them."""
         waiting = {name: self.slot(name) for name in names}
         untold = set(names)
         failures: dict[str, GatewayError] = {}
-        began, deadline = time.time(), time.monotonic() + timeout
-        for name in names if not up else ():
-            self.announce_stop(self.valid(name))
+        began, deadline, progress = time.time(), time.monotonic() + timeout, Progress(first=2)
+        aim = "come up" if up else "end"
         while waiting:
+            for name in filter(untold.__contains__, names):
+                if not up:
+                    self.announce_stop(self.valid(name))
+                if self.told(waiting[name], up):
+                    untold.discard(name)
+            if desired:
+                self.record_all(names, desired)
+                desired = ""
             for name, slot in [*waiting.items()]:
                 end_back_off(slot)
-                if name in untold and self.told(slot, up):
-                    untold.discard(name)
                 if name not in untold and self.settled(name, up, began, failures):
                     del waiting[name]
             if time.monotonic() > deadline or (untold and not supervisor_answers(self.scandir)):
                 break
-            time.sleep(0.005 if len(waiting) < 20 else 0.05)
+            some = ", ".join([*waiting][:3]) + (", ..." if len(waiting) > 3 else "")
+            progress.tell(lambda: f"waiting for {len(waiting)} of {len(names)} gateways to {aim}: {some}")  # noqa: B023
+            time.sleep(0.005 if len(waiting) < 20 and time.time() - began < 1 else 0.05)
+        progress.end()
         for name in waiting:
+            if up and name not in untold and self.is_up(name):
+                continue  # it takes its time, which is no failure
             unwatched = f"no supervisor answers within {timeout:g} s; run `hermes-boot doctor`"
-            overdue = f"did not {'come up' if up else 'end'} within {timeout:g} s"
+            overdue = f"did not {aim} within {timeout:g} s"
             failures[name] = CommandFailed(f"{name}: {unwatched if name in untold else overdue}")
         return failures
 
@@ -3191,19 +3909,61 @@ class S6ServiceManager:
 
     def settled(self, name: str, up: bool, began: float, failures: dict[str, GatewayError]) -> bool:
         """Return whether a slot is where it was told to be, or will not get there, which is a failure; began is when
-        it was told, in seconds since 1970."""
+        it was told, in seconds since 1970. A gateway is up once it says so, or has been up for START_SECONDS."""
         try:
-            status = self.status(name)
+            slot, status = self.slot(name), self.status(name)
         except GatewayError as error:
             failures[name] = error
             return True
-        if up and not status.up and not status.wanted and status.since >= began:
-            advice = f"`hermes-boot logs -p {name} -n 20` says why"
-            failures[name] = CommandFailed(f"{name}: ended at once with {ending(status.ended)} and is parked; {advice}")
+        if not up:
+            return status.pid == 0
+        ends = [ended for when, ended in deaths(slot) if when >= began]
+        parked = not status.up and not status.wanted and status.since >= began
+        if parked or len(ends) > 1:
+            what = f"ended with {ending(ends[-1] if ends else status.ended)} and is parked"
+            what = what if parked else f"is in a crash loop, with {ending(ends[-1])}"
+            failures[name] = CommandFailed(f"{name}: {what}; `hermes-boot logs -p {name} -n 20` says why")
             return True
-        return status.up if up else status.pid == 0
+        return status.up and state_of(status, self.state_of(self.valid(name)), [], True) == "up"
+
+    def is_up(self, name: str) -> bool:
+        """Return whether a gateway's process is up, False too where nothing is known of it."""
+        status = slot_status(self.slot(name))
+        return status is not None and status.up
 
     # Registration
+
+    def publish_missing(self, name: str) -> None:
+        """Publish the slot of a profile that has come by import, install, rename or from outside; `slot` says what is
+        wrong with any other name. Raises as register_profile_gateway does."""
+        profile = self.valid(name)
+        if os.path.isdir(f"{self.scandir}/{SLOT_PREFIX}{profile}") or not os.access(self.scandir, os.W_OK):
+            return
+        try:
+            with self.profile_folder(profile) as folder:
+                if profile != "default" and soul_fault(folder):
+                    return
+        except OSError:
+            return
+        try:
+            self.register_profile_gateway(profile, start_now=False)
+        except AlreadyRegistered:
+            pass  # by somebody else meanwhile
+
+    def make_ours(self, name: str) -> None:
+        """Bring a slot that hermes-agent's own manager has made to what the boot makes of it. Raises CommandFailed."""
+        slot = self.slot(name)
+        profile = self.valid(name)
+        if is_ours(slot, profile):
+            return
+        try:
+            with Folder(self.home, follow=True) as home, Folder(self.scandir, follow=True) as scandir:
+                files = slot_files(profile, self.stop_timeout, None, to_folder=not make_log_folder(home, profile))
+                refresh(scandir, os.path.basename(slot), files, start=True)
+            tell(f"{slot}/log/supervise/control", b"t")  # the logger too has a new run
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise CommandFailed(f"{profile}: its slot could not be brought up to date: {reason(error)}") from error
 
     def register_profile_gateway(
         self, profile: str, *, extra_env: dict[str, str] | None = None, start_now: bool = True
@@ -3217,34 +3977,75 @@ class S6ServiceManager:
         for name, value in (extra_env or {}).items():
             if not name.isascii() or not name.isidentifier() or "\0" in value:
                 raise InvalidName(f"extra_env: {name!r} cannot be a variable; use letters, digits and _")
+        files = slot_files(profile, self.stop_timeout, extra_env, to_folder=self.made_ready(profile))
+        self.publish(profile, files, start=start_now)
+
+    def made_ready(self, profile: str) -> bool:
+        """Remove what is left of a dead process in a profile, which may have come from elsewhere, and make its log
+        folder; return whether that can be used. Raises CommandFailed."""
+        try:
+            with Folder(self.home, follow=True) as home:
+                faults = [log_fault := make_log_folder(home, profile)]
+                try:
+                    with profile_folder(home, profile) as folder:
+                        faults.append(clean_profile(folder))
+                except OSError:
+                    pass  # the gateway says what it thinks of that
+        except OSError as error:
+            raise CommandFailed(f"{profile}: {shown(self.home)} cannot be used: {reason(error)}") from error
+        for fault in faults:
+            if fault:
+                warn(f"{profile}: {fault}")
+        return not log_fault
+
+    def publish(
+        self, profile: str, files: dict[str, tuple[str, int]], *, start: bool, group: int | None = None
+    ) -> None:
+        """Put a profile's slot into the scandir and wait until s6 supervises it. group is for root, see build. Raises
+        AlreadyRegistered, CommandFailed."""
         name = SLOT_PREFIX + profile
         if is_watched(self.scandir) and len(self.list_profile_gateways()) >= SLOT_LIMIT:
             raise CommandFailed(f"{profile}: {FULL}")
+        if not os.path.lexists(f"{self.scandir}/{name}"):
+            self.end_strays(name)
         try:
-            with Folder(self.home, follow=True) as home:
-                log_fault = make_log_folder(home, profile)
-            files = slot_files(profile, self.stop_timeout, extra_env, to_folder=not log_fault)
             with Folder(self.scandir, follow=True) as scandir, Lock(scandir):
                 if scandir.stat(name):
                     raise AlreadyRegistered(f"{profile}: has a gateway already")
-                build(scandir, name, files, start=start_now)
+                build(scandir, name, files, start=start, group=group)
         except OSError as error:
-            raise CommandFailed(f"{profile}: its slot could not be made: {reason(error)}") from error
-        if log_fault:
-            warn(log_fault)
+            advice = f"; HERMES_SEALED leaves that to root: {REGISTER}" if is_sealed(self.environment) else ""
+            raise CommandFailed(f"{profile}: its slot could not be made: {reason(error)}{advice}") from error
         rescan(self.scandir)
         if not until(lambda: is_supervised(f"{self.scandir}/{name}"), 5) and is_watched(self.scandir):
             self.withdraw(profile)
             raise CommandFailed(f"{profile}: s6-svscan did not take up its slot within 5 s")
+
+    def end_strays(self, name: str) -> None:
+        """End what runs in a slot of this name whose folder somebody has removed: the new one would run beside it.
+        Raises CommandFailed."""
+
+        def strays() -> list[str]:
+            return [found for found in stray_supervisors(self.scandir) if found in (name, f"{name}/log")]
+
+        patience = self.default_timeout(None)
+        if strays() and not let_go(self.scandir, lambda: name in strays(), lambda: f"{name}/log" in strays(), patience):
+            raise CommandFailed(
+                f"{name}: a gateway without a slot has not ended within {patience:g} s; end it by its pid"
+            )
 
     def unregister_profile_gateway(self, profile: str, *, timeout: float | None = None) -> None:
         """Stop a gateway within timeout seconds and remove its slot, supervisors and logger included.
 
         Raises NotRegistered, InvalidName, CommandFailed; when it does not end in time, its slot stays.
         """
-        if is_supervised(self.slot(profile)):
-            self.raise_first(self.bring([profile], up=False, timeout=self.default_timeout(timeout)))
+        self.end(profile, timeout=timeout)
         self.withdraw(profile)
+
+    def end(self, profile: str, *, timeout: float | None = None) -> None:
+        """Stop a gateway that is to be removed. Raises as unregister_profile_gateway does."""
+        if is_supervised(self.own_slot(profile)):
+            self.raise_first(self.bring([profile], up=False, timeout=self.default_timeout(timeout)))
 
     def withdraw(self, profile: str) -> None:
         """Remove a slot whose gateway is down, and its supervisors. Raises as unregister_profile_gateway does."""
@@ -3254,9 +4055,8 @@ class S6ServiceManager:
             with Folder(self.scandir, follow=True) as scandir:
                 with Lock(scandir):
                     os.rename(name, removed, src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
-                rescan(self.scandir, b"an")
                 path = f"{self.scandir}/{removed}"
-                if not until(lambda: not is_supervised(path) and not is_supervised(f"{path}/log"), 10):
+                if not let_go(self.scandir, lambda: is_supervised(path), lambda: is_supervised(f"{path}/log"), 10):
                     raise CommandFailed(f"{profile}: its supervisors did not end within 10 s")
                 scandir.remove(removed)
         except FileNotFoundError:
@@ -3266,11 +4066,46 @@ class S6ServiceManager:
 
 
 DONE = {"start": "started", "stop": "stopped", "restart": "restarted"}
+REGISTER = "`docker exec CONTAINER hermes-boot gateway register -p NAME`"
+
+
+def is_sealed(environment: dict[str, str]) -> bool:
+    """Return whether the scandir is root's alone because HERMES_SEALED is on."""
+    try:
+        status = os.stat(scandir_of(environment))
+    except OSError:
+        return False
+    return switch(environment.get("HERMES_SEALED", "")) is True and status.st_uid == 0 and not status.st_mode & 0o022
+
+
+def by_hermes(timeout: float, action, *arguments) -> int:
+    """Run an operator's command as hermes and return its exit code. hermes can stop what has become hermes, so root
+    looks after the time: timeout seconds."""
+    import _signal
+
+    if os.geteuid() == 0:
+        _signal.signal(_signal.SIGTERM, lambda *_: sys.exit(128 + SIGTERM))  # else what runs as hermes would go on
+    code = as_owner(account() or (0, 0), action, *arguments, timeout=timeout)
+    return 1 if code == OVERDUE else code
+
+
+def command_timeout(environment: dict[str, str], *, waits: bool) -> int:
+    """Return how many seconds an operator's command has. One that waits for gateways may have to wait for another such
+    command first."""
+    stop = number_in(environment.get("HERMES_GATEWAY_STOP_TIMEOUT", ""), 1, MAX_SECONDS) or STOP_TIMEOUT
+    return 2 * (stop + 15) + 10 if waits else stop + 10
 
 
 def control(action: str, profile: str | None, every: bool, environment: dict[str, str]) -> int:
+    """Start, stop or restart one gateway or all. Where root alone can give a profile its slot, that comes first."""
+    if action != "stop" and not every and os.geteuid() == 0 and is_sealed(environment):
+        if code := register_as_root(Boot(environment), profile, missing=True):
+            return code
+    return by_hermes(command_timeout(environment, waits=True), control_as_hermes, action, profile, every, environment)
+
+
+def control_as_hermes(action: str, profile: str | None, every: bool, environment: dict[str, str]) -> int:
     """Start, stop or restart one gateway or all, say what became of each, and go on past a failure."""
-    become_hermes()
     manager = S6ServiceManager(environment=environment)
     names = manager.list_profile_gateways() if every else [named_profile(manager, profile)]
     failures = getattr(manager, f"{action}_all")(names)
@@ -3278,6 +4113,60 @@ def control(action: str, profile: str | None, every: bool, environment: dict[str
         if name not in failures:
             print(f"{name}: {DONE[action]}")
     return report_failures(failures)
+
+
+def register_as_root(boot: Boot, profile: str | None, *, missing: bool) -> int:
+    """In sealed mode: give a profile its slot, after hermes has looked at it; with missing, only if it has none."""
+    code, wanted = asked_by_hermes(boot, ask_for_profile, profile, missing)
+    manager = S6ServiceManager(environment=boot.environment)
+    for name, (start, to_folder) in wanted.items():
+        try:
+            files = slot_files(name, manager.stop_timeout, None, to_folder=to_folder)
+            manager.publish(name, files, start=start, group=boot.owner[1])
+        except GatewayError as error:
+            return report_failures({"": error})
+        print(f"{name}: registered{', started' if start else ''}", flush=True)
+    return 1 if code == OVERDUE else code
+
+
+def ask_for_profile(boot: Boot, option: str | None, missing: bool, output: int) -> int:
+    """As hermes: ask root for one profile's slot."""
+    manager = S6ServiceManager(environment=boot.environment)
+    profile = named_profile(manager, option)
+    try:
+        if missing and profile in manager.list_profile_gateways():
+            return 0
+        start = starts_by_itself(manager, profile)
+        to_folder = manager.made_ready(profile)
+    except GatewayError as error:
+        return report_failures({"": error})
+    ask_for(output, profile, start=start and not missing, to_folder=to_folder)
+    return 0
+
+
+def unregister_as_root(boot: Boot, profile: str | None) -> int:
+    """In sealed mode: stop a gateway as hermes, and remove its slot."""
+    manager = S6ServiceManager(environment=boot.environment)
+    code, wanted = asked_by_hermes(boot, end_profile, profile)
+    for name in wanted:
+        try:
+            manager.withdraw(name)
+        except GatewayError as error:
+            return report_failures({"": error})
+        print(f"{name}: unregistered")
+    return 1 if code == OVERDUE else code
+
+
+def end_profile(boot: Boot, option: str | None, output: int) -> int:
+    """As hermes: stop a gateway, and ask root to remove its slot."""
+    manager = S6ServiceManager(environment=boot.environment)
+    try:
+        profile = manager.valid(named_profile(manager, option))
+        manager.end(profile)
+    except GatewayError as error:
+        return report_failures({"": error})
+    ask_for(output, profile, start=False, to_folder=False)
+    return 0
 
 
 def named_profile(manager: S6ServiceManager, option: str | None) -> str:
@@ -3297,16 +4186,21 @@ def report_failures(failures: dict[str, GatewayError]) -> int:
     return codes.pop() if len(codes) == 1 else int(bool(codes))
 
 
-def register_one(manager: S6ServiceManager, profile: str) -> int:
-    """Publish a profile's slot as the next boot would: started if its state says so."""
+def starts_by_itself(manager: S6ServiceManager, profile: str) -> bool:
+    """Return whether the next boot would start a profile's gateway. Raises InvalidName, NotRegistered."""
     manager.valid(profile)
     try:
         with manager.profile_folder(profile) as folder:
             if profile != "default" and (fault := soul_fault(folder)):
                 raise NotRegistered(f"no such profile: {profile}: {fault}")
-            start = prior_state(folder)[0] == "running"
+            return decide(Boot(manager.environment), folder, profile, None).action == "started"
     except OSError:
         raise NotRegistered(f"no such profile: {profile}; make it with `hermes profile create {profile}`") from None
+
+
+def register_one(manager: S6ServiceManager, profile: str) -> int:
+    """Publish a profile's slot as the next boot would: started if its state says so."""
+    start = starts_by_itself(manager, profile)
     manager.register_profile_gateway(profile, start_now=start)
     print(f"{profile}: registered{', started' if start else ''}")
     return 0
@@ -3323,8 +4217,21 @@ def gateway_command(boot: Boot, action: str, profile: str | None, every: bool, a
     """Run `hermes_boot.py gateway ...`; return the exit code."""
     if action in DONE:
         return control(action, profile, every, boot.environment)
-    become_hermes()
     manager = S6ServiceManager(environment=boot.environment)
+    if action.endswith("register") and os.geteuid() == 0 and is_sealed(boot.environment):
+        return (
+            unregister_as_root(boot, profile)
+            if action == "unregister"
+            else register_as_root(boot, profile, missing=False)
+        )
+    timeout = command_timeout(boot.environment, waits=action == "unregister")
+    return by_hermes(timeout, gateway_as_hermes, boot, manager, action, profile, every, as_json)
+
+
+def gateway_as_hermes(
+    boot: Boot, manager: S6ServiceManager, action: str, profile: str | None, every: bool, as_json: bool
+) -> int:
+    """As hermes: run what of `gateway` is neither start, stop nor restart."""
     try:
         if action == "list":
             names = manager.list_profile_gateways()
@@ -3342,8 +4249,9 @@ def gateway_status(boot: Boot, manager: S6ServiceManager, names: list[str], as_j
     """Print the rows of some gateways, or of all that have a slot; return 0 when they are all up, else 3."""
     for name in names:
         manager.slot(name)
-    rows = [row for row in rows_of(boot) if row.name in (names or manager.list_profile_gateways())]
-    print(to_json([row.as_dict() for row in rows]) if as_json else table(rows))
+    with open_home(boot) as home:
+        rows = [row_of(boot, home, name) for name in in_order(names or manager.list_profile_gateways())]
+    print(to_json([row.as_dict() for row in rows]) if as_json else table(rows, []))
     return 0 if all(row.state in ("up", "starting") for row in rows) else 3
 
 
@@ -3357,6 +4265,7 @@ def to_json(value: object) -> str:
 # Shutdown
 # --------------------------------------------------------------------------------------------------------------------
 
+EXIT_CODE = "/run/s6-linux-init-container-results/exitcode"
 SHUTDOWN_TIMEOUT = 8  # seconds for all when the container ends, unless HERMES_SHUTDOWN_TIMEOUT says otherwise
 
 
@@ -3365,49 +4274,82 @@ def shut_down(boot: Boot) -> int:
     are over.
 
     Run by s6-overlay from cont-finish.d, before its final kill. No intent is recorded, so what ran comes back at the
-    next boot. The work is a child's, as hermes: hermes could stop that for good, so root looks after the time.
+    next boot.
     """
     patience = seconds(boot.environment, "HERMES_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT, 0)
     deadline = time.monotonic() + patience
+    set_terminal_going()
     if command := read_pid_file(COMMAND_PROCESS):
+        set_exit_code(128 + SIGTERM)  # should it outlive us; if it ends in time, its own code comes after
         send(command, SIGTERM)  # while we are root: it may not be hermes yet
-    child = os.fork()
-    if child == 0:
-        os._exit(guarded(end_gateways, boot, deadline))
-    if not until(lambda: os.waitpid(child, os.WNOHANG)[0], patience + 1):
-        send(child, SIGKILL)
+    try:
+        with TimeLimit(patience + 1):
+            act_as_hermes()
+            end_gateways(boot, deadline)
+    except TimeoutError:
+        pass  # a file system that does not answer
     return 0
 
 
-def end_gateways(boot: Boot, deadline: float) -> int:
-    """As hermes: bring all slots down and wait for their gateways and the container command, until the deadline on
-    the monotonic clock."""
-    become_hermes()
+def set_exit_code(code: int) -> None:
+    """Leave the container's exit code for s6-overlay's end: of a container command that lives on, nobody else tells
+    it, and the code would be 0."""
+    try:
+        fd = os.open(EXIT_CODE, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW)
+        os.write(fd, b"%d\n" % code)
+        os.close(fd)
+    except OSError:
+        pass  # the fallback init knows by itself
+
+
+def act_as_hermes() -> None:
+    """Reach files as hermes from here on, and stay root's process, which hermes cannot stop; and no other process is
+    needed, which a limit on these could deny."""
+    owner = account()
+    if os.geteuid() == 0 and owner:
+        os.setegid(owner[1])
+        os.seteuid(owner[0])
+
+
+def end_gateways(boot: Boot, deadline: float) -> None:
+    """Bring all slots down and wait for their gateways and the container command, until the deadline on the monotonic
+    clock."""
     manager = S6ServiceManager(environment=boot.environment)
     slots = [f"{manager.scandir}/{SLOT_PREFIX}{name}" for name in manager.list_profile_gateways()]
+    ending = f"{manager.scandir}/{ENDING}"
+    try:
+        os.close(os.open(ending, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
+    except OSError:
+        pass  # root's alone: then every finish does its work
     for slot in slots:
         try:
             tell(f"{slot}/supervise/control", b"d")
         except OSError:
             continue  # no supervisor, or not ours
 
-    def ended(slot: str) -> bool:
+    def runs(slot: str) -> bool:
         end_back_off(slot)
         status = slot_status(slot)
-        return status is None or status.pid == 0
+        return status is not None and status.pid != 0
 
-    until(lambda: all([ended(slot) for slot in slots]), deadline - time.monotonic())
+    def all_ended() -> bool:
+        slots[:] = filter(runs, slots)
+        return not slots
+
+    try:
+        until(all_ended, deadline - time.monotonic())
+    finally:
+        if os.path.lexists(ending):
+            os.unlink(ending)
     until(lambda: not read_pid_file(COMMAND_PROCESS), deadline - time.monotonic())
-    return 0
 
 
 # Fallback init: where s6-overlay cannot start
 # --------------------------------------------------------------------------------------------------------------------
 
+DASHBOARD_PORT = "9119"
 CONT_INIT, CONT_FINISH = "/etc/cont-init.d", "/etc/cont-finish.d"
-STATIC_FILES = {"run": 0o755, "finish": 0o755} | dict.fromkeys(
-    "type timeout-kill timeout-finish notification-fd down-signal max-death-tally".split(), 0o644
-)
+SERVICE_TIMEOUT = 60  # seconds for a static service to come up, unless its timeout-up says otherwise
 
 
 def fallback_init(why: str, words: list[str]) -> int:
@@ -3417,7 +4359,7 @@ def fallback_init(why: str, words: list[str]) -> int:
     s6-svscan itself needs no PID 1 and no folder of its own. The order, the scripts and their meaning are the same.
     """
     sys.argv = ["/init"]
-    return supervise(words or [f"{IMAGE}/docker/main-wrapper.sh"], process_environment(), why)
+    return supervise(words or [WRAPPER], process_environment(), why)
 
 
 def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
@@ -3431,25 +4373,25 @@ def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
     except OSError as error:
         raise Fatal(f"s6-svscan cannot be run: {reason(error)}; use the image as it was built") from error
     until(lambda: has_reader(f"{boot.scandir}/.s6-svscan/control"), 5)
-    services = publish_static_services(boot)
+    services = static_services(boot)
+    publish_services(boot, children, environment, services)
     if not boot.quiet:
         say("info", f"s6-svscan runs as PID {svscan}, without s6-overlay ({why}); gateways are supervised all the same")
-    failed = [
-        script
-        for script in scripts_in(CONT_INIT)
-        if not children.asked_to_end and run_to_end(children, script, environment)
-    ]
+    strict = boot.setting("S6_BEHAVIOUR_IF_STAGE2_FAILS") == "2"
+    boot_environment = environment | {"RC_NAME": "legacy-cont-init"}
+    failed = any([run_to_end(children, [script], boot_environment) for script in names_in(CONT_INIT)])
+    if not (failed and strict):
+        failed |= start_services(children, environment | {"S6_PROFILE_GATEWAY_SCANDIR": boot.scandir}, services)
     if children.asked_to_end:
         command, code = 0, -SIGTERM
-    elif failed and boot.setting("S6_BEHAVIOUR_IF_STAGE2_FAILS") == "2":
+    elif failed and strict:
         command, code = 0, 1
     else:
-        as_owner(account() or boot.owner, start_services, services)
         command, code = start_command(children, words, environment)
     if command and children.wait(command, svscan, command=command) == svscan:
         say("error", "s6-svscan has died; the container ends, so that the engine can start it anew")
-    for script in scripts_in(CONT_FINISH):  # these tell the gateways and the command to end, and wait for them
-        run_to_end(children, script, environment)
+    for script in names_in(CONT_FINISH):  # these tell the gateways and the command to end, and wait for them
+        run_to_end(children, [script], environment, to_its_end=True)
     send(svscan, SIGTERM)  # not by its control file, which is hermes's: root does not open that
     children.wait(svscan, timeout=0.5)
     if command:
@@ -3461,24 +4403,24 @@ def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
 
 
 def lay_out_run(boot: Boot) -> None:
-    """Make /run as s6-overlay's start leaves it: an empty scandir, and the environment, one file a variable, for
-    hermes to read. Fatal when it cannot be written."""
-    gid = (
-        number_in(boot.setting("HERMES_GID") or boot.setting("PGID"), 1, MAX_ID) or boot.owner[1]
-    )  # hermes's, after the setup
+    """Make /run as s6-overlay's start leaves it: an empty scandir, and the environment, one file a variable. Fatal when
+    it cannot be written, or is not root's."""
+    parent, _, folder = CONTAINER_ENVIRONMENT.rpartition("/")
+    variables = {} if boot.setting("S6_KEEP_ENV") == "1" else boot.environment
     try:
-        parent, _, name = CONTAINER_ENVIRONMENT.rpartition("/")
-        os.makedirs(parent, 0o755, exist_ok=True)
-        with Folder(parent) as folder:
-            folder.remove(name)
-            os.mkdir(name, 0o755, dir_fd=folder.fd)
-        for name, value in boot.environment.items():
-            if boot.setting("S6_KEEP_ENV") != "1" and "/" not in name:
-                fd = os.open(f"{CONTAINER_ENVIRONMENT}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
-                if os.geteuid() == 0:
-                    os.fchown(fd, 0, gid)
-                with open(fd, "wb") as file:
-                    file.write(os.fsencode(value) + b"\n")
+        own_run(parent)
+        with trusted_folder("/run") as run:
+            run.remove("s6-rc")
+        with trusted_folder(parent, make=True) as above:
+            above.remove(folder)
+            above.remove("legacy-services")
+            with above.made(folder) as files:
+                os.fchmod(files.fd, 0o750)
+                for name, value in variables.items():
+                    if "/" in name or name in (".", "..") or len(os.fsencode(name)) > 255:
+                        warn(f"the variable {shown(name)} cannot be a file's name, so gateways do not have it")
+                        continue
+                    put(files, name, f"{value}\n", 0o640)
         with trusted_folder(boot.scandir, make=True) as scandir:
             empty_scandir(boot, scandir)
     except OSError as error:
@@ -3486,6 +4428,20 @@ def lay_out_run(boot: Boot) -> None:
             f"/run cannot be written ({reason(error)}); give it a tmpfs (--tmpfs /run:exec), with `--user` one of that UID"
         ) from error
     write_pid_file(SUPERVISOR_PROCESS)
+
+
+def own_run(folder: str) -> None:
+    """As root: see to it that nobody else can rename what root puts into /run, and remove a folder there that somebody
+    else has made. Raises OSError."""
+    if os.geteuid() != 0:
+        return
+    with trusted_folder(os.path.dirname(folder)) as run:
+        if not run.is_roots() or os.fstat(run.fd).st_mode & 0o022:
+            os.fchown(run.fd, 0, 0)
+            os.fchmod(run.fd, 0o755)
+        found = run.stat(os.path.basename(folder))
+        if found and (found.st_uid != 0 or found.st_mode & 0o022):
+            run.remove(os.path.basename(folder))
 
 
 def empty_scandir(boot: Boot, scandir: Folder) -> None:
@@ -3497,64 +4453,161 @@ def empty_scandir(boot: Boot, scandir: Folder) -> None:
     os.mkdir(".s6-svscan", 0o755, dir_fd=scandir.fd)
 
 
-def publish_static_services(boot: Boot) -> list[str]:
-    """Put the image's static services into the scandir, down until the boot is over; return their paths. They are
-    started without s6-rc and so in no order; s6 restarts what needs another one first."""
-    try:
-        names = os.listdir(f"{STATIC_SERVICES}/user/contents.d")
-    except OSError:
-        return []
-    published = []
-    with trusted_folder(boot.scandir) as scandir:
-        for name in names:
-            files = {}
-            for file, mode in STATIC_FILES.items():
-                try:
-                    files[file] = (os.fsdecode(content(f"{STATIC_SERVICES}/{name}/{file}")), mode)
-                except OSError:
-                    continue  # a bundle, or a service without that file
-            if "run" not in files:
-                continue
-            try:
-                scandir.remove(name)
-                build(scandir, name, files, start=False)
-            except OSError as error:
-                warn(f"the service {shown(name)} could not be published: {reason(error)}")
-            else:
-                published.append(f"{boot.scandir}/{name}")
-    rescan(boot.scandir)
-    until(lambda: all(is_supervised(path) for path in published), 5)
-    return published
+BUNDLES = ("user", "user2")  # what s6-overlay starts
 
 
-def start_services(slots: list[str]) -> int:
-    """As hermes, whose they are by then: start static services."""
-    for slot in slots:
+class Service:
+    """A service of the image's or of a derived one's: its name, kind, folder and what it needs, in the way of s6-rc's
+    source definition directories (see s6-rc-compile); kind is `legacy` for one of /etc/services.d."""
+
+    __slots__ = ("copy", "folder", "kind", "name", "needs")
+
+    def __init__(self, name: str, folder: str, kind: str = "") -> None:
+        self.name, self.folder = name, f"{folder}/{name}"
+        self.kind = kind or ("bundle" if name in BUNDLES else self.word("type"))
+        self.copy = f"/run/{'s6/legacy-services' if kind else 's6-rc/servicedirs'}/{name}"
+        self.needs = ["user"] if kind else self.names("contents" if self.kind == "bundle" else "dependencies")
+
+    def word(self, file: str) -> str:
+        """Return what a small file of it says, "" when there is none."""
         try:
-            tell(f"{slot}/supervise/control", b"u")
-        except OSError as error:
-            warn(f"the service {os.path.basename(slot)} could not be started: {reason(error)}")
-    return 0
+            return os.fsdecode(content(f"{self.folder}/{file}")).strip()
+        except OSError:
+            return ""
+
+    def is_up(self) -> bool:
+        """Return whether it has come up, and where it has a way to say so, whether it is ready."""
+        status = slot_status(self.copy)
+        up = status is not None and status.up
+        if self.word("notification-fd"):
+            return up and bool(read_small(f"{self.copy}/supervise/status")[-1] & 8)  # flagready of s6_svstatus_pack
+        return up or bool(deaths(self.copy))
+
+    def names(self, what: str) -> list[str]:
+        """Return the names in a folder of it, or in the file of its older form."""
+        paths = names_in(f"{self.folder}/{what}.d")
+        return [os.path.basename(path) for path in paths] or [
+            line for line in self.word(what).split("\n") if line and not line.startswith("#")
+        ]
 
 
-def scripts_in(folder: str) -> list[str]:
-    """Return the executable files of a folder, in name order."""
+def static_services(boot: Boot) -> list[Service]:
+    """Return all services to start, each after what it needs, those of /etc/services.d last; warn of what only
+    s6-overlay can do."""
+    order: dict[str, Service] = {}
+    lost = [name for name in ("S6_RUNTIME_PROFILE", "S6_STAGE2_HOOK") if boot.setting(name)]
+    lost += names_in("/etc/fix-attrs.d")
+
+    def visit(name: str, above: tuple[str, ...] = ()) -> None:
+        if name in order or name in ("base", "fix-attrs", "legacy-cont-init", "legacy-services"):
+            return
+        service = Service(name, STATIC_SERVICES)
+        if name in above or service.kind not in ("bundle", "longrun", "oneshot"):
+            lost.append(f"{name}, which {'needs itself' if name in above else 'is no service'}")
+            return
+        for needed in service.needs:
+            visit(needed, (*above, name))
+        lost.extend(f"{file} of {name}" for file in ("consumer-for", "producer-for", "down") if service.word(file))
+        if not service.word("consumer-for"):
+            order[name] = service
+
+    for bundle in BUNDLES:
+        visit(bundle)
+    if lost:
+        warn(f"without s6-overlay these have no effect: {', '.join(map(shown, lost))}")
+    return [
+        *order.values(),
+        *(Service(os.path.basename(path), "/etc/services.d", "legacy") for path in names_in("/etc/services.d")),
+    ]
+
+
+def publish_services(boot: Boot, children: Children, environment: dict[str, str], services: list[Service]) -> None:
+    """Put services into the scandir as s6-rc does, links to copies of their folders; they are down until their turn."""
+    published = [service for service in services if service.kind in ("longrun", "legacy")]
+    with trusted_folder(boot.scandir) as scandir:
+        for service in published:
+            try:
+                os.makedirs(os.path.dirname(service.copy), exist_ok=True)
+                if run_to_end(children, ["cp", "-R", service.folder, service.copy], environment, to_its_end=True):
+                    continue  # cp has said why
+                for path in (service.copy, f"{service.copy}/log"):
+                    for file in ("run", "finish"):
+                        if os.path.exists(f"{path}/{file}"):
+                            os.chmod(f"{path}/{file}", 0o755)  # as s6-rc-compile makes them
+                    if os.path.exists(f"{path}/run"):
+                        os.close(os.open(f"{path}/down", os.O_WRONLY | os.O_CREAT, 0o644))
+                scandir.remove(service.name)
+                os.symlink(service.copy, service.name, dir_fd=scandir.fd)
+            except OSError as error:
+                warn(f"the service {shown(service.name)} could not be published: {reason(error)}")
+    rescan(boot.scandir)
+    until(lambda: all(is_supervised(service.copy) for service in published), 5)
+
+
+def start_services(children: Children, environment: dict[str, str], services: list[Service]) -> bool:
+    """Start services in order, but for those whose needs have failed; return whether one has, after a line."""
+    failed: set[str] = set()
+    for service in services:
+        if children.asked_to_end:
+            break
+        missing = failed.intersection(service.needs)
+        if service.kind == "bundle":
+            failed |= {service.name} if missing else set()
+        elif why := f"{shown(min(missing))} has failed" if missing else start_service(children, environment, service):
+            failed.add(service.name)
+            warn(f"the service {shown(service.name)} could not be started: {why}")
+    return bool(failed)
+
+
+def start_service(children: Children, environment: dict[str, str], service: Service) -> str:
+    """Run a oneshot, or bring a longrun up, or ready where it says so; return what went wrong. Root opens the control
+    FIFO of what may be hermes's, but its folder is root's."""
+    if service.kind == "oneshot":
+        code = run_to_end(children, [s6_program("execlineb"), "-P", f"{service.folder}/up"], environment)
+        return f"its `up` ended with code {code}" if code else ""
+    patience = number_in(service.word("timeout-up"), 1, MAX_SECONDS * 1000) or SERVICE_TIMEOUT * 1000
+    deadline = time.monotonic() + patience / 1000
     try:
-        paths = [f"{folder}/{name}" for name in sorted(os.listdir(folder))]
+        for slot in (f"{service.copy}/log", service.copy):
+            if os.path.exists(f"{slot}/run"):
+                tell(f"{slot}/supervise/control", b"u")
+        while service.kind != "legacy" and not children.asked_to_end and not service.is_up():
+            status = slot_status(service.copy)
+            if status is None or (deaths(service.copy) and status.pid == 0 and not status.wanted):
+                return "it ended for good"
+            if time.monotonic() > deadline:
+                return f"it did not come up within {patience / 1000:g} s"
+            children.wait(timeout=0.005)
+    except OSError as error:
+        return reason(error)
+    return ""
+
+
+def names_in(folder: str) -> list[str]:
+    """Return the paths of what is in a folder, in name order, as s6-overlay lists it: without dot files."""
+    try:
+        return [f"{folder}/{name}" for name in sorted(os.listdir(folder)) if not name.startswith(".")]
     except OSError:
         return []
-    return [path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)]
 
 
-def run_to_end(children: Children, script: str, environment: dict[str, str]) -> int:
-    """Run one of the boot's scripts; return its exit code."""
+def run_to_end(children: Children, argv: list[str], environment: dict[str, str], *, to_its_end: bool = False) -> int:
+    """Run one of the boot's programs; return its exit code. Unless it is to get to its end, SIGTERM ends it: all of its
+    process group, by SIGKILL after a second, and none is begun then."""
+    if children.asked_to_end and not to_its_end:
+        return 128 + SIGTERM
     try:
-        pid = children.start([script], environment)
+        pid = children.start(argv, environment)
     except OSError as error:
-        warn(f"{script}: {reason(error)}")
+        advice = "; chmod +x it" if isinstance(error, PermissionError) else ""
+        warn(f"{argv[0]} cannot be run: {reason(error)}{advice}")
         return 1
-    children.wait(pid)
-    return children.codes[pid]
+    children.wait(pid, command=0 if to_its_end else pid)
+    for number in (SIGTERM, SIGKILL):
+        if children.codes[pid] is None:
+            send(-pid, number)
+            children.wait(pid, timeout=1)
+    return shell_code(children.codes[pid] or 0)
 
 
 def start_command(children: Children, words: list[str], environment: dict[str, str]) -> tuple[int, int]:
@@ -3584,8 +4637,11 @@ def dashboard(environment: dict[str, str]) -> int:
     except OSError:
         os.chdir("/")  # the agent says what it thinks of that
     address = environment.get("HERMES_DASHBOARD_HOST") or "127.0.0.1"
-    port = environment.get("HERMES_DASHBOARD_PORT") or "9119"
-    return execute(as_hermes([HERMES, "dashboard", "--host", address, "--port", port, "--no-open"]), environment)
+    port = environment.get("HERMES_DASHBOARD_PORT") or DASHBOARD_PORT
+    if number_in(port, 1, 65535) is None:  # Kubernetes gives tcp://... for a service named hermes-dashboard
+        warn(f"HERMES_DASHBOARD_PORT={port!r} is not a number from 1 to 65535; using {DASHBOARD_PORT}")
+        port = DASHBOARD_PORT
+    return execute_as_hermes([HERMES, "dashboard", "--host", address, "--port", port, "--no-open"], environment)
 
 
 def gateway_run(words: list[str], environment: dict[str, str]) -> int:
@@ -3593,21 +4649,29 @@ def gateway_run(words: list[str], environment: dict[str, str]) -> int:
     only wait.
 
     One that was stopped stays so, while hermes-agent would start it. Any other is hermes-agent's to start, by s6 where
-    that is PID 1; below another one it does not see s6, so we do it.
+    that is PID 1; below another one it does not see s6, and of multiplexing it knows nothing here, so we do it. Where
+    there are no gateways by HERMES_RECONCILE, it runs in the foreground.
     """
     option, rest = profile_option(words)
     become_hermes()
+    if switch(environment.get("HERMES_RECONCILE", "")) is False:
+        environment = environment | {"HERMES_GATEWAY_NO_SUPERVISE": "1"}
+    help_wanted = {"-h", "--help", "--no-supervise"} & set(rest)
+    if help_wanted or switch(environment.get("HERMES_GATEWAY_NO_SUPERVISE", "")):
+        return execute_as_hermes([HERMES, *words], environment)
     sys.stdout = sys.stderr  # stdout is the program's
-    if "--no-supervise" not in rest and not switch(environment.get("HERMES_GATEWAY_NO_SUPERVISE", "")):
-        manager = S6ServiceManager(environment=environment)
-        profile = named_profile(manager, option)
-        if profile in manager.list_profile_gateways():
-            stopped = was_stopped(manager, profile)
-            if stopped:
-                say("info", f"{profile} was stopped and stays so; start it with `hermes -p {profile} gateway start`")
-            if stopped or (not s6_is_pid_1() and control("start", profile, False, environment) == 0):
-                return execute(["/bin/sleep", "infinity"], environment)
-    return execute([HERMES, *words], environment)
+    boot = Boot(environment)
+    manager = S6ServiceManager(boot.scandir, boot.home, environment=environment)
+    profile = chosen_profile(option, environment, None) if is_multiplexed(boot) else named_profile(manager, option)
+    if profile in manager.list_profile_gateways():
+        stopped = manager.was_stopped(profile)
+        if stopped:
+            say("info", f"{profile} was stopped and stays so; start it with `hermes -p {profile} gateway start`")
+        elif not s6_is_pid_1() or is_multiplexed(boot):
+            control_as_hermes("start", profile, False, environment)  # what fails is said, and s6's to try again
+        if stopped or not s6_is_pid_1() or is_multiplexed(boot):
+            return execute(["/bin/sleep", "infinity"], environment)
+    return execute_as_hermes([HERMES, *words], environment)
 
 
 # Status
@@ -3615,54 +4679,120 @@ def gateway_run(words: list[str], environment: dict[str, str]) -> int:
 
 
 class Row:
-    """What `status` says of one gateway; the fields are its columns."""
+    """What `status` says of one gateway; times are seconds since 1970, restarts those of the last minute, and waits_until
+    is when a crash loop's next start is."""
 
-    __slots__ = ("name", "state", "since", "pid", "restarts", "wanted", "last_exit", "autostart", "why", "last_line")
+    __slots__ = (
+        *"name state since pid restarts wanted last_exit autostart why last_line".split(),
+        *"waits_until restarts_since_boot memory platforms".split(),
+    )
 
     def as_dict(self) -> dict[str, object]:
-        """Return the row for JSON; times are seconds since 1970."""
+        """Return the row for JSON."""
         return {field: getattr(self, field) for field in self.__slots__}
 
 
 START_SECONDS = 3  # a gateway up for less is still starting, unless it has said more
 
 
-def rows_of(boot: Boot) -> list[Row]:
-    """Return a row for every profile of the volume and for every slot, default first."""
+def rows_of(boot: Boot, profile: str | None = None) -> list[Row]:
+    """Return a row for every profile of the volume and for every slot, default first; or for one, if it is there."""
     manager = S6ServiceManager(boot.scandir, boot.home, environment=boot.environment)
+    boot.multiplexes = None  # looked up anew, under --watch
     with open_home(boot) as home:
-        names = {
-            "default",
-            *manager.list_profile_gateways(),
-            *(p.name for p in list_profiles(boot, home, None) if p.action != "skipped"),
-        }
-        return [row_of(boot, home, name) for name in sorted(names, key=lambda name: (name != "default", name))]
+        names = {"default", *manager.list_profile_gateways()}
+        if profile is None or profile not in names:
+            names |= unregistered(home, names, profile)
+        if profile is not None:
+            names &= {profile}
+        return [row_of(boot, home, name) for name in in_order(names)]
+
+
+def in_order(names: list[str] | set[str]) -> list[str]:
+    """Return profiles in name order, default first."""
+    return sorted(names, key=lambda name: (name != "default", name))
+
+
+def unregistered(home: Folder, registered: set[str], profile: str | None) -> set[str]:
+    """Return the volume's profiles that are not among the registered ones, or one of them, if it is there."""
+
+    def is_profile(name: str) -> bool:
+        if name == "default" or name in registered or name_fault(name):
+            return False
+        try:
+            with Folder(name, profiles.fd) as folder:
+                return not soul_fault(folder)
+        except OSError:
+            return False  # a file, or nothing that hermes can look into
+
+    try:
+        with home.folder("profiles") as profiles:
+            return set(filter(is_profile, os.listdir(profiles.fd) if profile is None else [profile]))
+    except OSError:
+        return set()
 
 
 def row_of(boot: Boot, home: Folder, name: str) -> Row:
     """Return what there is to say of one gateway."""
     row, slot = Row(), f"{boot.scandir}/{SLOT_PREFIX}{name}"
-    status, tally = slot_status(slot), deaths(slot)
-    row.name, row.autostart, row.why = name, False, "no such profile"
     state: dict[str, object] = {}
+    row.name, row.autostart, row.why = name, False, "no such profile"
     try:
         with profile_folder(home, name) as folder:
             state, fault = read_state(folder)
             row.autostart, row.why = autostart(boot, name, state, fault)
-    except OSError:
+    except FileNotFoundError:
         pass  # a slot whose profile is gone
-    times = death_times(slot)
+    except OSError as error:
+        row.why = f"profiles/{name} {described(error)}{mode_of(home, f'profiles/{name}')}"
+    add_what_s6_says(row, slot, state)
+    row.last_line = (last_lines(home, name, 1) or [""])[0]
+    return row
+
+
+def add_what_s6_says(row: Row, slot: str, state: dict[str, object]) -> None:
+    """Fill in what s6-supervise knows of a slot; state is what its profile's state file says."""
+    status, tally = slot_status(slot), deaths(slot)
+    times = death_times(slot, tally)
+    row.platforms = platforms_of(state, status)
     row.state = state_of(status, state, times, os.path.isdir(slot))
     row.since = round(status.since, 3) if status else None
     row.pid = status.pid if status and status.up else None
-    recent = sum(1 for moment in times if time.time() - moment <= RESTART_WINDOW)
-    row.restarts = (
-        recent - 1 if recent and status and not status.wanted else recent
-    )  # after the last death no start followed
     row.wanted = status.wanted if status else None
+    recent = sum(1 for moment in times if time.time() - moment <= RESTART_WINDOW)
+    last = 1 if status and not status.wanted else 0  # no start followed
+    row.restarts, row.restarts_since_boot = max(0, recent - last), max(0, len(tally) - last)
+    row.waits_until = round(times[-1] + back_off(times)) if row.state == "crash loop" and not row.pid else None
     row.last_exit = ending(tally[-1][1]) if tally else None
-    row.last_line = (last_lines(home, name, 1) or [""])[0]
-    return row
+    row.memory = resident(row.pid) if row.pid else None
+
+
+def resident(pid: int) -> int | None:
+    """Return a process's resident memory in bytes, None when that cannot be seen."""
+    try:
+        return int(content(f"/proc/{pid}/statm").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+
+
+def platforms_of(state: dict[str, object], status: SlotStatus | None) -> dict[str, dict[str, str]]:
+    """Return state, error_code and error_message of each messaging platform, by a running gateway's own word; what one
+    that has ended has left there says nothing."""
+    platforms = state.get("platforms")
+    if not isinstance(platforms, dict) or status is None or not status.up or state.get("pid") != status.pid:
+        return {}
+    fields = ("state", "error_code", "error_message")
+    return {
+        printable(name): {field: printable(str(entry.get(field) or "")) for field in fields}
+        for name, entry in platforms.items()
+        if isinstance(entry, dict)
+    }
+
+
+def failure_of(platform: dict[str, str]) -> str:
+    """Return what is wrong with a messaging platform, "" when nothing is."""
+    failed = platform["error_code"] or platform["state"] in ("fatal", "retrying")
+    return (platform["error_code"] or platform["error_message"] or platform["state"]) if failed else ""
 
 
 def state_of(status: SlotStatus | None, state: dict[str, object], times: list[float], registered: bool) -> str:
@@ -3689,8 +4819,8 @@ def autostart(boot: Boot, name: str, state: dict[str, object], fault: Fault | No
     intent, fault = (None, fault) if fault else intent_of(state)
     if fault:
         return False, fault.text
-    if intent == "running" and is_multiplexed(boot.environment, name):
-        return False, "GATEWAY_MULTIPLEX_PROFILES leaves it to the default gateway"
+    if intent == "running" and is_multiplexed(boot, name):
+        return False, MULTIPLEXED.text
     return intent == "running", "never started" if intent is None else shown(intent)
 
 
@@ -3710,22 +4840,36 @@ def ending(wait_status: int) -> str:
         return f"signal {-code}"
 
 
-COLUMNS = ("PROFILE", "STATE", "SINCE", "PID", "RESTARTS/MIN", "WANTED", "LAST EXIT", "NEXT BOOT", "LAST LOG LINE")
-COLOURS = {"up": 32, "starting": 33, "stopping": 33, "crash loop": 31, "parked": 31, "no slot": 31, "no supervisor": 31}
+COLUMNS = (
+    *("PROFILE", "STATE", "SINCE", "PID", "MEMORY", "RESTARTS", "WANTED", "LAST EXIT", "NEXT BOOT", "PLATFORMS"),
+    "LAST LOG LINE",
+)
+DROPPED = ("WANTED", "RESTARTS", "LAST EXIT", "MEMORY", "PLATFORMS")  # in this order where a terminal is narrow
+WIDE = 120  # columns of a terminal from which on cells are whole
+RED, GREEN, YELLOW = 31, 32, 33
+COLOURS = {
+    **{"up": GREEN, "starting": YELLOW, "stopping": YELLOW, "pass": GREEN, "warn": YELLOW, "fail": RED},
+    **{"crash loop": RED, "parked": RED, "no slot": RED, "no supervisor": RED},
+}
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: Row, *, brief: bool) -> tuple[str, ...]:
     """Return a row's columns as text."""
+    waits = f"next start at {time.strftime('%H:%M:%S', time.localtime(row.waits_until))}: " if row.waits_until else ""
+    next_boot = "starts" if row.autostart else "stays down"
+    failed = {name: failure for name, platform in row.platforms.items() if (failure := failure_of(platform))}
     return (
         row.name,
-        row.state,
+        ", ".join([row.state, *(f"{name}: {failure}" for name, failure in failed.items())]),
         "-" if row.since is None else duration(time.time() - row.since),
         str(row.pid or "-"),
-        str(row.restarts),
+        "-" if row.memory is None else f"{row.memory >> 20} MiB",
+        f"{row.restarts_since_boot}{'+' if row.restarts_since_boot >= MOST_DEATHS - 1 else ''}",
         {True: "up", False: "down", None: "-"}[row.wanted],
         row.last_exit or "-",
-        f"{'starts' if row.autostart else 'stays down'} ({row.why})",
-        row.last_line,
+        row.why if row.why == "service" else next_boot if brief else f"{next_boot} ({row.why})",
+        " ".join(name for name in row.platforms if name not in failed),
+        f"{waits}{row.last_line}",
     )
 
 
@@ -3739,32 +4883,71 @@ def duration(seconds_past: float) -> str:
     return " ".join(parts[:2])
 
 
-def table(rows: list[Row]) -> str:
-    """Return the rows aligned; on a terminal in colour (unless NO_COLOR is set) and cut to its width."""
-    terminal = sys.stdout.isatty()
-    lines = [COLUMNS, *(cells(row) for row in rows)]
-    widths = [max(len(line[index]) for line in lines) for index in range(len(COLUMNS) - 1)]
-    width = os.get_terminal_size().columns if terminal else 0
+def terminal_width() -> int:
+    """Return how many columns the terminal has that stdout is, 0 for another file."""
+    return os.get_terminal_size(1).columns if os.isatty(1) else 0
+
+
+def coloured(text: str, word: str) -> str:
+    """Return text with the first of a word in its colour, on a terminal, unless NO_COLOR is set."""
+    colour = (
+        COLOURS.get(word, YELLOW if ", " in word else None)
+        if terminal_width() and not os.environ.get("NO_COLOR")
+        else None
+    )
+    return text.replace(word, f"\033[{colour}m{word}\033[0m", 1) if colour else text
+
+
+def table(rows: list[Row], services: list[Row]) -> str:
+    """Return the rows aligned, and how many gateways are in which state. A terminal's width is kept: the last log line
+    of a gateway that is not well stands below it, any other is cut, and columns are left out."""
+    width = terminal_width()
+    found = [dict(zip(COLUMNS, cells(row, brief=0 < width < WIDE), strict=True)) for row in (*rows, *services)]
+    lines = [dict(zip(COLUMNS, COLUMNS, strict=True)), *found]
+    sizes = {name: max(len(line[name]) for line in lines) + 2 for name in COLUMNS}
+    columns = [name for name in COLUMNS[:-1] if any(line[name] for line in found)]
+    for name in DROPPED:
+        if name in columns and 0 < width < sum(sizes[name] for name in columns):
+            columns.remove(name)
+    room = max(0, width - sum(sizes[name] for name in columns))
     result = []
     for line in lines:
-        padded = [cell.ljust(size) for cell, size in zip(line, widths)]
-        text = "  ".join([*padded, line[-1]]).rstrip()
-        text = text[:width] if width else text
-        colour = COLOURS.get(line[1]) if terminal and not os.environ.get("NO_COLOR") else None
-        start = widths[0] + 2
-        result.append(
-            f"{text[:start]}\033[{colour}m{text[start : start + len(line[1])]}\033[0m{text[start + len(line[1]) :]}"
-            if colour
-            else text
-        )
-    return "\n".join(result)
+        first, last = line["PROFILE"].ljust(sizes["PROFILE"]), line[COLUMNS[-1]]
+        text = "".join(line[name].ljust(sizes[name]) for name in columns[1:])
+        below = width and last and COLOURS.get(line["STATE"]) == RED
+        text += "" if below or (width and not room) else cut(last, room)
+        result.append(first + coloured(cut(text.rstrip(), max(0, width - len(first))), line["STATE"]))
+        result += [cut(f"    {last}", width)] if below else []
+    return "\n".join([*result, "", summary(rows)])
+
+
+def summary(rows: list[Row]) -> str:
+    """Return how many gateways there are, and how many are in each state."""
+    states = [row.state for row in rows]
+    counts = ", ".join(
+        f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states, key=states.count)[::-1])
+    )
+    return f"{len(rows)} gateway{'s' * (len(rows) != 1)}: {counts}"
+
+
+def service_rows(boot: Boot) -> list[Row]:
+    """Return a row for each of the image's static services."""
+    rows = []
+    for name in sorted(os.listdir(STATIC_SERVICES)) if os.path.isdir(STATIC_SERVICES) else ():
+        if os.path.isdir(slot := f"{boot.scandir}/{name}"):
+            row = Row()
+            row.name, row.autostart, row.why, row.last_line, row.platforms = name, True, "service", "", {}
+            add_what_s6_says(row, slot, {})
+            if name == "dashboard" and row.state == "up" and not switch(boot.setting("HERMES_DASHBOARD")):
+                row.state = "off"
+            rows.append(row)
+    return rows
 
 
 def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | None) -> int:
     """Print the table or JSON, again and again with watch, in seconds; return 0, or 4 when there is no such profile."""
-    become_hermes()
     while True:
-        rows = [row for row in rows_of(boot) if profile in (None, row.name)]
+        rows = rows_of(boot, profile)
         if not rows:
             return report_failures(
                 {"": NotRegistered(f"no such profile: {shown(profile or '')}; `hermes-boot status` lists them")}
@@ -3773,7 +4956,8 @@ def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | N
             warn(f"this container has no gateways, since {why}")
         elif not as_json and not supervisor_answers(boot.scandir):
             warn(f"no supervisor answers on {boot.scandir}; `hermes-boot doctor` says why")
-        text = to_json([row.as_dict() for row in rows]) if as_json else table(rows)
+        services = [] if profile or as_json else service_rows(boot)
+        text = to_json([row.as_dict() for row in rows]) if as_json else table(rows, services)
         print(f"\033[H\033[J{text}" if watch and sys.stdout.isatty() else text, flush=True)
         if not watch:
             return 0
@@ -3784,6 +4968,9 @@ def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | N
 # --------------------------------------------------------------------------------------------------------------------
 
 
+HEALTH_TIMEOUT = 4  # seconds; the image's HEALTHCHECK has 5
+
+
 def health(environment: dict[str, str], live: bool) -> int:
     """Return 0 when the supervisor answers and every gateway that should be up is, or is about to be; else 1, after one
     line why.
@@ -3792,7 +4979,6 @@ def health(environment: dict[str, str], live: bool) -> int:
     parser. With live, the supervisor alone counts: whoever restarts the container upon it would take good gateways down
     for a bad one.
     """
-    become_hermes()
     boot = Boot(environment)
     if not supervisor_answers(boot.scandir):
         print(f"unhealthy: no supervisor answers on {boot.scandir}")
@@ -3809,6 +4995,7 @@ def health(environment: dict[str, str], live: bool) -> int:
         for profile, status in statuses.items()
         if (why := unhealthy_reason(manager, profile, status))
     ]
+    ill += [f"{profile}: no slot" for profile in wanted_without_slot(boot, statuses)]
     wanted = sum(1 for status in statuses.values() if status and status.wanted)
     print(f"unhealthy: {'; '.join(ill)}" if ill else f"healthy: {wanted} up, {len(statuses) - wanted} not wanted")
     return int(bool(ill))
@@ -3819,12 +5006,36 @@ def unhealthy_reason(manager: S6ServiceManager, profile: str, status: SlotStatus
     if status is None:
         return "no supervisor"
     if not status.wanted:
-        parked = not status.up and status.ended == EX_CONFIG << 8 and not was_stopped(manager, profile)
+        parked = not status.up and status.ended == EX_CONFIG << 8 and not manager.was_stopped(profile)
         return f"parked after {ending(status.ended)}" if parked else ""
-    if is_looping(status, death_times(f"{manager.scandir}/{SLOT_PREFIX}{profile}")):
+    slot = f"{manager.scandir}/{SLOT_PREFIX}{profile}"
+    if is_looping(status, death_times(slot)):
         return "crash loop"
     down = time.time() - status.since
-    return f"down for {duration(down)}" if not status.up and down > START_GRACE else ""
+    if not status.up and down > START_GRACE:
+        return f"down for {duration(down)}"
+    logger = slot_status(f"{slot}/log")
+    silent = logger is None or (not logger.up and time.time() - logger.since > START_GRACE)
+    return "no logger" if silent and down > START_GRACE and os.path.isdir(f"{slot}/log") else ""
+
+
+def wanted_without_slot(boot: Boot, registered: dict[str, SlotStatus | None]) -> list[str]:
+    """Return the profiles that should run and have no slot, where there is room for one. Nothing is read of those that
+    have one."""
+    try:
+        with open_home(boot) as home:
+            try:
+                with home.folder("profiles") as profiles:
+                    names = {"default", *os.listdir(profiles.fd)}
+            except OSError:
+                names = {"default"}
+            missing = names - set(registered)
+            if not missing or len(registered) >= SLOT_LIMIT or no_gateways(boot, container_words()):
+                return []
+            found = [profile for profile in list_profiles(boot, home, None) if profile.name in missing]
+    except Fatal:
+        return []
+    return sorted(profile.name for profile in found if profile.action == "started")
 
 
 # Logs
@@ -3867,13 +5078,40 @@ def unread_logs(logs: Folder, last: int) -> list:
     return files[start:end]
 
 
-def log_lines(logs: Folder, *, follow: bool):
+def last_files(files: list, count: int) -> list:
+    """Return those of a log's files, oldest first, that its last count lines are in, the first of them placed where
+    these begin, or a little before; the others are closed. Blocks are read from the end on: a log's size costs no time."""
+    for index in range(len(files) - 1, -1, -1):
+        count -= place_before(files[index], count)
+        if count <= 0:
+            for file in files[:index]:
+                file.close()
+            return files[index:]
+    return files
+
+
+def place_before(file, count: int) -> int:
+    """Place a log file before its last count lines, or at its start; return how many lines follow there."""
+    position, found = os.fstat(file.fileno()).st_size, 0
+    least = max(0, position - count * LINE_LIMIT)  # longer lines are taken for several
+    while position > least:
+        size = min(position - least, LINE_LIMIT)
+        position -= size
+        found += os.pread(file.fileno(), size, position).count(b"\n")
+        if found > count:
+            break
+    file.seek(position)
+    return count if position and position == least else found
+
+
+def log_lines(logs: Folder, *, count: int | None, follow: bool):
     """Yield a log's lines as bytes, archives and current in order; with follow, go on for ever, over rotations, with
-    None in pauses."""
+    None in pauses. With a count, start where at least as many lines are left, unless there are fewer."""
     last = None
     while True:
         inode = os.fstat(last.fileno()).st_ino if last else 0
-        for file in unread_logs(logs, inode):
+        files = unread_logs(logs, inode)
+        for file in files if last or count is None else last_files(files, count):
             if last and os.fstat(file.fileno()).st_ino == inode:
                 file.close()
             else:
@@ -3888,17 +5126,15 @@ def log_lines(logs: Folder, *, follow: bool):
 
 def whole_lines(file):
     """Yield what a log file has more; a line that s6-log has only begun is left for the next time."""
-    while True:
-        position = file.tell()
-        line = file.readline(LINE_LIMIT)
+    while line := file.readline(LINE_LIMIT):
         if not line.endswith(b"\n") and len(line) < LINE_LIMIT:
-            file.seek(position)
+            file.seek(-len(line), os.SEEK_CUR)
             return
         yield line
 
 
 def last_lines(home: Folder, profile: str, count: int) -> list[str]:
-    """Return the last lines of a gateway's current log that say something, without timestamps, fit for one line of a
+    """Return the last lines of a gateway's current log that have letters, without timestamps, fit for one line of a
     terminal each."""
     try:
         with home.folder(f"logs/gateways/{profile}") as logs:
@@ -3910,11 +5146,8 @@ def last_lines(home: Folder, profile: str, count: int) -> list[str]:
     with file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
         lines = file.read(4096).decode(errors="replace").splitlines()
-    texts = [
-        "".join(letter if letter.isprintable() else " " for letter in line.partition("  ")[2]).strip()[:200]
-        for line in lines
-    ]
-    return [text for text in texts if text][-count:]
+    texts = [printable(line.partition("  ")[2]) for line in lines]
+    return [text for text in texts if any(map(str.isalpha, text))][-count:]
 
 
 def since_when(text: str) -> str:
@@ -3937,8 +5170,6 @@ def show_logs(
 ) -> int:
     """Print a gateway's log, its last count lines of those from since on; return 0, or 4 when there is none. On a
     terminal, unless raw, nothing in it can act on that."""
-    from collections import deque
-
     become_hermes()
     manager = S6ServiceManager(boot.scandir, boot.home, environment=boot.environment)
     name, after = named_profile(manager, profile), (since or "").encode()
@@ -3946,9 +5177,10 @@ def show_logs(
     try:
         manager.valid(name)
         with Folder(boot.home, follow=True) as home, home.folder(f"logs/gateways/{name}") as logs:
-            lines = (line for line in log_lines(logs, follow=follow) if line is None or line[: len(after)] >= after)
+            found = log_lines(logs, count=count, follow=follow)
+            lines = (line for line in found if line is None or line[: len(after)] >= after)
             past = iter(lines.__next__, None)  # up to the first pause
-            write_lines(past if count is None else deque(past, count), harmless)
+            write_lines(past if count is None else [*past][-count:], harmless)
             for line in lines:
                 write_lines([line], harmless) if line else time.sleep(0.2)
     except FileNotFoundError:
@@ -4004,6 +5236,31 @@ class Check:
         """Return the check for JSON."""
         return {"level": self.level, "check": self.what, "found": self.found, "fix": self.fix}
 
+    def text(self, width: int) -> str:
+        """Return the check for people: one line and, if any, lines of a log; on a terminal of a width in colour, and
+        filled, with what fixes it on a line of its own."""
+        line = f"{self.level:4}  {self.what}: "
+        if not width:
+            return f"{line}{Fault(self.found, self.fix)}"
+        fix, *said = self.fix.split("\n")
+        result = [
+            filled(f"{line}{self.found}", width),
+            *([f"      {filled(fix, width) if '`' in fix else fix}"] if fix else []),
+        ]
+        return "\n".join([coloured("\n".join(result), self.level), *(cut(text, width) for text in said)])
+
+
+def filled(text: str, width: int) -> str:
+    """Return text in lines for a terminal, six columns in. A command in backticks stays whole, for people to paste."""
+    import re
+
+    lines = [""]
+    for word in re.findall(r"(?:`[^`]*`|\S)+", text):
+        if lines[-1] and len(lines[-1]) + len(word) + 7 > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".lstrip()
+    return "\n      ".join(lines)
+
 
 def doctor(boot: Boot, *, as_json: bool, fix: bool) -> int:
     """Look at everything that goes wrong in such a container; return 1 when a check fails. With fix, fix what is safe
@@ -4013,8 +5270,15 @@ def doctor(boot: Boot, *, as_json: bool, fix: bool) -> int:
     """
     if fix and os.geteuid() == 0:
         fix_owners(boot)
-    owners = owner_checks(boot)
-    become_hermes()
+        if is_sealed(boot.environment) and not no_gateways(boot, container_words()):
+            reconcile_phase(boot)
+    return by_hermes(
+        command_timeout(boot.environment, waits=False), doctor_as_hermes, boot, owner_checks(boot), as_json, fix
+    )
+
+
+def doctor_as_hermes(boot: Boot, owners: list[Check], as_json: bool, fix: bool) -> int:
+    """As hermes: look at all that needs no root, fix it with fix, and print these checks after those of the owners."""
     checks = all_checks(boot)
     repairs = [check for check in checks if fix and check.repair]
     for check in repairs:
@@ -4026,7 +5290,7 @@ def doctor(boot: Boot, *, as_json: bool, fix: bool) -> int:
     if as_json:
         print(to_json([check.as_dict() for check in checks]))
     for check in [] if as_json else checks:
-        print(f"{check.level:4}  {check.what}: {Fault(check.found, check.fix)}")
+        print(check.text(terminal_width()))
     return int(any(check.level == "fail" for check in checks))
 
 
@@ -4043,8 +5307,10 @@ def all_checks(boot: Boot) -> list[Check]:
             if why := no_gateways(boot, container_words()):
                 return [*checks, Check("pass", "gateways", f"none here, since {why}")]
             full = sum(row.state != "no slot" for row in rows) >= SLOT_LIMIT
+            checks += stray_checks(boot)
             for row in rows:
                 checks += [gateway_check(boot, home, row, full), *logger_checks(boot, home, row.name)]
+                checks += [*platform_checks(row, rows), *foreign_checks(boot, row.name)]
     except OSError as error:
         checks.append(
             Check(
@@ -4085,9 +5351,7 @@ def supervisor_checks(boot: Boot) -> list[Check]:
 
 
 def fix_owners(boot: Boot) -> None:
-    """As root: hand over what the boot hands over. What keeps it from that, the checks say."""
-    if not no_gateways(boot, container_words()):
-        own_services(boot)
+    """As root: hand over what the boot hands over on the volume. What keeps it from that, the checks say."""
     try:
         sweep = sweep_volume(boot)
     except OSError:
@@ -4106,7 +5370,8 @@ def owner_checks(boot: Boot) -> list[Check]:
     if not os.path.isdir(boot.home):
         return []  # the volume's own check says it
     checks = []
-    if (uid, gid) != boot.owner:
+    shared = boot.owner != account() and is_groups(os.stat(boot.home), boot.owner[1])
+    if (uid, gid) != boot.owner and not shared:
         fix = f"start with HERMES_UID={uid} HERMES_GID={gid}, or restart the container to give it to hermes"
         checks.append(Check("warn", "owner", f"{shown(boot.home)} belongs to {uid}:{gid}, hermes is {ours}", fix))
     boot.dry_run = True
@@ -4131,7 +5396,9 @@ def owner_checks(boot: Boot) -> list[Check]:
         checks.append(
             Check("fail", "owners", f"{sweep.failed} folders cannot be read, the first: {sweep.failure}", fix)
         )
-    return checks or [Check("pass", "owners", f"{sweep.checked} entries are {ours}'s")]
+    return checks or [
+        Check("pass", "owners", f"{sweep.checked} entries are {ours}'s{', or for its group' if shared else ''}")
+    ]
 
 
 def volume_checks(boot: Boot) -> list[Check]:
@@ -4199,9 +5466,7 @@ def version_checks(boot: Boot) -> list[Check]:
 
 
 def path_checks() -> list[Check]:
-    """Look for the s6 programs, ours and people's, and for folders on PATH that endanger root."""
-    if fault := exposed_path(Boot(container_environment())):
-        return [Check("warn", "PATH", fault.text, fault.fix)]
+    """Look for the s6 programs, ours and people's."""
     program = s6_program("s6-svc")
     folder = os.path.dirname(program)
     if not os.access(program, os.X_OK):
@@ -4278,7 +5543,8 @@ def gateway_check(boot: Boot, home: Folder, row: Row, full: bool) -> Check:
     can be."""
     name, start = row.name, f"`hermes -p {row.name} gateway start`"
     if row.why == "no such profile":
-        return Check("warn", name, "has a slot, but its profile is gone", f"`hermes-boot gateway unregister -p {name}`")
+        fix, found = f"`hermes-boot gateway unregister -p {name}`", "has a slot, but its profile is gone"
+        return Check("warn", name, found, fix, lambda: unregister_gone(boot, name))
     if row.state == "no slot" and full:
         return Check("warn", name, f"has no slot, since {FULL.text}", FULL.fix)
     if row.state in ("no slot", "no supervisor"):
@@ -4296,9 +5562,61 @@ def gateway_check(boot: Boot, home: Folder, row: Row, full: bool) -> Check:
         return Check("fail", name, f"{state} after {row.last_exit}; {cause}", f"{fix}, then {start}{said}")
     if row.state == "down" and row.autostart:
         return Check("warn", name, "is down, though it should run", start)
+    if row.state == "down" and row.why == MULTIPLEXED.text:
+        return Check("pass", name, f"down, since {MULTIPLEXED.text}")
     if row.state == "down":
         return Check("pass", name, f"down, as it was left ({row.why}); to have it up: {start}")
     return Check("pass", name, f"{row.state} for {duration(time.time() - (row.since or time.time()))}")
+
+
+def unregister_gone(boot: Boot, name: str) -> str:
+    """Remove the slot of a profile that is gone."""
+    try:
+        S6ServiceManager(boot.scandir, boot.home, environment=boot.environment).unregister_profile_gateway(name)
+    except GatewayError as error:
+        raise OSError(errno.EBUSY, str(error)) from error
+    return "removed its slot"
+
+
+def stray_checks(boot: Boot) -> list[Check]:
+    """Look for supervisors whose slot somebody has removed."""
+    names = stray_supervisors(boot.scandir)
+
+    def fix() -> str:
+        patience = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1) + 5
+        left = lambda logger: any(name.endswith("/log") is logger for name in stray_supervisors(boot.scandir))  # noqa: E731
+        if not let_go(boot.scandir, lambda: left(False), lambda: left(True), patience):
+            raise OSError(errno.EBUSY, "they do not end")
+        return "ended them"
+
+    found = f"{' '.join(names)}: supervised, and perhaps running, though their slots are gone"
+    return [Check("fail", "supervisors", found, "hermes-boot doctor --fix", fix)] if names else []
+
+
+def foreign_checks(boot: Boot, name: str) -> list[Check]:
+    """Look for a slot that hermes-agent's own manager has made: it has no back-off, the wrong HOME, and a root logger."""
+    slot = f"{boot.scandir}/{SLOT_PREFIX}{name}"
+    if is_ours(slot, name) or not os.path.isdir(slot):
+        return []
+    found = "its slot is not as the boot makes it; the next start or restart brings it up to date"
+    return [Check("warn", name, found, f"`hermes -p {name} gateway restart`")]
+
+
+def platform_checks(row: Row, rows: list[Row]) -> list[Check]:
+    """Look for messaging platforms that have failed, and for who else has a platform's token."""
+    checks = []
+    for platform, said in row.platforms.items():
+        if not failure_of(said):
+            continue
+        code, message = said["error_code"], said["error_message"]
+        found, fix = f"{platform}: {message or code or 'failed'}", f"`hermes-boot logs -p {row.name} -n 50`"
+        if code.endswith("_lock") or code == "lock_conflict":
+            number = message.partition("PID ")[2].partition(")")[0]
+            other = next((each.name for each in rows if number and str(each.pid) == number), f"process {number or '?'}")
+            found = f"{platform}: {other} has its token or account ({code})"
+            fix = f"give each profile one of its own: `hermes -p {row.name} setup`"
+        checks.append(Check("fail", row.name, found, fix))
+    return checks
 
 
 def likely_cause(row: Row, lines: list[str]) -> tuple[str, str]:
@@ -4317,7 +5635,7 @@ def likely_cause(row: Row, lines: list[str]) -> tuple[str, str]:
 def dashboard_checks(boot: Boot) -> list[Check]:
     """Look whether the dashboard runs, where it should."""
     if not switch(container_environment().get("HERMES_DASHBOARD", "")):
-        return []
+        return [Check("pass", "dashboard", "off (HERMES_DASHBOARD)")]
     slot = f"{boot.scandir}/dashboard"
     status = slot_status(slot)
     if status and status.up and not is_looping(status, death_times(slot)):
@@ -4339,7 +5657,8 @@ def repair_slot(boot: Boot, name: str) -> str:
         profile = decide(boot, folder, name, None)
         timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
         register(home, folder, scandir, profile, timeout)
-        rescan(boot.scandir, b"an")
+        path = f"{boot.scandir}/{old}"
+        let_go(boot.scandir, lambda: is_supervised(path), lambda: is_supervised(f"{path}/log"), 5)
         try:
             scandir.remove(old)
         except OSError:
@@ -4351,27 +5670,50 @@ def repair_slot(boot: Boot, name: str) -> str:
 
 
 def logger_checks(boot: Boot, home: Folder, name: str) -> list[Check]:
-    """Look for a logger that does not get its folder, most often because another container has it locked."""
-    slot = f"{boot.scandir}/{SLOT_PREFIX}{name}/log"
+    """Look for a logger that does not come up, or that does without its folder, most often because another container
+    has it locked."""
+    slot, folder = f"{boot.scandir}/{SLOT_PREFIX}{name}/log", f"logs/gateways/{name}"
     status = slot_status(slot)
-    if status is None or not is_looping(status, death_times(slot)):
+    if status is None or not (is_looping(status, death_times(slot)) or time.time() - status.since > START_SECONDS):
         return []
-    folder = f"logs/gateways/{name}"
-    if log_is_locked(home, folder):
+    holder, logger = lock_holder(home, folder), status.pid if status.up else -1
+    if holder == logger or (holder is None and not status.wanted):
+        return []
+    if holder == 0:
         fix = "give each container a volume of its own, or all but one HERMES_RECONCILE=0"
-        return [Check("fail", name, f"{folder} is locked by another container", fix)]
+        return [Check("fail", name, f"{folder} is locked by another container, so its log goes to its own alone", fix)]
+    if not status.up:
+        fix = f"make {folder} on the volume a plain folder that hermes can write"
+        return [Check("fail", name, "its logger dies again and again", fix)]
+
+    why = f"{folder} is locked by a logger without a supervisor (PID {holder})" if holder else f"{folder} is not used"
     return [
         Check(
             "fail",
             name,
-            "its logger dies again and again",
-            f"make {folder} on the volume a plain folder that hermes can write",
+            f"{why}, so its log goes to the container's alone",
+            "hermes-boot doctor --fix",
+            lambda: renew_logger(boot, name),
         )
     ]
 
 
-def log_is_locked(home: Folder, folder: str) -> bool:
-    """Return whether a process holds s6-log's lock, without taking it."""
+def renew_logger(boot: Boot, name: str) -> str:
+    """End a logger without a supervisor that has a gateway's log folder, and start the gateway's own anew."""
+    folder = f"logs/gateways/{name}"
+    with open_home(boot) as home:
+        holder = lock_holder(home, folder)
+        for number in (SIGTERM, SIGKILL) if holder else ():
+            send(holder, number)
+            if until(lambda: lock_holder(home, folder) != holder, 2):
+                break
+    tell(f"{boot.scandir}/{SLOT_PREFIX}{name}/log/supervise/control", b"t")
+    return "started its logger anew"
+
+
+def lock_holder(home: Folder, folder: str) -> int | None:
+    """Return the pid of the process that holds s6-log's lock, 0 for one of another container, None for nobody. The lock
+    is not taken."""
     import fcntl
     import struct
 
@@ -4379,11 +5721,12 @@ def log_is_locked(home: Folder, folder: str) -> bool:
         with home.folder(folder) as logs:
             fd = os.open("lock", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=logs.fd)
     except OSError:
-        return False
+        return None
     try:
         layout = "hhqqi4x"  # struct flock: type, whence, start, length, pid
         answer = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-        return struct.unpack(layout, answer)[0] != fcntl.F_UNLCK
+        kind, *_, pid = struct.unpack(layout, answer)
+        return None if kind == fcntl.F_UNLCK else max(0, pid)
     finally:
         os.close(fd)
 
@@ -4410,6 +5753,11 @@ def main(argv: list[str]) -> int:
         words = [ROLES[name]]
     if name == "entrypoint.sh":
         warn("docker/entrypoint.sh is deprecated; use the image's ENTRYPOINT, /init")
+        if argv[1:] or 1 in (
+            os.getpid(),
+            os.getppid(),
+        ):  # the container's start, else `docker exec`, which has no parent here
+            return execute(["/init", WRAPPER, *argv[1:]], process_environment())
     if name == "hermes-boot":
         words = words or ["--help"]  # whoever types that wants to look, not to boot
     return guarded(dispatch, words)
@@ -4421,11 +5769,13 @@ def dispatch(words: list[str]) -> int:
     if words in ([], ["setup"], ["reconcile"], ["shutdown"]):
         return run_phases(command, dry_run=False)
     if words in (["health"], ["health", "--live"]):
-        return health(exec_environment(), bool(rest))
+        return by_hermes(HEALTH_TIMEOUT, health, exec_environment(), bool(rest))
     if words == ["migrate"]:
         return migrate_config(Boot(process_environment()))
     if command == "finish" and len(rest) >= 2:
-        return finish(rest[0], rest[1])
+        return finish(*rest[0:2], *rest[4:5])
+    if words == ["end-boot"]:
+        return end_boot()
     if command == "init" and rest:
         return fallback_init(rest[0], rest[1:])
     if command == "container-command":
@@ -4434,7 +5784,21 @@ def dispatch(words: list[str]) -> int:
         return dashboard(process_environment())
     if command == "gateway" and rest[:1] and rest[0] in DONE and (rest[1:] in ([], ["--all"]) or rest[1:-1] == ["-p"]):
         return control(rest[0], rest[2] if rest[2:] else None, rest[1:] == ["--all"], exec_environment())
-    return run_command(parse(words))
+    return run_command(without_parser(words) or parse(words))
+
+
+def without_parser(words: list[str]):
+    """Return what the parser makes of the forms that people use most, None for any other: it takes as long as all the
+    rest."""
+    command, *rest = words[1:] if words[:2] == ["gateway", "status"] else words
+    found = type(sys.implementation)(**dict.fromkeys("profile lines all json watch since follow raw".split()))
+    found.command, found.action = words[0], "status"
+    if command == "status" and (not rest or rest[:-1] == ["-p"]):
+        found.profile = rest[-1] if rest else None
+        return found
+    if command == "logs" and rest[:-1] == ["-n"]:
+        found.lines = number_in(rest[1], 1, 10**9)
+    return found if found.lines else None
 
 
 def exec_environment() -> dict[str, str]:
@@ -4448,6 +5812,7 @@ def run_phases(role: str, *, dry_run: bool) -> int:
     boot = Boot(container_environment(), dry_run=dry_run)
     if role == "shutdown":
         return shut_down(boot)
+    end_on_sigterm()
     code = setup_phase(boot) if role != "reconcile" else 0
     return code if code or role == "setup" else reconcile_phase(boot)
 
@@ -4458,12 +5823,15 @@ def run_command(arguments) -> int:
     if command in ("", "setup", "reconcile", "shutdown"):
         return run_phases(command, dry_run=getattr(arguments, "dry_run", False))
     if command == "health":
-        return health(exec_environment(), arguments.live)
+        return by_hermes(HEALTH_TIMEOUT, health, exec_environment(), arguments.live)
     boot = Boot(exec_environment())
     if command == "gateway":
         return gateway_command(boot, arguments.action, arguments.profile, arguments.all, arguments.json)
     if command == "status":
-        return show_status(boot, arguments.profile, arguments.json, arguments.watch)
+        if arguments.watch:
+            become_hermes()
+        timeout = command_timeout(boot.environment, waits=False)
+        return by_hermes(timeout, show_status, boot, arguments.profile, arguments.json, arguments.watch)
     if command == "logs":
         return show_logs(boot, arguments.profile, arguments.lines, arguments.since, arguments.follow, arguments.raw)
     return doctor(boot, as_json=arguments.json, fix=arguments.fix)

@@ -26,6 +26,7 @@ COMMAND_FOLDERS = ("/opt/hermes/bin", f"{VENV}/bin")
 COMMAND_PROCESS = "/run/hermes-command"  # pid and start time of the container command, for its graceful shutdown
 SUPERVISOR_PROCESS = "/run/hermes-supervisor"  # and of the fallback init, hermes_boot.py where s6-overlay cannot start
 CONTAINER_ENVIRONMENT = "/run/s6/container_environment"
+RUNTIME_FOLDER = "/tmp/hermes-runtime"  # XDG_RUNTIME_DIR unless that is set
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 SIGPIPE, SIGXFSZ = 13, 25
 
@@ -87,16 +88,26 @@ def root_home(environment: dict[str, str]) -> str:
 
 def program_environment(environment: dict[str, str]) -> dict[str, str]:
     """Return the environment for a program of the image: HOME, HERMES_HOME, VIRTUAL_ENV, and PATH with our folders
-    on it; last on it are the commands that `hermes profile create` makes on the volume, which root must not find."""
+    on it; last on it are the commands that `hermes profile create` and pip make on the volume, which root must not
+    find. Unless given: where pip puts packages, a runtime folder, and hermes's name for a UID that has none."""
     path, home = environment.get("PATH") or os.defpath, root_home(environment)
     missing = [folder for folder in COMMAND_FOLDERS if folder not in path.split(":")]
     made = [f"{home}/.local/bin"] if f"{home}/.local/bin" not in path.split(":") else []
-    return environment | {
+    defaults = {"USER": USER, "LOGNAME": USER, "PYTHONUSERBASE": f"{home}/.local", "XDG_RUNTIME_DIR": RUNTIME_FOLDER}
+    own = {
         "HOME": home,
         "HERMES_HOME": environment.get("HERMES_HOME") or HOME,
         "PATH": ":".join([*missing, path, *made]),
         "VIRTUAL_ENV": VENV,
     }
+    return defaults | environment | own
+
+
+def umask_of(environment: dict[str, str]) -> int | None:
+    """Return the umask that UMASK gives for hermes's processes, in octal, None when it gives none."""
+    value = environment.get("UMASK", "")
+    octal = value and len(value) <= 4 and not value.strip("01234567")
+    return int(value, 8) if octal and int(value, 8) <= 0o777 else None
 
 
 def s6_program(name: str) -> str:
@@ -123,6 +134,13 @@ def execute(argv: list[str], environment: dict[str, str]) -> int:
     except OSError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: cannot run {argv[0]!r}: {error.strerror}", file=sys.stderr)
         return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
+
+
+def execute_as_hermes(argv: list[str], environment: dict[str, str]) -> int:
+    """Exec a program as hermes, with hermes's umask; return only when that fails, as execute() does."""
+    if (umask := umask_of(environment)) is not None:
+        os.umask(umask)
+    return execute(as_hermes(argv), environment)
 
 
 def s6_is_pid_1() -> bool:
@@ -185,15 +203,25 @@ def profile_option(words: list[str]) -> tuple[str | None, list[str]]:
 BOOT = "/opt/hermes/bin/hermes-boot"
 WRAPPER = "/opt/hermes/docker/main-wrapper.sh"
 S6_INIT = "/init.s6-overlay"
+SUEXEC = "/command/s6-overlay-suexec"
+TINI = ("tini", "/usr/bin/tini")
+LAUNCHERS = ("/init", WRAPPER, "/opt/hermes/docker/entrypoint.sh", *TINI)
+SUBCOMMANDS = frozenset(  # of hermes, by hermes-agent's parser: programs of these names are run by their path
+    "acp auth backup bundles chat checkpoints claw completion computer-use config console cron curator dashboard debug"
+    " desktop doctor dump fallback gateway gui hooks import insights journey kanban learning login logout logs lsp mcp"
+    " memory memory-graph migrate moa model pairing pets plugins portal postinstall profile project prompt-size proxy"
+    " secrets security send serve sessions setup skills slack status tools uninstall update version webhook whatsapp"
+    " whatsapp-cloud".split()
+)
 
 
 def program_of(words: list[str], environment: dict[str, str]) -> list[str]:
-    """Return the argv that the container command's words become: a program by path or on PATH as it is, anything
-    else is hermes's."""
+    """Return the argv that the container command's words become: a program by path, or on PATH unless hermes has a
+    subcommand of that name, as it is; anything else is hermes's."""
     word = words[0] if words else ""
     if "/" in word:
         return words
-    if word and word != USER and not word.startswith("-"):
+    if word and word != USER and word not in SUBCOMMANDS and not word.startswith("-"):
         for folder in environment["PATH"].split(":"):
             path = os.path.join(folder, word)
             if os.path.isfile(path) and os.access(path, os.X_OK):
@@ -215,45 +243,102 @@ def gateway_request(words: list[str]) -> list[str]:
     return [*rest] if rest[2:] or profile is None else [*rest, "-p", profile]
 
 
+def with_secrets(environment: dict[str, str]) -> dict[str, str]:
+    """Return the environment of `docker exec` with the secrets that the boot has read from files, see
+    read_secrets()."""
+    missing = [name[:-5] for name in environment if name.endswith("_FILE") and not environment.get(name[:-5])]
+    for name in missing:
+        try:
+            value = content(f"{CONTAINER_ENVIRONMENT}/{name}")
+        except OSError:
+            continue  # a file that is not the boot's to read, or nobody's before it has
+        environment[name] = os.fsdecode(value.removesuffix(b"\n"))
+    return environment
+
+
+UPDATE = (
+    "the agent is part of this container's image, which is not the one named below: build or pull the one that you run"
+    " (`make image`), then make the container anew; the volume keeps everything"
+)
+
+
 def hermes_command(words: list[str]) -> int:
     """Be the `hermes` command: answer for the gateways that s6 supervises, hand everything else to the real program
     untouched."""
-    environment = process_environment()
+    environment = with_secrets(process_environment())
     if "HERMES_HOME" not in environment:  # a login shell's, by ssh
         environment = container_environment()
     if (request := gateway_request(words)) and supervised():
         return execute([BOOT, *request], environment)
+    if profile_option(words)[1][:2] == ["gateway", "run"] and not environment.get("HERMES_S6_SUPERVISED_CHILD"):
+        # Below another PID 1 the agent does not see s6; without gateways by HERMES_RECONCILE it would ask s6 for one.
+        alone = switch(environment.get("HERMES_RECONCILE", "")) is False
+        if supervised() and (alone or not s6_is_pid_1()):
+            return execute([BOOT, "container-command", *words], environment)
+    if profile_option(words)[1] in (["update"], ["update", "--check"]):
+        print(f"{USER}: info: {UPDATE}", file=sys.stderr)
     if switch(environment.get("HERMES_DOCKER_EXEC_AS_ROOT", "")):
         return execute([HERMES, *words], environment)
-    return execute(as_hermes([HERMES, *words]), program_environment(environment))
+    return execute_as_hermes([HERMES, *words], program_environment(environment))
+
+
+def hand_over_stdio() -> None:
+    """Give stdin, stdout and stderr to hermes where they are a pipe or a terminal, as engines do for `--user`: else it
+    could not open them by name, such as /dev/stderr."""
+    import pwd
+    import stat
+
+    for fd in range(3):
+        try:
+            if stat.S_ISFIFO(os.fstat(fd).st_mode) or os.isatty(fd):
+                os.fchown(fd, pwd.getpwnam(USER).pw_uid, -1)
+        except (OSError, KeyError):
+            continue  # closed, another user namespace's, or an image without hermes: they stay as they are
 
 
 def container_command(words: list[str]) -> int:
     """Be the container command: a program as hermes; hermes_boot.py first where that is `gateway run` and s6 keeps
     the gateways."""
     environment = program_environment(container_environment())
-    program = program_of(words, environment)
+    program = program_of(launched([WRAPPER, *words])[1:], environment)
     if supervised():
         if not read_pid_file(COMMAND_PROCESS):  # not somebody's call of this script in a running container
             write_pid_file(COMMAND_PROCESS)
+            if os.geteuid() == 0:
+                hand_over_stdio()
         if program[0] == HERMES and profile_option(program[1:])[1][:2] == ["gateway", "run"]:
             return execute([BOOT, "container-command", *program[1:]], environment)
-    return execute(as_hermes(program), environment)
+    return execute_as_hermes(program, environment)
 
 
-def tini_program(words: list[str]) -> list[str]:
-    """Return what /init is to run when an old template calls tini: its options gone, its entrypoint.sh the wrapper."""
-    words = list(words)
-    while words and words[0].startswith("-"):
-        option = words.pop(0)
-        if option == "--":
-            break
-        if option in ("-p", "-e"):  # these have a value
-            del words[:1]
-    name = os.path.basename(words[0]) if words else "init"
-    if name == "entrypoint.sh":
-        return [WRAPPER, *words[1:]]
-    return words[1:] if name == "init" else words
+def launched(words: list[str]) -> list[str]:
+    """Return what /init is to run: the image's own launchers dropped, which templates name once more, and tini's
+    options with it. Behind any launcher but /init itself that is the wrapper, so that nothing runs as root."""
+    words, wrapped = list(words), False
+    while words and (name := words[0]) in LAUNCHERS:
+        del words[0]
+        while name in TINI and words and words[0].startswith("-"):
+            option = words.pop(0)
+            if option == "--":
+                break
+            if option[-1] in "ep" and not set(option[1:-1]) & set("ep"):  # its value is a word of its own
+                del words[:1]
+        wrapped = wrapped or (name != "/init" and not (name in TINI and words[:1] == ["/init"]))
+    return [WRAPPER, *words] if wrapped else words
+
+
+def process_status() -> dict[bytes, bytes]:
+    """Return what the kernel says of this process, see proc(5)."""
+    lines = (line.partition(b":\t") for line in content("/proc/self/status").split(b"\n"))
+    return {name: value.strip() for name, _, value in lines}
+
+
+def is_unusable(environment: dict[str, str]) -> bool:
+    """Return whether /run is mounted so that nothing on it can be executed, which s6 does there; s6-overlay can help
+    itself where the root is read-only and it has the capability SYS_ADMIN (number 21)."""
+    if not os.statvfs("/run").f_flag & os.ST_NOEXEC:
+        return False
+    return environment.get("S6_READ_ONLY_ROOT", "") in ("", "0") or not int(process_status()[b"CapEff"], 16) >> 21 & 1
 
 
 def obstacle() -> str:
@@ -266,29 +351,58 @@ def obstacle() -> str:
         return "another process is PID 1"
     if os.geteuid() in (0, os.stat("/run").st_uid):
         return ""
-    status = dict(line.split(b":\t", 1) for line in content("/proc/self/status").split(b"\n") if b":\t" in line)
-    may_take_it = (
-        status.get(b"NoNewPrivs", b"unknown before Linux 4.10").strip() == b"0"
-        and int(status.get(b"CapBnd", b"1"), 16) & 1
-    )
-    return "" if may_take_it else "/run belongs to another user and no new privileges are allowed"
+    status = process_status()
+    if status.get(b"NoNewPrivs") != b"0" or not int(status.get(b"CapBnd", b"1"), 16) & 1:  # none before Linux 4.10
+        return "/run belongs to another user and no new privileges are allowed"
+    try:
+        suexec, mount = os.stat(SUEXEC), os.statvfs(SUEXEC)
+    except OSError:
+        return ""  # s6-overlay's own to say
+    is_roots = suexec.st_uid == 0 and suexec.st_mode & 0o4000 and not mount.f_flag & os.ST_NOSUID
+    return "" if is_roots else f"/run belongs to another user and {SUEXEC} is not setuid root"
+
+
+def exposed_folders(environment: dict[str, str]) -> list[str]:
+    """Return the folders on PATH that hermes can write and that come before one of the system's: s6-overlay, a setuid
+    program of its own too, finds programs there that it runs as root."""
+    homes = [f"{os.path.realpath(home).rstrip('/')}/" for home in (root_home(environment), HOME)]
+    folders = (environment.get("PATH") or os.defpath).split(":")
+    ours = [f for f in folders if not f.startswith("/") or f"{os.path.realpath(f)}/".startswith(tuple(homes))]
+    return [] if ours and folders[-len(ours) :] == ours else ours
 
 
 def init(words: list[str]) -> int:
-    """Be /init: s6-overlay's own where that can start, else hermes_boot.py as the fallback init."""
-    environment = process_environment()
+    """Be /init: s6-overlay's own where that can start, else hermes_boot.py as the fallback init; in a container that
+    is supervised already, the wrapper."""
+    words, environment = launched(words), process_environment()
+    if os.getpid() != 1 and supervised():
+        return container_command(words)
+    if is_unusable(environment):
+        fault = "/run is mounted noexec, so s6 cannot run anything there; mount it with exec: --tmpfs /run:exec"
+        print(f"init: fatal: {fault}", file=sys.stderr)
+        return NOT_EXECUTABLE
+    if exposed := exposed_folders(environment):
+        names = ":".join(exposed)
+        print(
+            f"init: fatal: PATH has {names!r} before the system's folders, so hermes could put programs there for root"
+            " to run; put it last, with -e PATH=",
+            file=sys.stderr,
+        )
+        return 1
     if why := obstacle():
         return execute([BOOT, "init", why, *words], environment)
     return execute([S6_INIT, *words], environment)
 
 
-ROLES = {USER: hermes_command, "init": init, "tini": lambda words: init(tini_program(words))}
-
-
 def main(argv: list[str]) -> int:
-    """Run as the name we were called by: `hermes`, `init`, `tini`, else the container command. Returns when the
-    program cannot be run."""
-    return ROLES.get(os.path.basename(argv[0]), container_command)(argv[1:])
+    """Run as the name we were called by: `init`, `tini`, `hermes`, else the container command; the latter two as PID 1,
+    as a pod's `command:` makes them, are /init with these words. Returns when the program cannot be run."""
+    name, words = os.path.basename(argv[0]), argv[1:]
+    if name in ("init", "tini"):
+        return init(words if name == "init" else [name, *words])
+    if os.getpid() == 1:
+        return init([WRAPPER, *([USER] if name == USER else []), *words])
+    return hermes_command(words) if name == USER else container_command(words)
 
 
 if __name__ == "__main__":

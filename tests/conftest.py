@@ -82,6 +82,16 @@ def container(in_time, tmp_path):
         box.remove()
 
 
+# What s6-overlay says of a boot that failed, after us, at S6_VERBOSITY 1; with 0 it is the two lines of rc.init alone.
+OVERLAYS = ("/run/s6/basedir/scripts/rc.init: ", "s6-rc: ", "cont-init: ")
+
+
+def ours(stderr: bytes | str) -> list[str]:
+    """Return the lines on stderr that are not s6-overlay's."""
+    text = stderr if isinstance(stderr, str) else stderr.decode(errors="surrogateescape")
+    return [line for line in text.splitlines() if not line.startswith(OVERLAYS)]
+
+
 MANAGER = "/opt/hermes/docker/hermes_boot.py"
 GATEWAY = """#!/bin/sh
 # A gateway that does what the file `does` of its profile says; any other command shows what it was called with.
@@ -97,7 +107,15 @@ RUN = "exec sleep infinity\n"
 class Gateways:
     """A running container with profiles whose gateways do as told."""
 
-    def __init__(self, box: Sandbox, profiles: dict[str, str], state: str = "", *, agent: str = GATEWAY) -> None:
+    def __init__(
+        self,
+        box: Sandbox,
+        profiles: dict[str, str],
+        state: str = "",
+        *,
+        agent: str = GATEWAY,
+        command: tuple[str, ...] = ("sleep", "infinity"),
+    ) -> None:
         self.box, self.volume = box, box.volume
         box.put_agent(agent)
         for name, does in ({"default": RUN} | profiles).items():
@@ -109,7 +127,7 @@ class Gateways:
                 (folder / "gateway_state.json").write_text(
                     json.dumps({"desired_state": state, "kept": [1, {"a": None}]})
                 )
-        box.start("sleep", "infinity")
+        box.start(*command)
 
     def folder(self, name: str) -> Path:
         """Return a profile's folder on the machine."""

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from sandbox import PROJECT, wait_for
+from sandbox import AGENT_VERSION, PROJECT, wait_for
 
 GOLDEN_VOLUME = """\
 drwxr-xr-x hermes hermes .
@@ -38,9 +38,9 @@ drwxr-xr-x hermes hermes skins
 drwxr-xr-x hermes hermes workspace
 """
 GOLDEN_SCANDIR = """\
-drwxr-xr-x hermes hermes .
-drwxr-xr-x hermes hermes .s6-svscan
-prw------- hermes hermes .s6-svscan/control
+drwxrwxr-t root hermes .
+drwxr-xr-x root root .s6-svscan
+prw--w---- root hermes .s6-svscan/control
 drwxr-xr-x hermes hermes gateway-default
 prw------- hermes hermes gateway-default/back-off
 -rw-r--r-- hermes hermes gateway-default/down
@@ -67,6 +67,8 @@ drwx-ws--T hermes hermes gateway-default/supervise/event
 -rw-r--r-- hermes hermes gateway-default/type
 lrwxrwxrwx root root dashboard
 lrwxrwxrwx root root main-hermes
+lrwxrwxrwx root root s6rc-fdholder
+lrwxrwxrwx root root s6rc-oneshot-runner
 """
 
 
@@ -78,27 +80,28 @@ def listing(box, folder: str) -> list[str]:
 
 @pytest.mark.sandbox
 def test_the_tree_after_a_boot_is_the_golden_one(container):
-    """Owner, mode and kind of everything on the volume and in the scandir; s6-svscan's own control files aside."""
+    """Owner, mode and kind of everything on the volume and in the scandir; what is s6-svscan's own aside."""
     box = container()
     box.start("sleep", "infinity")
     assert wait_for(lambda: box.exec("test", "-e", "/opt/data/logs/gateways/default/state").returncode == 0)
     assert listing(box, "/opt/data") == sorted(GOLDEN_VOLUME.splitlines())
-    of_svscan = re.compile(r"\.s6-svscan/(lock|finish|SIG[A-Z]+)$")
+    of_svscan = re.compile(r"\.s6-svscan/(lock|finish|crash|SIG[A-Z0-9]+(\.s6-overlay)?)$| s6-linux-init-shutdownd")
     assert [line for line in listing(box, "/run/service") if not of_svscan.search(line)] == sorted(
         GOLDEN_SCANDIR.splitlines()
     )
 
 
 def test_hermes_can_control_slots_and_static_services(container):
-    """Without privilege: start, stop and ask, and publish a slot of its own making."""
+    """Without privilege: start, stop and ask, and publish a slot of its own making; main-hermes it can only see."""
     box = container()
     box.start("sleep", "infinity")
     for service in ("main-hermes", "dashboard", "gateway-default"):
         assert box.exec("s6-svstat", f"/run/service/{service}", user="hermes").returncode == 0
-        assert box.exec("s6-svc", "-wD", "-T5000", "-d", f"/run/service/{service}", user="hermes").returncode == 0, (
-            service
-        )
-    assert box.exec("s6-svc", "-wu", "-T5000", "-u", "/run/service/main-hermes", user="hermes").returncode == 0
+        if service != "main-hermes":
+            for words in (["-wD", "-T5000", "-d"], ["-wu", "-T5000", "-u"]):
+                done = box.exec("s6-svc", *words, f"/run/service/{service}", user="hermes")
+                assert done.returncode == 0, service
+    assert box.exec("s6-svc", "-d", "/run/service/main-hermes", user="hermes").returncode == 111
     assert box.exec("s6-svscanctl", "-a", "/run/service", user="hermes").returncode == 0
     assert box.exec("mkdir", "/run/service/.mine", user="hermes").returncode == 0
 
@@ -253,22 +256,6 @@ def test_the_old_entrypoint_says_that_it_is_old(container):
     assert "run as 10000:10000" in done.stderr and done.stdout == ""
 
 
-@pytest.mark.parametrize(
-    "path, said",
-    [
-        ("/opt/data/bin:/usr/bin:/bin:/command", "PATH has /opt/data/bin before the system's folders"),
-        ("/usr/bin:/bin::/command", "PATH has '' before the system's folders"),
-        ("/usr/bin:/bin:/command:/opt/data/bin", ""),
-    ],
-)
-def test_a_path_that_endangers_root_is_said(container, path, said):
-    """What hermes can write must come last; the boot goes on."""
-    done = container(environment={"PATH": path}).run("hermes-boot", "doctor")
-    assert said in done.stderr.decode() and (b"PATH has" in done.stderr) == (b"warn  PATH: " in done.stdout) == bool(
-        said
-    ), done
-
-
 @pytest.mark.sandbox
 def test_more_profiles_than_s6_supervises(container, tmp_path):
     """s6-svscan would take any 500 of them. Those that run have a gateway, then the first in name order; each of the
@@ -300,7 +287,7 @@ def test_make_run_prints_the_agents_version_alone_on_stdout(live):
     """The real Hermes Agent, through boot, wrapper and drop."""
     done = make("run", "ARGS=--version")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].startswith("Hermes Agent v0.19.0")
+    assert done.stdout.splitlines()[0].startswith(f"Hermes Agent v{AGENT_VERSION}")
     assert "run as 10000:10000" in done.stderr and "run as" not in done.stdout
 
 

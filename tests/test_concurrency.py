@@ -257,7 +257,7 @@ def test_two_thousand_random_volumes(tmp_path, capfd):
         home, scandir = f"{tmp_path}/{number}/home", f"{tmp_path}/{number}/scandir"
         good = random_volume(dice, home)
         os.mkdir(scandir)
-        boot = Boot({"HERMES_HOME": home, "S6_PROFILE_GATEWAY_SCANDIR": scandir, "S6_VERBOSITY": "0"})
+        boot = Boot({"HERMES_HOME": home, "S6_PROFILE_GATEWAY_SCANDIR": scandir, "HERMES_BOOT_QUIET": "1"})
         before = None
         for _ in range(2):
             assert hermes_boot.guarded(hermes_boot.reconcile, boot, []) == 0, (SEED, number)

@@ -155,7 +155,7 @@ sys.path.insert(0, "/opt/hermes/docker")
 import hermes_boot
 HOME, SCANDIR, SEEN = "/srv/home", "/srv/scandir", {}
 ENVIRONMENT = {"HERMES_HOME": HOME, "S6_PROFILE_GATEWAY_SCANDIR": SCANDIR, "S6_KEEP_ENV": "1", "HERMES_UID": "1500", "HERMES_GID": "1501",
-               "HERMES_AUTH_JSON_BOOTSTRAP": "{\"a\": 1}", "S6_VERBOSITY": "0"}
+               "HERMES_AUTH_JSON_BOOTSTRAP": "{\"a\": 1}", "HERMES_BOOT_QUIET": "1"}
 counter = mmap.mmap(-1, 9)
 
 def fresh():
@@ -194,8 +194,8 @@ def boot(limit=0):
     if child == 0:
         os.setpgid(0, 0)
         os.environ.clear()
-        hermes_boot.wrapper.process_environment = lambda: dict(ENVIRONMENT)
-        hermes_boot.wrapper.CONTAINER_ENVIRONMENT = "/none"
+        hermes_boot.process_environment = lambda: dict(ENVIRONMENT)
+        hermes_boot.CONTAINER_ENVIRONMENT = "/none"
         kill_at(limit)
         os._exit(hermes_boot.main(["/opt/hermes/docker/hermes_boot.py"]))
     pid = 0

@@ -13,8 +13,6 @@ import pytest
 from conftest import MANAGER, RUN
 from sandbox import WRAPPER, wait_for, write_script
 
-import main_wrapper
-
 INIT = ("/init", WRAPPER)
 OLD = "/opt/hermes/docker/entrypoint.sh"
 ENTRYPOINTS = {
@@ -42,21 +40,6 @@ def test_the_code_is_the_commands_and_stdout_is_its_alone(container, entrypoint)
     assert done.stderr.count(b"info: s6-svscan runs as PID ") == 1
     done = box.run("sh", "-c", "id -un; echo $HOME $VIRTUAL_ENV; cat", input=b"words\n")
     assert done.stdout == b"hermes\n/opt/data /opt/hermes/.venv\nwords\n"
-
-
-TINI = {
-    "-- /init x": ["x"],
-    "-g -- /opt/hermes/docker/entrypoint.sh gateway run": ["/opt/hermes/docker/main-wrapper.sh", "gateway", "run"],
-    "-e 143 -p SIGTERM sh -c -- x": ["sh", "-c", "--", "x"],
-    "-vvv": [],
-    "": [],
-}
-
-
-@pytest.mark.parametrize("words", TINI)
-def test_tinis_options_are_dropped(words):
-    """And nothing of the program's."""
-    assert main_wrapper.tini_program(words.split()) == TINI[words]
 
 
 def test_gateways_are_supervised_all_the_same(gateways):
@@ -94,21 +77,6 @@ def test_the_end_is_graceful(gateways):
     box.start("sh", "-c", "trap 'exit 7' TERM; echo trapped; while :; do sleep 0.05; done")
     assert wait_for(lambda: "trapped" in box.log())
     assert box.stop() == 7
-
-
-@pytest.mark.sandbox
-def test_the_end_may_come_during_the_boot(container):
-    """SIGTERM while a boot script runs: that one ends, what would follow never starts, code 143."""
-    box = container(entrypoint=INIT)
-    for name, script in (("03-slow", "touch /run/slow; sleep 1; touch /run/slow-done"), ("04-later", "echo later >&2")):
-        write_script(box.upper / "etc/cont-init.d" / name, f"#!/bin/sh\n{script}\n")
-    write_script(box.upper / "etc/cont-finish.d/00-tell", "#!/bin/sh\n[ ! -e /run/slow-done ] || echo finished >&2\n")
-    process = subprocess.Popen(box.command(["echo", "command"]), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    (box.folder / "pid").write_text(str(process.pid))
-    assert wait_for(lambda: box.path("/run/slow").exists())
-    os.kill(box.init(), signal.SIGTERM)
-    out, said = process.communicate(timeout=20)
-    assert (process.returncode, out) == (143, b"") and b"finished" in said and b"later" not in said, said
 
 
 def test_the_dashboard_waits_for_the_boot(container):
@@ -163,6 +131,7 @@ def test_a_service_in_any_encoding_is_published(container):
     (service / "clock").mkdir()
     write_script(service / "clock/run", "#!/bin/sh\nexec sleep 77\n")
     (service / "clock/run").write_bytes(b"#!/bin/sh\n# caf\xe9\nexec sleep 77\n")
+    (service / "clock/type").write_text("longrun\n")
     (service / "user/contents.d/clock").touch()
     done = box.run("sh", "-c", "s6-svwait -t 5000 -u /run/service/clock && ps -eo args")
     assert done.returncode == 0 and b"sleep 77\n" in done.stdout, done

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from sandbox import AGENT_VERSION, PROJECT
+from sandbox import AGENT_VERSION, ENTRYPOINT, PROJECT, WRAPPER, wait_for
 
 SLEEPER = "#!/bin/sh\nexec sleep infinity\n"
 
@@ -112,7 +112,7 @@ def test_the_compose_file_fits_the_image():
     assert set(services) == {"hermes", "dashboard"}
     for service in services.values():
         assert (
-            service["image"] == f"hermes-agent:{AGENT_VERSION}"
+            service["image"] == "hermes-agent"
             and "entrypoint" not in service
             and "init" not in service
         )
@@ -185,3 +185,130 @@ def accepts(validator: tuple) -> None:
     """Run a validator, which finds nothing."""
     done = subprocess.run(validator, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# What the program gets of the container's places
+
+
+@pytest.mark.parametrize("entrypoint", [(), ENTRYPOINT], ids=["PID 1", "below another"])
+def test_stdio_can_be_opened_by_name(container, entrypoint):
+    """Pipes are hermes's, as engines make them with --user: `tee /dev/stderr`."""
+    script = "echo out | tee /dev/stderr; echo err >/dev/stderr; cat </dev/stdin >/dev/stdout"
+    done = container(entrypoint=entrypoint).run("sh", "-c", script, input=b"words\n")
+    assert (done.returncode, done.stdout) == (0, b"out\nwords\n"), done.stderr.decode()
+    assert done.stderr.endswith(b"out\nerr\n"), done.stderr.decode()
+
+
+@pytest.mark.sandbox
+def test_a_terminal_can_be_opened_by_name(container):
+    """It is hermes's too, and its group stays."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    before = os.fstat(theirs)
+    argv = container().command(["sh", "-c", "stat -Lc %u /dev/stdin; echo opened >/dev/stderr"])
+    process = subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs)
+    assert process.wait(60) == 0
+    assert os.fstat(theirs).st_gid == before.st_gid
+    assert os.read(ours, 65536).decode().replace("\r", "").endswith("10000\nopened\n")
+
+
+@pytest.mark.parametrize("words", [["hermes", "x"], [WRAPPER, "hermes", "x"]])
+@pytest.mark.sandbox
+def test_a_call_in_a_running_container_keeps_its_stdio(container, words):
+    """It is the caller's, perhaps root's own terminal."""
+    box = container()
+    box.put_agent("#!/bin/sh\nstat -Lc %u /dev/stdin\n")
+    box.start("sleep", "infinity")
+    assert box.exec("sh", "-c", f"echo | {' '.join(words)}").stdout == "0\n"
+
+
+PORTS = {"tcp://10.96.0.10:9119": "9119", "0": "9119", "65536": "9119", "x": "9119", "9120": "9120", "": "9119"}
+
+
+@pytest.mark.parametrize("port", PORTS)
+def test_the_dashboards_port_is_a_number(container, port):
+    """Kubernetes' service links set HERMES_DASHBOARD_PORT for a service of that name: one line, and the default."""
+    box = container(environment={"HERMES_DASHBOARD": "1", "HERMES_DASHBOARD_PORT": port})
+    box.put_agent('#!/bin/sh\necho "started: $*" >&2\nexec sleep infinity\n')
+    box.start("sleep", "infinity")
+    assert wait_for(lambda: f"started: dashboard --host 127.0.0.1 --port {PORTS[port]} " in box.log()), box.log()
+    line = f"HERMES_DASHBOARD_PORT={port!r} is not a number from 1 to 65535; using 9119\n"
+    assert box.log().count(line) == (PORTS[port] != port != "")
+
+
+KEEP_ID = """
+unshare -U sh -c 'until grep -q . /proc/self/gid_map; do sleep 0.02; done; exec "$@"' sh "$@" &
+for map in uid_map gid_map; do until echo 1000 0 1 2>/dev/null >/proc/$!/$map; do sleep 0.02; done; done
+wait $!
+"""
+
+
+def test_rootless_podmans_keep_id_is_told_its_way(container):
+    """Where UIDs are mapped, what fits is named; where they are not, it is not."""
+    box = container()
+    box.start("sleep", "infinity")
+    done = box.exec("sh", "-c", KEEP_ID, "sh", "/opt/hermes/docker/hermes_boot.py", "setup")
+    assert done.returncode == 1 and "started as UID 1000, which is not hermes's" in done.stderr, done
+    assert done.stderr.endswith("; with rootless Podman: --userns=keep-id:uid=10000,gid=10000\n"), done.stderr
+    done = box.exec("setpriv", "--reuid=1000", "--clear-groups", "/opt/hermes/docker/hermes_boot.py", "setup")
+    assert done.returncode == 1 and "keep-id" not in done.stderr and "started as UID 1000" in done.stderr
+
+
+@pytest.mark.parametrize("mode, level", [(0o660, "pass"), (0o640, "fail")])
+@pytest.mark.sandbox
+def test_doctor_on_a_group_0_volume(container, tmp_path, mode, level):
+    """OpenShift's UID: what it can use by its group is right, whoever owns it; what it cannot is not."""
+    volume = tmp_path / "volume"
+    (volume / "sessions").mkdir(parents=True)
+    (volume / "sessions/old").touch()
+    (volume / "sessions/old").chmod(mode)
+    (volume / "sessions").chmod(0o2770)
+    volume.chmod(0o2775)
+    for path in (volume, volume / "sessions", volume / "sessions/old"):
+        os.chown(path, 10000, 0)
+    box = container(user=1000650000, gid=0)
+    done = box.run("hermes-boot", "doctor")
+    (line,) = (line for line in done.stdout.decode().splitlines() if " owner" in line)
+    assert line.startswith(f"{level}  owners: "), done.stdout.decode()
+    assert level == "pass" or "/opt/data/sessions/old belongs to 10000:0" in line
+
+
+# Strangers, and what an image's layers refuse
+
+
+@pytest.mark.parametrize("words", [["gateway", "stop"], ["gateway", "restart"], ["gateway", "start", "--all"]])
+def test_another_user_may_not_control_gateways(container, words):
+    """`docker exec -u 1234`: one line, at once, and nothing is recorded."""
+    box = container(environment={"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"})
+    box.put_agent(SLEEPER)
+    box.start("sleep", "infinity")
+    slot = "/run/service/gateway-default"
+    assert box.exec("/command/s6-svwait", "-t", "10000", "-u", slot).returncode == 0
+    before = (box.volume / "gateway_state.json").read_bytes()
+    drop = ["setpriv", "--reuid=1234", "--regid=1234", "--clear-groups"]
+    done = box.exec(*drop, "/opt/hermes/bin/hermes", *words, timeout=10)
+    line = "hermes-boot: error: default: UID 1234 may not control it; run this as hermes or root\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
+    assert (box.volume / "gateway_state.json").read_bytes() == before
+    assert box.exec("/command/s6-svstat", "-o", "up", slot).stdout == "true\n"
+
+
+def test_folders_of_a_lower_layer_are_removed(live, tmp_path):
+    """`docker commit` keeps /run/service; overlayfs does not rename a folder of an image's layer (EXDEV)."""
+    for name in ("lower/scandir/a/b/c/d/e", "upper", "work", "root"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "lower/scandir/a/b/file").touch()
+    script = """
+mount -t tmpfs tmpfs "$1/upper"; mkdir "$1/upper/upper" "$1/upper/work"
+mount -t overlay overlay -o "lowerdir=$1/lower,upperdir=$1/upper/upper,workdir=$1/upper/work" "$1/root"
+python3 -ISc '
+import sys; sys.path.insert(0, sys.argv[2]); import hermes_boot, os
+try: os.rename(sys.argv[1] + "/scandir/a/b", sys.argv[1] + "/x")
+except OSError as error: print(error.errno)
+with hermes_boot.Folder(sys.argv[1]) as root: root.remove("scandir")
+print(os.listdir(sys.argv[1]))' "$1/root" "$2"
+"""
+    argv = ["unshare", "-m", "sh", "-ec", script, "sh", tmp_path, PROJECT]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.stdout == "18\n[]\n", done

@@ -7,6 +7,7 @@ import re
 import socket
 
 import pytest
+from conftest import ours
 from sandbox import GROUP, PASSWD
 
 REMAPS = {
@@ -52,7 +53,7 @@ def test_a_wrong_value_ends_the_boot(container, tmp_path, name, value):
     """One clear line with the variable and the value, code 1, no program run, nothing changed."""
     box = container(environment={name: value})
     done = box.run("echo", "ran")
-    (line,) = done.stderr.decode().splitlines()
+    (line,) = ours(done.stderr)
     assert line.startswith(f"01-hermes-setup: fatal: {name}={value!r} is not a number from 1 to 4294967294; ")
     assert (done.returncode, done.stdout) == (1, b"")
     assert (box.upper / "etc/passwd").read_text() == PASSWD and list((tmp_path / "volume").iterdir()) == []
@@ -62,7 +63,7 @@ def test_a_taken_uid_ends_the_boot(container):
     """Two users of one UID would share files and processes; the message names the other."""
     done = container(environment={"HERMES_UID": "33"}).run("echo", "ran")
     assert (done.returncode, done.stdout) == (1, b"")
-    (line,) = done.stderr.decode().splitlines()
+    (line,) = ours(done.stderr)
     assert "UID 33 belongs to the user www-data" in line
 
 

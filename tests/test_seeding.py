@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from conftest import ours
 
 
 def mode(path: Path) -> int:
@@ -105,7 +106,7 @@ def test_a_home_that_cannot_be_read_or_made_ends_the_boot_with_one_line(containe
     assert done.returncode == 1 and b"Traceback" not in done.stderr
     assert b"/opt/data cannot be read by hermes (10000:10000): Permission denied; it belongs to 0:0" in done.stderr
     done = container(environment={"HERMES_HOME": "/etc/passwd"}).run("true")
-    (line,) = done.stderr.decode().splitlines()[-1:]
+    (line,) = ours(done.stderr)[-1:]
     assert (
         done.returncode == 1
         and "HERMES_HOME='/etc/passwd' cannot be made a folder: Not a directory; mount a volume there" in line

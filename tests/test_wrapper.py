@@ -25,14 +25,14 @@ def test_the_exit_code_is_the_programs(container, script, code):
 
 def test_a_path_that_is_missing_is_127_with_one_line(container):
     """A word with a slash is a program by path; that it is missing is said once."""
-    done = container(environment={"S6_VERBOSITY": "0"}).run("/no/such/program")
+    done = container(environment={"HERMES_BOOT_QUIET": "1"}).run("/no/such/program")
     assert done.returncode == 127
     assert len(done.stderr.splitlines()) == 1 and b"/no/such/program" in done.stderr
 
 
 def test_a_path_that_is_not_executable_is_126_with_one_line(container):
     """So is that it cannot be executed."""
-    done = container(environment={"S6_VERBOSITY": "0"}).run("/etc/passwd")
+    done = container(environment={"HERMES_BOOT_QUIET": "1"}).run("/etc/passwd")
     assert done.returncode == 126
     assert len(done.stderr.splitlines()) == 1 and b"/etc/passwd" in done.stderr
 
@@ -40,7 +40,7 @@ def test_a_path_that_is_not_executable_is_126_with_one_line(container):
 @pytest.mark.sandbox
 def test_a_missing_hermes_is_127(container):
     """An image without its agent says so."""
-    done = container(environment={"S6_VERBOSITY": "0"}).run()
+    done = container(environment={"HERMES_BOOT_QUIET": "1"}).run()
     assert done.returncode == 127
     assert len(done.stderr.splitlines()) == 1 and b"/opt/hermes/.venv/bin/hermes" in done.stderr
 

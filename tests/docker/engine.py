@@ -17,7 +17,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from sandbox import IMAGE_ENVIRONMENT, PROJECT, wait_for
+from image import environment as image_environment
+from sandbox import PROJECT, command_runs, wait_for
 
 TIMEOUT = 180  # seconds for one test, and so for one run
 
@@ -62,13 +63,16 @@ class EngineContainer:
         workdir: str = "/opt/data",
         agent: bool = False,
         entrypoint: tuple[str, ...] = (),
+        first: tuple[str, ...] = (),
+        run_options: str = "",
         options: tuple[str, ...] = (),
     ) -> None:
         folder.mkdir(parents=True)
         self.folder, self.volume, self.given = folder, volume, environment or {}
-        self.environment = IMAGE_ENVIRONMENT | self.given
+        self.environment = image_environment() | self.given
         self.mounts, self.user, self.gid, self.groups = list(mounts), user, user if gid is None else gid, groups
         self.workdir, self.entrypoint, self.options = workdir, entrypoint, options
+        self.first, self.run_options = first, run_options
         self.name = f"hermes-test-{os.getpid()}-{time.monotonic_ns()}"
         self.words: list[str] = []
         self.process: subprocess.Popen[bytes] | None = None
@@ -101,6 +105,10 @@ class EngineContainer:
             argv += ["--user", f"{self.user}:{self.gid}", "--tmpfs", "/run:exec,mode=1777"]
         for group in self.groups:
             argv += ["--group-add", str(group)]
+        if self.run_options:
+            argv += ["--tmpfs", f"/run:{self.run_options}"]
+        if self.first:
+            argv += ["--entrypoint", json.dumps(self.first)]
         if self.entrypoint:
             argv += ["--init", "--entrypoint", json.dumps(self.entrypoint)]
         return [*argv, *self.options, image(), *words]
@@ -123,8 +131,8 @@ class EngineContainer:
         wait_for(lambda: self.process.poll() is not None or self.booted(), TIMEOUT)
 
     def booted(self) -> bool:
-        """Say whether the command runs."""
-        return bool(self.init()) and self.path("/run/hermes-command").exists()
+        """Return whether the command runs."""
+        return bool(self.init()) and command_runs(self.path("/"))
 
     def log(self) -> str:
         """Return what the container has written."""

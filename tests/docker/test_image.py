@@ -10,7 +10,7 @@ import subprocess
 import pytest
 from conftest import ON_ENGINE
 from engine import engine, image
-from sandbox import wait_for
+from sandbox import AGENT_VERSION, wait_for
 
 pytestmark = pytest.mark.skipif(not ON_ENGINE, reason="needs a real image: make test-engine")
 SLEEPER = "#!/bin/sh\nexec sleep infinity\n"
@@ -152,7 +152,7 @@ def test_the_image_says_what_it_is():
     done = subprocess.run([engine(), "inspect", image()], capture_output=True, text=True, check=True)
     (found,) = json.loads(done.stdout)
     config = found["Config"]
-    assert config["Labels"]["org.opencontainers.image.version"] == "0.19.0"
+    assert config["Labels"]["org.opencontainers.image.version"] == AGENT_VERSION
     assert config["Entrypoint"] == ["/init", "/opt/hermes/docker/main-wrapper.sh"]
     assert config.get("Healthcheck", {}).get("Test") in (None, ["CMD", "/opt/hermes/bin/hermes-boot", "health"])
 

@@ -1,0 +1,437 @@
+"""What root keeps from hermes in every mode, and what hermes cannot hold up: a boot, a command of an operator's, the
+end."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import termios
+import threading
+import time
+
+import pytest
+from conftest import RUN
+from sandbox import PROJECT, WRAPPER, wait_for, write_script
+
+INIT = ("/init", WRAPPER)
+SERVICES = pytest.mark.parametrize("entrypoint", [(), INIT], ids=["s6-overlay", "fallback init"])
+SCANDIR = "/run/service"
+
+
+def modes(box, *paths: str) -> list[str]:
+    """Return mode, owner and group of paths in a container."""
+    return box.exec("stat", "-c", "%a %U %G", *paths).stdout.splitlines()
+
+
+# The scandir
+
+
+@SERVICES
+def test_what_is_roots_in_the_scandir_stays_so(gateways, entrypoint):
+    """hermes publishes, removes and controls gateways there, and moves and replaces nothing else."""
+    host = gateways({"coder": RUN}, "running", entrypoint=entrypoint)
+    for action in ("unregister", "register", "stop", "start", "restart"):
+        assert host.do(action, "-p", "coder", user="hermes").returncode == 0, action
+    assert modes(host.box, SCANDIR, f"{SCANDIR}/.s6-svscan", f"{SCANDIR}/.s6-svscan/control") == [
+        "1775 root hermes",
+        "755 root root",
+        "620 root hermes",
+    ]
+    static = f"{SCANDIR}/dashboard"
+    assert modes(host.box, f"{static}/supervise", f"{static}/supervise/control", f"{static}/event/") == [
+        "711 root root",
+        "620 root hermes",
+        "3730 root hermes",
+    ]
+    assert modes(host.box, f"{SCANDIR}/main-hermes/supervise/control") == ["600 root root"]
+    for words in (["/command/s6-svc", "-r", static], ["/command/s6-svwait", "-t", "5000", "-u", static]):
+        assert host.box.exec(*words, user="hermes").returncode == 0, words
+    refused = [f"mv {name} x" for name in ("dashboard", "main-hermes", ".s6-svscan")]
+    refused += ["rm .s6-svscan/finish", "echo x >.s6-svscan/crash", "mv .s6-svscan/control x", "rm -r dashboard"]
+    refused += ["/command/s6-svc -d main-hermes", "mkfifo dashboard/supervise/new", "rm dashboard/supervise/control"]
+    if not entrypoint:
+        refused += ["mv s6-linux-init-shutdownd x", "echo x >.s6-svscan/SIGTERM"]
+    for command in refused:
+        assert host.box.exec("sh", "-c", f"cd {SCANDIR} && {command}", user="hermes").returncode, command
+    started = time.monotonic()
+    assert host.box.stop() == 143 and time.monotonic() - started < 5
+
+
+@SERVICES
+def test_without_gateways_hermes_has_nothing_of_s6s_but_the_dashboards_control(container, entrypoint):
+    """HERMES_RECONCILE=0: s6-svscan, the oneshot runner's socket and event/ are root's alone."""
+    box = container(environment={"HERMES_RECONCILE": "0"}, entrypoint=entrypoint)
+    box.start("sleep", "infinity")
+    found = box.exec("find", "/run/", "-writable", "!", "-type", "l", user="hermes").stdout.split()
+    assert [path for path in found if not path.endswith("s6rc-oneshot-runner/s") and path != "/run/lock"] == []
+    for words in (
+        ["s6-svscanctl", "-t", SCANDIR],
+        ["s6-svscanctl", "-an", SCANDIR],
+        ["s6-svc", "-d", f"{SCANDIR}/main-hermes"],
+    ):
+        assert box.exec(f"/command/{words[0]}", *words[1:], user="hermes").returncode, words
+    runner = "/run/s6-rc/servicedirs/s6rc-oneshot-runner/s"
+    if not entrypoint:
+        assert box.exec("/command/s6-sudo", "-e", runner, "up", "0", user="hermes").returncode
+    assert box.exec("/command/s6-svc", "-r", f"{SCANDIR}/dashboard", user="hermes").returncode == 0
+    assert box.exec("hermes-boot", "health", user="hermes").returncode == 0
+
+
+FLOOD = "import os, sys\nfd = os.open(sys.argv[1], os.O_WRONLY)\nwhile True:\n    os.write(fd, b'u' * 4096)\n"
+
+
+@pytest.mark.parametrize("reconcile", ["1", "0"])
+def test_who_floods_a_static_service_does_not_hold_up_the_end(container, reconcile):
+    """The command ends, and so does the container, with its code: s6-rc waits for the dashboard for 5 seconds."""
+    box = container(environment={"HERMES_RECONCILE": reconcile})
+    box.start("sh", "-c", "until [ -e /tmp/end ]; do sleep 0.1; done; exit 7")
+    control = f"{SCANDIR}/%s/supervise/control"
+    argv = ["/usr/bin/python3", "-IBSc", FLOOD]
+    assert box.exec(*argv, control % "main-hermes", user="hermes").returncode == 1
+    floods = [subprocess.Popen(box.exec_command([*argv, control % "dashboard"], "hermes")) for _ in range(2)]
+    time.sleep(0.5)
+    assert [flood.poll() for flood in floods] == [None, None]
+    box.exec("touch", "/tmp/end")
+    try:
+        assert box.process.wait(30) == 7
+    finally:
+        for flood in floods:
+            flood.kill()
+            flood.wait()
+
+
+def test_doctor_takes_nothing_in_the_scandir_for_the_volumes(gateways):
+    """A folder of root's stays root's, whatever its name."""
+    host = gateways({}, "running")
+    host.box.exec("sh", "-c", f"cd {SCANDIR} && mkdir -p gateway-x/supervise .x && touch gateway-x/run")
+    assert host.box.exec("hermes-boot", "doctor", "--fix").returncode in (0, 1)
+    assert modes(host.box, *(f"{SCANDIR}/{name}" for name in ("gateway-x", "gateway-x/run", ".x"))) == [
+        "755 root root",
+        "644 root root",
+        "755 root root",
+    ]
+
+
+# /run and the environment
+
+
+@SERVICES
+def test_only_root_and_hermes_read_the_containers_environment(gateways, entrypoint):
+    """Whose group follows a remap; a gateway has it all the same."""
+    secrets = {"SOME_API_KEY": "k-1", "HERMES_GID": "1234"}
+    host = gateways(
+        {"coder": "echo $SOME_API_KEY >$folder/key\n" + RUN}, "running", environment=secrets, entrypoint=entrypoint
+    )
+    assert wait_for(lambda: (host.folder("coder") / "key").exists())
+    assert wait_for(lambda: (host.folder("coder") / "key").read_text() == "k-1\n")
+    path = "/run/s6/container_environment"
+    assert modes(host.box, path, f"{path}/SOME_API_KEY") == ["750 root hermes", "640 root hermes"]
+    script = (
+        "import os\nos.setgroups([]); os.setgid(33); os.setuid(33)\nopen('/run/s6/container_environment/SOME_API_KEY')"
+    )
+    assert "PermissionError" in host.box.exec("/usr/bin/python3", "-IBSc", script).stderr
+    for user in ("hermes", None):
+        assert host.box.exec("cat", f"{path}/SOME_API_KEY", user=user).stdout == "k-1\n"
+
+
+@pytest.mark.sandbox
+def test_a_run_that_everybody_may_write_becomes_roots(container):
+    """As an emptyDir is, and s6-overlay makes it; what hermes has put there does not count."""
+    planted = "mkdir -p /run/s6/container_environment && echo /opt/data/bin >/run/s6/container_environment/PATH"
+    script = f'chmod 777 /run; {planted}; chown -R 10000 /run/s6; exec "$@"'
+    box = container(entrypoint=("/bin/sh", "-c", script, "sh", *INIT))
+    box.start("sleep", "infinity")
+    assert modes(box, "/run", "/run/s6", "/run/s6/container_environment") == [
+        "755 root root",
+        "755 root root",
+        "750 root hermes",
+    ]
+    assert "/opt/data/bin" not in box.exec("cat", "/run/s6/container_environment/PATH").stdout
+    assert box.exec("mv", "/run/s6", "/run/x", user="hermes").returncode
+
+
+@pytest.mark.sandbox
+def test_a_variable_whose_name_cannot_be_a_files_is_left_out_with_a_line(container):
+    """And the rest is there."""
+    box = container(environment={".": "x", "a/b": "y", "n" * 256: "z", "A": "1\n"}, entrypoint=INIT)
+    done = box.run("/command/with-contenv", "sh", "-c", 'echo "$A"')
+    assert (done.returncode, done.stdout) == (0, b"1\n\n"), done
+    said = done.stderr.decode()
+    assert "warning: the variable . cannot be a file's name" in said and said.count("cannot be a file's name") == 2
+
+
+SYSTEM = "/usr/local/bin:/usr/bin:/bin"
+PATHS = {
+    f"/opt/data/bin:{SYSTEM}": {},
+    "/usr/bin:/opt/data/bin:/bin": {},
+    f".:{SYSTEM}": {},
+    f":{SYSTEM}": {},
+    f"/srv/../opt/data/x:{SYSTEM}": {},
+    f"/srv/home/bin:{SYSTEM}": {"HERMES_HOME": "/srv/home"},
+    "/opt/data/bin:/usr/bin:/bin ": {"HERMES_HOME": "/srv/home/profiles/a"},
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "user, entrypoint", [(None, ()), (10000, ()), (None, INIT)], ids=["root", "hermes", "fallback init"]
+)
+def test_a_folder_of_the_volume_before_the_systems_is_refused(container, path, user, entrypoint):
+    """In one line, before s6-overlay runs a program by its name as root."""
+    box = container(environment={"PATH": path} | PATHS[path], user=user, entrypoint=entrypoint)
+    done = box.run("true")
+    assert (done.returncode, done.stdout) == (1, b""), done
+    assert done.stderr.startswith(b"init: fatal: PATH has ") and done.stderr.count(b"\n") == 1, done.stderr
+
+
+def test_a_folder_of_the_volume_after_the_systems_is_not(container):
+    """People keep tools there."""
+    box = container(environment={"PATH": f"{SYSTEM}:/opt/data/bin:/opt/data/x"})
+    assert box.run("true").returncode == 0
+
+
+# Processes that hermes stops
+
+
+STOP = r"""
+import os, signal, sys
+while True:
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            line = open(f"/proc/{name}/cmdline").read()
+            if os.stat(f"/proc/{name}").st_uid == os.getuid() and int(name) != os.getpid() and sys.argv[1] in line:
+                while True:
+                    os.kill(int(name), signal.SIGSTOP)
+        except OSError:
+            pass
+"""
+COMMANDS = {
+    "status": 1,
+    "doctor": 1,
+    "health": 1,
+    "gateway status": 1,
+    "gateway restart -p coder": 1,
+    "gateway register -p new": 1,
+}
+
+
+def stopper(box, pattern: str) -> subprocess.Popen:
+    """Let hermes stop whatever runs as hermes with this in its command line, as long as it lives."""
+    return subprocess.Popen(box.exec_command(["/usr/bin/python3", "-IBSc", STOP, pattern], "hermes"))
+
+
+@pytest.mark.parametrize("sealed", ["0", "1"])
+def test_a_command_of_roots_ends_though_hermes_stops_it(gateways, sealed):
+    """It is woken many times, then killed, and one line says so."""
+    host = gateways({"coder": RUN}, "running", environment={"HERMES_SEALED": sealed})
+    (host.volume / "profiles/new").mkdir()
+    (host.volume / "profiles/new/SOUL.md").touch()
+    process = stopper(host.box, "hermes-boot")
+    try:
+        for command, code in COMMANDS.items():
+            done = host.box.exec("hermes-boot", *command.split(), timeout=20)
+            assert done.returncode == code, done
+            assert done.stderr.count("error: what ran as hermes was stopped by somebody") == 1, done
+    finally:
+        process.kill()
+        process.wait()
+    assert host.box.exec("hermes-boot", "health").returncode == 0
+
+
+def test_a_boot_goes_on_though_somebody_stops_it(container, tmp_path):
+    """As a process of hermes's UID can that shares the PID namespace: what takes long is ended, and the rest goes on."""
+    for number in range(400):
+        (tmp_path / f"volume/profiles/p{number}").mkdir(parents=True)
+        (tmp_path / f"volume/profiles/p{number}/SOUL.md").touch()
+    box = container()
+    box.start("sleep", "infinity")
+    process, said = stopper(box, "hermes_boot"), ""
+    try:
+        for _ in range(20):
+            if "was stopped by somebody" not in said:
+                done = box.exec("/opt/hermes/docker/hermes_boot.py")
+                assert done.returncode == 0, done
+                said += done.stderr
+    finally:
+        process.kill()
+        process.wait()
+    assert said.count("was stopped by somebody") >= 1, said
+
+
+WAIT = r"""
+import os, signal, sys, time
+sys.path.insert(0, "/opt/hermes/docker")
+import hermes_boot as boot
+def stop_now_and_then():
+    for _ in range(5):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return 3
+def stop_for_ever():
+    while True:
+        os.kill(os.getpid(), signal.SIGSTOP)
+owner, started = boot.account(), time.monotonic()
+codes = [boot.as_owner(owner, stop_now_and_then), boot.as_owner(owner, stop_for_ever)]
+print([*codes, boot.as_owner(owner, time.sleep, 60, timeout=1)])
+print(time.monotonic() - started < 5, boot.descendants(os.getpid()))
+"""
+
+
+def test_what_became_hermes_is_woken_and_has_a_deadline(container):
+    """A stop is undone; for who is stopped all the time, or takes too long, there is SIGKILL and a line."""
+    box = container()
+    box.start("sleep", "infinity")
+    done = box.exec("/usr/bin/python3", "-IBSc", WAIT)
+    assert done.stdout == "[3, 124, 124]\nTrue []\n" and done.stderr.count("so it was ended") == 2, done
+
+
+# What helpers leave
+
+
+CHAIN = r"""#!/usr/bin/python3 -IBS
+import os, signal, time
+def stop_the_boot():
+    while True:
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                if b"02-reconcile" in open(f"/proc/{name}/cmdline", "rb").read():
+                    os.kill(int(name), signal.SIGSTOP)
+            except OSError:
+                pass
+def forks_for_ever():
+    while True:
+        if os.fork():
+            os._exit(0)
+        os.setsid()
+if os.fork() == 0:
+    for path in (1, 2):
+        os.close(path)
+    for _ in range(800):  # each waits for the next one
+        if os.fork():
+            signal.pause()
+    stop_the_boot()
+for _ in range(8):
+    if os.fork() == 0:
+        for path in (1, 2):
+            os.close(path)
+        forks_for_ever()
+time.sleep(1)
+"""
+
+
+@pytest.mark.sandbox
+@SERVICES
+def test_nothing_that_a_helper_left_is_alive_after_it(container, entrypoint):
+    """A chain of 800 processes, of which the last stops the reconciler, and eight that fork for ever."""
+    box = container(environment={"HERMES_BUNDLED_SKILLS": "/srv"}, entrypoint=entrypoint)
+    write_script(box.upper / "opt/hermes/tools/skills_sync.py", "")
+    write_script(box.upper / "opt/hermes/.venv/bin/python", CHAIN)
+    started = time.monotonic()
+    done = box.run("sh", "-c", "ps -eo user:9,args | grep ^hermes")
+    left = [line for line in done.stdout.decode().splitlines() if "ps -eo" not in line and "grep" not in line]
+    assert done.returncode == 0 and time.monotonic() - started < 40, done
+    assert b"profile=default prior_state=none action=registered" in done.stderr, done
+    assert [line for line in left if "python" in line] == [], left
+
+
+# The terminal
+
+
+STOP_OUTPUT = """
+import termios
+termios.tcflow(2, termios.TCOOFF)
+"""
+
+
+def run_on_terminal(box, *words: str, timeout: float = 30) -> tuple[int, bytes]:
+    """Run a container on a terminal that somebody reads; return its code and what was written."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(box.command(list(words)), stdin=theirs, stdout=theirs, stderr=theirs)
+    (box.folder / "pid").write_text(f"{process.pid} 0")
+    os.close(theirs)
+    said = bytearray()
+
+    def read() -> None:
+        try:
+            while part := os.read(ours, 4096):
+                said.extend(part)
+        except OSError:
+            pass  # the other side is closed
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        code = process.wait(timeout)
+    finally:
+        process.kill()
+        process.wait()
+    reader.join(5)
+    os.close(ours)
+    return code, bytes(said)
+
+
+@pytest.mark.sandbox
+@SERVICES
+def test_a_command_that_stops_the_terminals_output_does_not_hold_up_the_end(container, entrypoint):
+    """Lines of ours give up after a second, and the end sets it going."""
+    box = container(entrypoint=entrypoint)
+    write_script(box.upper / "etc/cont-finish.d/99-say", "#!/bin/sh\necho at the end >&2\n")
+    code, said = run_on_terminal(box, "/usr/bin/python3", "-IBSc", STOP_OUTPUT + "import os\nos._exit(9)")
+    assert code == 9 and b"at the end" in said, said
+
+
+@pytest.mark.sandbox
+@SERVICES
+def test_a_helper_that_stops_the_terminals_output_does_not_hold_up_the_boot(container, entrypoint):
+    """Nor does it keep the command from writing."""
+    box = container(environment={"HERMES_BUNDLED_SKILLS": "/srv"}, entrypoint=entrypoint)
+    write_script(box.upper / "opt/hermes/tools/skills_sync.py", "")
+    write_script(box.upper / "opt/hermes/.venv/bin/python", f"#!/usr/bin/python3 -IBS\n{STOP_OUTPUT}")
+    code, said = run_on_terminal(box, "echo", "from the command")
+    assert code == 0 and b"from the command" in said, said
+
+
+def test_a_line_on_a_stopped_terminal_is_given_up_and_all_lines_together_take_a_second():
+    """Then it flows again, and so do the lines."""
+    ours, theirs = os.openpty()
+    script = """
+import hermes_boot, sys, time
+started = time.monotonic()
+for number in range(50):
+    hermes_boot.warn(number)
+print(time.monotonic() - started, flush=True)
+sys.stdin.read(1)
+hermes_boot.warn("again")
+"""
+    argv = ["python3", "-BSc", script]
+    termios.tcflow(theirs, termios.TCOOFF)
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=theirs, cwd=PROJECT)
+    assert 0.9 < float(process.stdout.readline()) < 5
+    termios.tcflow(theirs, termios.TCOON)
+    process.communicate(b"x", timeout=20)
+    assert b"warning: again" in os.read(ours, 4096)
+
+
+# The end
+
+
+NO_FORK = r"""
+import os, sys
+sys.path.insert(0, "/opt/hermes/docker")
+import hermes_boot
+def refuse(*_):
+    raise OSError(11, "Resource temporarily unavailable")
+os.fork = os.posix_spawn = os.posix_spawnp = refuse
+sys.exit(hermes_boot.main(["10-hermes-shutdown"]))
+"""
+
+
+def test_the_end_needs_no_further_process(gateways):
+    """As under a limit on these that hermes has reached: the gateways are told, and waited for."""
+    host = gateways(
+        {"a": "trap 'sleep 1; touch $folder/drained; exit 0' TERM\nwhile :; do sleep 0.05; done\n"}, "running"
+    )
+    assert wait_for(lambda: host.up("a"))
+    done = host.box.exec("/usr/bin/python3", "-IBSc", NO_FORK)
+    assert done.returncode == 0 and (host.folder("a") / "drained").exists(), done
+    assert stat.S_ISREG((host.folder("a") / "drained").stat().st_mode)

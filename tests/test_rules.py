@@ -1,0 +1,487 @@
+"""Every rule as a table, on the functions themselves: no root, no container, no process but one shell."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import hermes_boot
+import main_wrapper
+
+SCRIPTS = Path(hermes_boot.__file__).parent
+
+
+def rows(table: dict):
+    """Return a table as pytest takes it: the names are the ids."""
+    return pytest.mark.parametrize("case", table.values(), ids=list(table))
+
+
+# The two scripts
+
+
+def functions(script: str) -> dict[str, str]:
+    """Return the text of every function of a script."""
+    text = (SCRIPTS / script).read_text()
+    lines = text.splitlines()
+    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    return {node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in nodes}
+
+
+def test_what_both_scripts_need_is_the_same_text():
+    """Functions of one name are one function, and so are constants; only main is each script's own."""
+    boot, wrapper = functions("hermes_boot.py"), functions("main_wrapper.py")
+    both = (boot.keys() & wrapper.keys()) - {"main"}
+    assert {"container_environment", "switch", "root_home", "as_hermes", "execute", "read_pid_file"} <= both
+    assert {name: boot[name] for name in both} == {name: wrapper[name] for name in both}
+    constants = [name for name, value in vars(main_wrapper).items() if isinstance(value, (str, int, tuple))]
+    shared = [name for name in constants if name.isupper() and hasattr(hermes_boot, name)]
+    assert len(shared) >= 10
+    assert {name: vars(hermes_boot)[name] for name in shared} == {name: vars(main_wrapper)[name] for name in shared}
+
+
+@pytest.mark.parametrize("script", ["hermes_boot.py", "main_wrapper.py"])
+def test_neither_script_imports_the_other(script):
+    """Nor anything that is not Python's own."""
+    found = set()
+    for node in ast.walk(ast.parse((SCRIPTS / script).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+    assert found <= sys.stdlib_module_names, found - sys.stdlib_module_names
+    assert "_json" not in found
+
+
+# Environment
+
+SWITCHES = {
+    "1": True, " TRUE ": True, "yes\n": True, "On": True,
+    "0": False, "0 ": False, "False": False, "no": False, "OFF": False,
+    "": None, "2": None, "enabled": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value, expected", SWITCHES.items())
+def test_switch(value, expected):
+    """On, off, or neither; blanks do not count."""
+    assert hermes_boot.switch(value) is expected
+
+
+HOMES = {
+    "/opt/data": "/opt/data",
+    "": "/opt/data",
+    "/opt/data/profiles/coder": "/opt/data",
+    "/opt/data/profiles/coder/": "/opt/data",
+    "/srv/profiles": "/srv/profiles",
+    "/srv/my home/profiles/x": "/srv/my home",
+    "/profiles/x": "/",
+}
+
+
+@pytest.mark.parametrize("value, expected", HOMES.items())
+def test_root_home(value, expected):
+    """Of a profile's HERMES_HOME, in Python and, but for the root folder itself, in a slot's shell."""
+    assert hermes_boot.root_home({"HERMES_HOME": value}) == expected
+    if expected != "/" and not value.endswith("/"):
+        script = "\n".join([*hermes_boot.FIND_HOME, 'printf %s "$home"'])
+        done = subprocess.run(["/bin/sh", "-c", script], env={"HERMES_HOME": value}, capture_output=True, text=True)
+        assert done.stdout == expected
+
+
+def test_program_environment_adds_what_is_missing_and_changes_nothing_else():
+    """PATH keeps its order; HOME is the root HERMES_HOME."""
+    given = {"PATH": "/usr/bin:/opt/hermes/.venv/bin", "HERMES_HOME": "/srv/profiles/a", "A": "b\n", "HOME": "/root"}
+    found = hermes_boot.program_environment(given)
+    assert found["PATH"] == "/opt/hermes/bin:/usr/bin:/opt/hermes/.venv/bin:/srv/.local/bin"
+    assert (found["HOME"], found["HERMES_HOME"], found["A"]) == ("/srv", "/srv/profiles/a", "b\n")
+    assert found["VIRTUAL_ENV"] == "/opt/hermes/.venv"
+
+
+VALUES = {
+    "plain": (b"x\n", "x"),
+    "empty": (b"\n", ""),
+    "one newline of its own": (b"a\n\n", "a\n"),
+    "three": (b"\n\n\n\n", "\n\n\n"),
+    "no newline, by hand": (b"x", "x"),
+    "equals": (b"a=b=c\n", "a=b=c"),
+    "120 KB": (b"x" * 120_000 + b"\n", "x" * 120_000),
+    "not UTF-8": (b"\xff\xfe\n", "\udcff\udcfe"),
+}
+
+
+@rows(VALUES)
+def test_a_file_of_the_container_environment_is_the_value_and_one_newline(monkeypatch, tmp_path, case):
+    """As s6-overlay writes it and with-contenv reads it."""
+    data, value = case
+    (tmp_path / "NAME").write_bytes(data)
+    for script in (hermes_boot, main_wrapper):
+        monkeypatch.setattr(script, "CONTAINER_ENVIRONMENT", str(tmp_path))
+        assert script.container_environment()["NAME"] == value
+
+
+# Routing
+
+ROUTES = {
+    "none": ([], [main_wrapper.HERMES]),
+    "hermes": (["hermes"], [main_wrapper.HERMES]),
+    "arguments": (["chat", "-q", "hi"], [main_wrapper.HERMES, "chat", "-q", "hi"]),
+    "named": (["hermes", "chat"], [main_wrapper.HERMES, "chat"]),
+    "dash": (["--version"], [main_wrapper.HERMES, "--version"]),
+    "program": (["tool", "-x"], ["{bin}/tool", "-x"]),
+    "not executable": (["text"], [main_wrapper.HERMES, "text"]),
+    "a folder": (["folder"], [main_wrapper.HERMES, "folder"]),
+    "path": (["/bin/x", "y"], ["/bin/x", "y"]),
+    "relative path": (["./x"], ["./x"]),
+    "empty word": ([""], [main_wrapper.HERMES, ""]),
+}
+
+
+@rows(ROUTES)
+def test_routing(tmp_path, case):
+    """Of the container command's words."""
+    words, expected = case
+    (tmp_path / "folder").mkdir()
+    for name, mode in (("tool", 0o755), ("text", 0o644), ("hermes", 0o755), ("--version", 0o755)):
+        (tmp_path / name).touch(mode)
+    found = main_wrapper.program_of(words, {"PATH": f"/none:{tmp_path}"})
+    assert found == [word.format(bin=tmp_path) for word in expected]
+
+
+REQUESTS = {
+    "gateway start": ["gateway", "start"],
+    "gateway stop --all": ["gateway", "stop", "--all"],
+    "-p coder gateway restart": ["gateway", "restart", "-p", "coder"],
+    "--profile coder gateway stop": ["gateway", "stop", "-p", "coder"],
+    "--profile=coder gateway stop": ["gateway", "stop", "-p", "coder"],
+    "-p coder gateway stop --all": ["gateway", "stop", "--all"],
+    "gateway start --force": [],
+    "gateway start --all --x": [],
+    "gateway start -h": [],
+    "gateway status": [],
+    "gateway run": [],
+    "gateway": [],
+    "chat gateway start": [],
+    "gateway start -p coder": [],
+    "-p gateway start": [],
+    "": [],
+}
+
+
+@pytest.mark.parametrize("words, expected", REQUESTS.items())
+def test_gateway_request(words, expected):
+    """Exactly these are answered here; unknown flags and --help go to the agent."""
+    assert main_wrapper.gateway_request(words.split()) == expected
+
+
+LINES = {
+    "rc.init": ("/bin/sh /run/s6/rc.init top /opt/hermes/docker/main-wrapper.sh gateway run", False, "gateway run"),
+    "no rc.init": ("/bin/sh /x/main-wrapper.sh gateway run", False, None),
+    "PID 1": ("/usr/bin/python3 -IBS /opt/hermes/docker/main-wrapper.sh chat", True, "chat"),
+    "by its file": ("python3 /opt/hermes/docker/main_wrapper.py chat", True, "chat"),
+    "no words": ("sh rc.init top /opt/hermes/docker/main-wrapper.sh", False, ""),
+    "another program": ("sh rc.init top sleep 3", False, None),
+    "a word before": ("sh main-wrapper.sh rc.init top sleep", False, None),
+}
+
+
+@rows(LINES)
+def test_the_container_commands_words(case):
+    """They follow the wrapper's name, on PID 1's command line, or behind rc.init."""
+    line, is_init, expected = case
+    found = hermes_boot.wrapped_words(line.split(), is_init)
+    assert (" ".join(found[1:]) if found else None) == expected
+
+
+# Accounts
+
+GROUPS = [b"root:x:0:\n", b"users:x:100:alice,hermes-x\n", b"docker:x:998:\n", b"hermes:x:10000:\n"]
+MEMBERS = {
+    "nothing": ([], GROUPS),
+    "an empty one": ([998], [*GROUPS[:2], b"docker:x:998:hermes\n", GROUPS[3]]),
+    "one with members": ([100], [GROUPS[0], b"users:x:100:alice,hermes-x,hermes\n", *GROUPS[2:]]),
+    "a new one": ([77], [*GROUPS, b"hermes-77:x:77:hermes\n"]),
+    "a member already": ([10], [*GROUPS, b"hermes-10:x:10:hermes\n"]),
+}
+
+
+@rows(MEMBERS)
+def test_membership(case):
+    """By the GID; every other line stays byte for byte; a second time changes nothing."""
+    groups, expected = case
+    found = hermes_boot.with_member(GROUPS, b"hermes", groups)
+    assert found == expected and hermes_boot.with_member(found, b"hermes", groups) == expected
+
+
+def test_membership_in_a_file_without_a_last_newline():
+    """The new line is one of its own."""
+    assert hermes_boot.with_member([b"root:x:0:"], b"hermes", [5]) == [b"root:x:0:\n", b"hermes-5:x:5:hermes\n"]
+
+
+def test_an_accounts_fields():
+    """A user whose name begins the same stays; so does everything else of the line."""
+    lines = [b"hermes-x:x:1:1::/a:/b\n", b"hermes:x:10000:10000:a:b:c\n", b"xhermes:x:2:2:::\n", b"hermes:odd\n"][:3]
+    found = hermes_boot.with_field(lines, b"hermes", {2: 99, 3: 100})
+    assert found == [lines[0], b"hermes:x:99:100:a:b:c\n", lines[2]]
+
+
+IDS = {"1": 1, "99": 99, "4294967294": 4294967294, "0": None, "4294967295": None, "-1": None, "1e3": None,
+       "٣": None, " 5": None, "5\n": None, "007": 7, "99999999999": None}  # fmt: skip
+
+
+@pytest.mark.parametrize("value, expected", IDS.items())
+def test_ids(value, expected):
+    """Decimal, 1 to 4294967294."""
+    assert hermes_boot.number_in(value, 1, hermes_boot.MAX_ID) == expected
+
+
+# Profiles
+
+NAMES = {"coder": True, "a": True, "0-_": True, "x" * 243: True, "x" * 244: False, "": False, "-rf": False,
+         "_a": False, "Coder": False, "a b": False, "a.b": False, "ä": False, "..": False, "a/b": False}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, good", NAMES.items())
+def test_names(name, good):
+    """[a-z0-9][a-z0-9_-]*, and a slot's name of at most 251 bytes; what is wrong comes with what to do."""
+    fault = hermes_boot.name_fault(name)
+    assert (fault is None) is good and (good or (fault.text and fault.fix == "rename the folder"))
+
+
+STATES = {
+    "nothing": ({}, None),
+    "running": ({"gateway_state": "running"}, "running"),
+    "draining": ({"gateway_state": "draining"}, "running"),
+    "degraded": ({"gateway_state": "degraded"}, "running"),
+    "starting": ({"gateway_state": "starting"}, "starting"),
+    "the operator's word wins": ({"desired_state": "stopped", "gateway_state": "running"}, "stopped"),
+    "draining is no intent": ({"desired_state": "draining"}, "draining"),
+    "null is no word": ({"desired_state": None, "gateway_state": "running"}, "running"),
+}
+
+
+@rows(STATES)
+def test_states(case):
+    """desired_state, else gateway_state."""
+    state, expected = case
+    assert hermes_boot.intent_of(state) == (expected, None)
+
+
+@pytest.mark.parametrize("value", [1, [], {}, True])
+def test_a_state_that_is_no_string(value):
+    """Is a fault, with what to do."""
+    state, fault = hermes_boot.intent_of({"desired_state": value})
+    assert state is None and str(fault).endswith("; start or stop the gateway to set it")
+
+
+JSON = {b'{"a": 1}': {"a": 1}, b'\xef\xbb\xbf{"a": 1}\n': {"a": 1}, b" {} ": {}}
+NO_JSON = [b"", b"[]", b"1", b'"x"', b"null", b'{"a": 1', b"{'a': 1}", b"\xff", b"[" * 200_000, b'{"a": 1} x']
+
+
+@pytest.mark.parametrize("data, expected", JSON.items())
+def test_state_files(data, expected):
+    """A JSON object, with a byte order mark or without."""
+    assert hermes_boot.load_state(data) == expected
+
+
+@pytest.mark.parametrize("data", NO_JSON, ids=lambda data: repr(data[:10]))
+def test_what_is_no_state_file(data):
+    """Always a ValueError, never another."""
+    with pytest.raises(ValueError):
+        hermes_boot.load_state(data)
+
+
+# What hermes's programs are given
+
+UMASKS = {"": None, "0": 0, "2": 2, "022": 18, "0022": 18, "777": 511, "0777": 511, "1777": None, "00022": None}
+UMASKS |= {"8": None, "abc": None, "-1": None, "0o22": None, " 22": None, "٢": None}
+
+
+@pytest.mark.parametrize("value, umask", UMASKS.items())
+def test_the_umask_of_a_program_and_of_a_logger(value, umask):
+    """The same in Python and in the logger's shell."""
+    assert hermes_boot.umask_of({"UMASK": value}) == umask
+    argv = ["sh", "-c", f"umask 0137; {hermes_boot.TAKE_UMASK}; umask"]
+    shown = subprocess.run(argv, env={"UMASK": value}, capture_output=True, text=True, check=True)
+    assert (int(shown.stdout, 8), shown.stderr) == (0o137 if umask is None else umask, "")
+
+
+SECRETS = {
+    "OPENAI_API_KEY_FILE": "OPENAI_API_KEY",
+    "TELEGRAM_BOT_TOKEN_FILE": "TELEGRAM_BOT_TOKEN",
+    "HERMES_AUTH_JSON_BOOTSTRAP_FILE": "HERMES_AUTH_JSON_BOOTSTRAP",
+    "AWS_ACCESS_KEY_ID_FILE": "AWS_ACCESS_KEY_ID",
+    "OPENAI_API_KEY": "",
+    "SSL_CERT_FILE": "",
+    "AZURE_FEDERATED_TOKEN_FILE": "",
+    "AWS_WEB_IDENTITY_TOKEN_FILE": "",
+    "PASSWORD_FILE": "",
+}
+
+
+@pytest.mark.parametrize("variable, name", SECRETS.items())
+def test_which_variables_name_the_file_of_a_secret(variable, name):
+    """By the end of the name that the secret itself has."""
+    assert hermes_boot.secret_of(variable) == name
+
+
+# Slots
+
+BACK_OFFS = {
+    "none": ([], 0),
+    "four": ([10, 11, 12, 13], 0),
+    "five in a minute": ([10, 11, 12, 13, 14], 2),
+    "five in more": ([10, 30, 50, 71, 90], 0),
+    "longer each time": ([10, 11, 12, 13, 14, 17, 22, 31], 16),
+    "a minute at most": ([*range(10, 15), 17, 22, 31, 48, 81, 142], 60),
+    "a long run ends it": ([10, 11, 12, 13, 14, 90], 0),
+}
+
+
+@rows(BACK_OFFS)
+def test_back_off(case):
+    """Seconds that finish waits after the last of deaths at these seconds."""
+    times, delay = case
+    assert hermes_boot.back_off([1000.0 + moment for moment in times]) == delay
+
+
+RUN = """\
+#!/command/with-contenv sh
+exec 2>&1
+home="${HERMES_HOME:-/opt/data}"
+case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac
+export HOME="$home" HERMES_HOME="$home" HERMES_S6_SUPERVISED_CHILD=1 HERMES_SUPERVISED_CHILD=1
+cd "$home" || cd /
+[ -d "$home/profiles/coder" ] || s6-setuidgid hermes test -d "$home/profiles/coder" || { echo "coder: profiles/coder is no folder, so its gateway is parked"; exit 78; }
+unset $(awk 'BEGIN { for (name in ENVIRON) if (name ~ /^API_SERVER_[A-Z0-9_]+$/) print name }')
+export A='b'"'"'c'
+[ "$(id -u)" = 0 ] || exec hermes -p coder gateway run --replace
+exec s6-setuidgid hermes hermes -p coder gateway run --replace
+"""
+FINISH = """\
+#!/bin/sh
+[ ! -e ../.s6-svscan/hermes-ending ] || exit 0
+script='[ "$1" = 78 ] || [ "$(wc -c <supervise/death_tally)" -ge 70 ] || kill -0 "-$4" 2>/dev/null || exit 0; exec /opt/hermes/bin/hermes-boot finish coder "$@"'
+[ "$(id -u)" = 0 ] || exec /bin/sh -c "$script" finish "$@"
+exec s6-setuidgid hermes /bin/sh -c "$script" finish "$@"
+"""
+LOG_RUN = """\
+#!/command/with-contenv sh
+if [ -w /proc/self/fd/2 ] && [ ! -S /proc/self/fd/2 ]; then exec 1>>/proc/self/fd/2; else exec 1>&2; fi
+exec 2>&1
+case "$UMASK" in "" | *[!0-7]* | [1-7]??? | ?????*) ;; *) umask "$UMASK" ;; esac
+home="${HERMES_HOME:-/opt/data}"
+case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac
+[ "$(id -u)" = 0 ] && set -- s6-setuidgid hermes || set --
+"$@" s6-setlock -n "$home/logs/gateways/coder"/lock true 2>/dev/null || {
+  echo "coder: logs/gateways/coder is locked or cannot be used, so its log goes to the container's alone"
+  ulimit -v 16384; exec "$@" s6-log 1
+}
+ulimit -v 16384
+[ "$(id -u)" = 0 ] || exec s6-log 1 n10 s1000000 T "$home/logs/gateways/coder"
+exec s6-setuidgid hermes s6-log 1 n10 s1000000 T "$home/logs/gateways/coder"
+"""
+
+
+def test_a_slots_files():
+    """Whole: path, text and mode of each."""
+    assert hermes_boot.slot_files("coder", 30, {"A": "b'c"}, to_folder=True) == {
+        "type": ("longrun\n", 0o644),
+        "run": (RUN, 0o755),
+        "finish": (FINISH, 0o755),
+        "timeout-kill": ("30000\n", 0o644),
+        "timeout-finish": ("65000\n", 0o644),
+        "log/run": (LOG_RUN, 0o755),
+    }
+
+
+def test_what_differs_for_default_and_without_a_log_folder():
+    """The default gateway has no -p, and the container's API_SERVER_ variables; the log goes to the container alone."""
+    run = RUN.replace("-p coder ", "").replace("export A='b'\"'\"'c'\n", "")
+    named = "unset", "profiles/coder"
+    kept = [line for line in run.split("\n") if not any(word in line for word in named)]
+    assert hermes_boot.run_script("default") == "\n".join(kept)
+    alone = LOG_RUN.replace(' n10 s1000000 T "$home/logs/gateways/coder"', "")
+    before, _, after = alone.partition('[ "$(id -u)" = 0 ] && set')
+    alone = before + after.partition("}\n")[2]
+    assert hermes_boot.log_run_script("coder", to_folder=False) == alone
+
+
+def test_a_built_slot_is_what_was_rendered(tmp_path):
+    """With the FIFOs and folders that s6-supervise keeps when it finds them, and `down` unless it starts."""
+    files = hermes_boot.slot_files("coder", 30, None, to_folder=True)
+    with hermes_boot.Folder(str(tmp_path)) as scandir:
+        hermes_boot.build(scandir, "gateway-coder", files, start=False)
+    slot = tmp_path / "gateway-coder"
+    found = {path: ((slot / path).read_text(), stat.S_IMODE((slot / path).stat().st_mode)) for path in files}
+    assert found == files and (slot / "down").read_text() == ""
+    for path in ("", "log/"):
+        modes = [(slot / f"{path}{name}").stat().st_mode for name in ("supervise/control", "event", "supervise/event")]
+        assert stat.S_ISFIFO(modes[0]) and [stat.S_IMODE(mode) for mode in modes] == [0o660, 0o3730, 0o3730]
+    assert os.listdir(tmp_path) == ["gateway-coder"]
+
+
+# Words of people
+
+VERSIONS = ["0.9", "0.18.9", "0.19.0", "0.19.1", "0.20", "1.0", "10.0"]
+
+
+@pytest.mark.parametrize("older, newer", itertools.pairwise(VERSIONS))
+def test_versions(older, newer):
+    """By number, not by letter."""
+    assert hermes_boot.version_key(older) < hermes_boot.version_key(newer)
+
+
+SPANS = {"0": "0s", "59": "59s", "60": "1m", "3661": "1h 1m", "90061": "1d 1h", "-5": "0s"}
+
+
+@pytest.mark.parametrize("value, expected", SPANS.items())
+def test_durations(value, expected):
+    """The two largest units."""
+    assert hermes_boot.duration(float(value)) == expected
+
+
+def test_since():
+    """A span back from now, or a date, as s6-log writes it."""
+    for text, size in (("30s", 30), ("10m", 600), ("2h", 7200), ("1d", 86400)):
+        then = time.mktime(time.strptime(hermes_boot.since_when(text), "%Y-%m-%d %H:%M:%S"))
+        assert abs(time.time() - size - then) < 5
+    assert hermes_boot.since_when("2026-05-21T06:18") == "2026-05-21 06:18"
+    for text in ("", "1w", "s", "²d", "tomorrow", "2026-13-01"):
+        with pytest.raises(ValueError):
+            hermes_boot.since_when(text)
+
+
+SHOWN = {"coder": "coder", "a b": "'a b'", "x\n": "'x\\n'", "\udcff": "'\\udcff'", "": "''", "a=b": "'a=b'"}
+
+
+@pytest.mark.parametrize("name, expected", SHOWN.items())
+def test_names_of_the_volume_in_a_line(name, expected):
+    """Harmless ones as they are, others quoted; 100 characters at most."""
+    assert hermes_boot.shown(name) == expected and len(hermes_boot.shown(name * 300)) < 130
+
+
+def test_seeds(monkeypatch, tmp_path):
+    """The image's templates, else built-in ones; auth.json and the first state by variable. Modes before the umask."""
+    monkeypatch.setattr(hermes_boot, "IMAGE", str(tmp_path))
+    (tmp_path / "cli-config.yaml.example").write_text("a: 1\n")
+    variables = {"HERMES_AUTH_JSON_BOOTSTRAP": "{}", "HERMES_GATEWAY_BOOTSTRAP_STATE": "running"}
+    boot = hermes_boot.Boot({"HERMES_HOME": str(tmp_path)} | variables)
+    found = {name: (mode, data) for name, mode, data in hermes_boot.seeds(boot)}
+    assert {name: mode for name, (mode, _) in found.items()} == {
+        ".env": 0o600,
+        "config.yaml": 0o660,
+        "SOUL.md": 0o666,
+        "auth.json": 0o600,
+        "gateway_state.json": 0o666,
+    }  # before the umask
+    assert found["config.yaml"][1] == b"a: 1\n" and found["SOUL.md"][1] == hermes_boot.BUILT_IN["SOUL.md"].encode()
+    assert json.loads(found["gateway_state.json"][1]) == {"desired_state": "running"}

@@ -1,0 +1,174 @@
+"""Below another PID 1 a derived image's services start as under s6-overlay: oneshots, longruns and services.d, each
+after what it needs. And in all places the gateways start after the last script of /etc/cont-init.d."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sandbox import ENTRYPOINT, wait_for, write_script
+
+PLACES = pytest.mark.parametrize("entrypoint", [(), ENTRYPOINT], ids=["PID 1", "below another"])
+
+
+def service(box, name: str, kind: str, text: str, *needs: str, bundle: str = "user", **files: str) -> Path:
+    """Add a service to the image."""
+    services = box.upper / "etc/s6-overlay/s6-rc.d"
+    folder = services / name
+    (folder / ("contents.d" if kind == "bundle" else "dependencies.d")).mkdir(parents=True)
+    (folder / "type").write_text(f"{kind}\n")
+    for need in needs:
+        (folder / ("contents.d" if kind == "bundle" else "dependencies.d") / need).touch()
+    if kind == "longrun":
+        write_script(folder / "run", text)
+    elif kind == "oneshot":
+        (folder / "up").write_text(text)
+    for file, content in files.items():
+        (folder / file.replace("_", "-")).write_text(content)
+    if bundle:
+        (services / bundle / "contents.d").mkdir(parents=True, exist_ok=True)
+        (services / bundle / "contents.d" / name).touch()
+    return folder
+
+
+def note(word: str) -> str:
+    """Return an execline script that appends a word to a file."""
+    return f'redirfd -a 1 /run/order echo "{word}"\n'
+
+
+READY = "#!/bin/sh\nsleep 0.5\necho ready >>/run/order\necho >&3\nexec sleep 1000\n"
+
+
+@pytest.mark.sandbox
+def test_services_start_in_the_order_of_their_needs(container):
+    """A oneshot, a longrun that is ready late, a bundle of theirs, what needs that, of user2 too; then services.d."""
+    box = container(entrypoint=ENTRYPOINT)
+    service(box, "a-last", "oneshot", note("last"), "group", bundle="user2")
+    service(box, "late", "longrun", READY, "z-first", "base", bundle="", notification_fd="3\n")
+    service(box, "group", "bundle", "", "late", "z-first", bundle="")
+    service(box, "z-first", "oneshot", note("first"), "base")
+    service(box, "old-form", "oneshot", note("old form"), dependencies="# a comment\na-last\n")
+    service(box, "empty", "oneshot", "")
+    legacy = box.upper / "etc/services.d/legacy"
+    write_script(legacy / "run", "#!/bin/sh\ncat data/word >>/run/order\nexec sleep 1000\n")
+    write_script(legacy / "log/run", "#!/bin/sh\nexec s6-log 1\n")
+    (legacy / "data").mkdir()
+    (legacy / "data/word").write_text("legacy\n")
+    write_script(box.upper / "etc/cont-init.d/99-last", "#!/bin/sh\necho cont-init >>/run/order\n")
+    wait = "until grep -q legacy /run/order; do sleep 0.05; done; cat /run/order; /command/s6-svok /run/service/late"
+    done = box.run("sh", "-c", wait)
+    assert done.stdout.decode().split("\n") == "cont-init,first,ready,last,old form,legacy,".split(","), done
+    assert done.returncode == 0 and b"warning" not in done.stderr, done.stderr.decode()
+
+
+FAILURES = {
+    "a oneshot": ("oneshot", "exit 3\n", {}, "its `up` ended with code 3"),
+    "a longrun that ends for good": (
+        "longrun",
+        "#!/bin/sh\nexit 0\n",
+        {"finish": "#!/bin/sh\nexit 125\n", "notification_fd": "3\n"},
+        "it ended for good",
+    ),
+    "a longrun that is never ready": (
+        "longrun",
+        "#!/bin/sh\nexec sleep 100\n",
+        {"notification_fd": "3\n", "timeout_up": "300\n"},
+        "it did not come up within 0.3 s",
+    ),
+}
+
+
+@pytest.mark.parametrize("strict", ["2", "1"])
+@pytest.mark.parametrize("kind, text, files, why", FAILURES.values(), ids=FAILURES)
+@pytest.mark.sandbox
+def test_what_does_not_start_is_said_and_what_needs_it_stays(container, kind, text, files, why, strict):
+    """With S6_BEHAVIOUR_IF_STAGE2_FAILS=2 the container ends with code 1, else the command runs."""
+    box = container(entrypoint=ENTRYPOINT, environment={"S6_BEHAVIOUR_IF_STAGE2_FAILS": strict})
+    service(box, "bad", kind, text, "base", bundle="", **files)
+    service(box, "group", "bundle", "", "bad", bundle="")
+    service(box, "needy", "oneshot", note("never"), "group")
+    done = box.run("sh", "-c", "[ ! -e /run/order ] && echo command")
+    said = done.stderr.decode()
+    assert f"init: warning: the service bad could not be started: {why}\n" in said, said
+    assert "init: warning: the service needy could not be started: group has failed\n" in said, said
+    assert (done.returncode, done.stdout) == ((1, b"") if strict == "2" else (0, b"command\n"))
+
+
+@pytest.mark.sandbox
+def test_what_cannot_be_had_is_one_line(container):
+    """Pipelines, `down` scripts, what only s6-overlay reads; what is no service, or needs itself."""
+    box = container(entrypoint=ENTRYPOINT, environment={"S6_STAGE2_HOOK": "/bin/true"})
+    service(box, "source", "longrun", "#!/bin/sh\nexec sleep 100\n", producer_for="sink\n")
+    service(box, "sink", "longrun", "#!/bin/sh\nexec cat\n", consumer_for="source\n", pipeline_name="p\n")
+    service(box, "mounts", "oneshot", note("mounted"), "nothing", down="true\n")
+    service(box, "egg", "oneshot", note("egg"), "hen")
+    service(box, "hen", "oneshot", note("hen"), "egg", bundle="")
+    done = box.run("sort", "/run/order")
+    assert (done.returncode, done.stdout) == (0, b"egg\nhen\nmounted\n"), done
+    (line,) = (line for line in done.stderr.decode().splitlines() if "warning" in line)
+    assert line == (
+        "init: warning: without s6-overlay these have no effect: S6_STAGE2_HOOK, 'egg, which needs itself',"
+        " 'nothing, which is no service', 'down of mounts', 'consumer-for of sink', 'producer-for of source'"
+    )
+
+
+@pytest.mark.sandbox
+def test_a_start_anew_is_as_good_as_the_first(container):
+    """Where /run is kept, what lies there is of the last time."""
+    box = container(entrypoint=ENTRYPOINT, mounts=())
+    service(box, "twice", "oneshot", note("up"))
+    script = "/init /opt/hermes/docker/main-wrapper.sh true && /init /opt/hermes/docker/main-wrapper.sh cat /run/order"
+    box.entrypoint = ("/bin/sh", "-c", script)
+    done = box.run()
+    assert (done.returncode, done.stdout) == (0, b"up\nup\n"), done
+
+
+@pytest.mark.parametrize("entrypoint, code", [((), 1), (ENTRYPOINT, 1)], ids=["PID 1", "below another"])
+@pytest.mark.sandbox
+def test_a_boot_script_that_is_not_executable_is_one_line(container, entrypoint, code):
+    """It fails, as any other that fails; it is not skipped in silence."""
+    box = container(entrypoint=entrypoint)
+    (box.upper / "etc/cont-init.d/50-mine").write_text("#!/bin/sh\n")
+    done = box.run("echo", "command")
+    assert (done.returncode, done.stdout) == (code, b"")
+    lines = [line for line in done.stderr.decode().splitlines() if "50-mine" in line]
+    assert len(lines) == 1 and "Permission denied" in lines[0], done.stderr.decode()
+    assert not entrypoint or lines == [
+        "init: warning: /etc/cont-init.d/50-mine cannot be run: Permission denied; chmod +x it"
+    ]
+
+
+# Gateways come after the last boot script
+
+GATEWAY = "#!/bin/sh\necho $(cat /run/secret 2>&1) >>$HERMES_HOME/gateway-saw\nexec sleep infinity\n"
+
+
+@PLACES
+@pytest.mark.sandbox
+def test_scripts_that_sort_after_ours_come_before_every_gateway(container, tmp_path, entrypoint):
+    """A user's 50-secrets is in time, slow as it is; with the slots published already."""
+    box = container(entrypoint=entrypoint, environment={"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"})
+    box.put_agent(GATEWAY)
+    script = "#!/bin/sh\nls -d /run/service/gateway-default >&2\nsleep 1\necho secret >/run/secret\n"
+    write_script(box.upper / "etc/cont-init.d/50-secrets", script)
+    box.start("sleep", "infinity")
+    saw = tmp_path / "volume/gateway-saw"
+    assert wait_for(saw.exists, 20) and wait_for(lambda: saw.read_text() == "secret\n", 5)
+    assert "/run/service/gateway-default\n" in box.log()
+
+
+@PLACES
+def test_a_reconcile_by_hand_is_taken_up_at_once(container, tmp_path, entrypoint):
+    """By either of its names; it is not at the boot that it runs."""
+    box = container(entrypoint=entrypoint)
+    box.put_agent("#!/bin/sh\nexec sleep infinity\n")
+    box.start("sleep", "infinity")
+    for name, command in (
+        ("a", ["/opt/hermes/bin/hermes-boot", "reconcile"]),
+        ("b", ["/etc/cont-init.d/02-reconcile-profiles"]),
+    ):
+        (tmp_path / "volume/profiles" / name).mkdir()
+        (tmp_path / "volume/profiles" / name / "SOUL.md").touch()
+        assert box.exec(*command).returncode == 0
+        slot = f"/run/service/gateway-{name}"
+        assert wait_for(lambda slot=slot: box.exec("/command/s6-svok", slot).returncode == 0, 5)
