@@ -243,7 +243,9 @@ def test_a_login_shell_keeps_the_containers_path(container):
     box = container(environment={"PATH": path, "HERMES_HOME": "/srv/agent"})
     box.start("sleep", "infinity")
     for user in (None, "hermes"):
-        folders = box.exec("bash", "-lc", "echo $PATH", user=user, environment={"HOME": "/none"}).stdout.strip().split(":")
+        folders = (
+            box.exec("bash", "-lc", "echo $PATH", user=user, environment={"HOME": "/none"}).stdout.strip().split(":")
+        )
         assert folders[:3] == ["/opt/hermes/bin", "/opt/hermes/.venv/bin", "/potato"] and "/command" in folders
         assert (folders[-1] == "/srv/agent/.local/bin") == (user == "hermes")
 
