@@ -44,7 +44,9 @@ def test_what_is_roots_in_the_scandir_stays_so(gateways, entrypoint):
         "620 root hermes",
         "3730 root hermes",
     ]
-    assert modes(host.box, f"{SCANDIR}/main-hermes/supervise/control") == ["600 root root"]
+    assert modes(host.box, f"{SCANDIR}/main-hermes/supervise/control") == [
+        "660 root root" if entrypoint else "600 root root"
+    ]
     for words in (["/command/s6-svc", "-r", static], ["/command/s6-svwait", "-t", "5000", "-u", static]):
         assert host.box.exec(*words, user="hermes").returncode == 0, words
     refused = [f"mv {name} x" for name in ("dashboard", "main-hermes", ".s6-svscan")]
@@ -196,6 +198,7 @@ def test_a_folder_of_the_volume_after_the_systems_is_not(container):
 
 STOP = r"""
 import os, signal, sys
+print("ready", flush=True)
 while True:
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -218,7 +221,10 @@ COMMANDS = {
 
 def stopper(box, pattern: str) -> subprocess.Popen:
     """Let hermes stop whatever runs as hermes with this in its command line, as long as it lives."""
-    return subprocess.Popen(box.exec_command(["/usr/bin/python3", "-IBSc", STOP, pattern], "hermes"))
+    argv = box.exec_command(["/usr/bin/python3", "-IBSc", STOP, pattern], "hermes")
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    return process
 
 
 @pytest.mark.parametrize("sealed", ["0", "1"])
