@@ -2464,8 +2464,11 @@ def intent_of(state: dict[str, object]) -> tuple[str | None, Fault | None]:
 
 def prior_exit(folder: Folder, state: dict[str, object]) -> str:
     """Return how a gateway ended last: `clean` where it has said so by its state or its marker, which its next start
-    removes, `unclean` where it was still at work by its own word, `unknown` where it has said nothing."""
+    removes, `unclean` where it was still at work by its own word, `unknown` where it has said nothing, "" where it
+    has no state at all."""
     own = state.get("gateway_state")
+    if not state:
+        return ""
     if own not in ("starting", "running", "draining", "degraded"):
         return "clean" if own == "stopped" else "unknown"
     try:
@@ -3096,6 +3099,7 @@ def watch_for_stop() -> None:
         warn(f"{script} cannot be replaced ({reason(error)}), so a stop waits until the boot is over")
     if any(name == "s6-rc" and b"-bda" in words for name, words in map(command_of, descendants(1))):
         end_boot()  # it came before us, and s6-overlay's now waits for us
+        os._exit(128 + SIGTERM)
 
 
 def end_boot() -> int:
@@ -3113,7 +3117,7 @@ def end_boot() -> int:
     deadline, told = time.monotonic() + 1, set()  # some are PID 1's children, once their parents have ended
     while time.monotonic() < deadline + 1:
         found = {process for process in descendants(runner) if command_of(process)[0] not in OF_THE_RUNNER}
-        left = {process for process in found | told if command_of(process)[1]}
+        left = {process for process in found | told if command_of(process)[1]} - {os.getpid()}
         if not left:
             break
         over = time.monotonic() >= deadline

@@ -38,7 +38,8 @@ def test_only_running_starts(plain, name, content, prior, starts):
     plain.profile(name, content)
     done = plain.reconcile()
     assert done.returncode == 0 and plain.slots()[name] is starts
-    assert f"profile={name} prior_state={prior} action={'started' if starts else 'registered'}\n" in done.stderr
+    line = f"profile={name} prior_state={prior} action={'started' if starts else 'registered'}"
+    assert re.search(rf" {line}( prior_exit=\w+)?\n", done.stderr)
 
 
 UNREADABLE = [b"[]", b"7", b'"running"', b"null", b"", b'{"desired_state": "run', b"\xff\xfe{}", b"[" * 200_000]
@@ -211,7 +212,7 @@ def test_a_slot_is_what_s6_and_hermes_agent_expect(plain):
 def test_scripts_take_names_and_values_only_as_data(tmp_path, home):
     """run passes sh's own check, and whatever HERMES_HOME or extra_env hold arrives as it is."""
     folder = Path(str(tmp_path) + home)
-    folder.mkdir()
+    (folder / "profiles/coder").mkdir(parents=True)
     value = home + "\\ \t'\"$x`y`!*?"
     script = hermes_boot.run_script("coder", {"EXTRA": value}).split("\n", 1)[1]
     script = (

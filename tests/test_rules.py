@@ -299,6 +299,40 @@ def test_what_is_no_state_file(data):
         hermes_boot.load_state(data)
 
 
+# What hermes's programs are given
+
+UMASKS = {"": None, "0": 0, "2": 2, "022": 18, "0022": 18, "777": 511, "0777": 511, "1777": None, "00022": None}
+UMASKS |= {"8": None, "abc": None, "-1": None, "0o22": None, " 22": None, "٢": None}
+
+
+@pytest.mark.parametrize("value, umask", UMASKS.items())
+def test_the_umask_of_a_program_and_of_a_logger(value, umask):
+    """The same in Python and in the logger's shell."""
+    assert hermes_boot.umask_of({"UMASK": value}) == umask
+    argv = ["sh", "-c", f"umask 0137; {hermes_boot.TAKE_UMASK}; umask"]
+    shown = subprocess.run(argv, env={"UMASK": value}, capture_output=True, text=True, check=True)
+    assert (int(shown.stdout, 8), shown.stderr) == (0o137 if umask is None else umask, "")
+
+
+SECRETS = {
+    "OPENAI_API_KEY_FILE": "OPENAI_API_KEY",
+    "TELEGRAM_BOT_TOKEN_FILE": "TELEGRAM_BOT_TOKEN",
+    "HERMES_AUTH_JSON_BOOTSTRAP_FILE": "HERMES_AUTH_JSON_BOOTSTRAP",
+    "AWS_ACCESS_KEY_ID_FILE": "AWS_ACCESS_KEY_ID",
+    "OPENAI_API_KEY": "",
+    "SSL_CERT_FILE": "",
+    "AZURE_FEDERATED_TOKEN_FILE": "",
+    "AWS_WEB_IDENTITY_TOKEN_FILE": "",
+    "PASSWORD_FILE": "",
+}
+
+
+@pytest.mark.parametrize("variable, name", SECRETS.items())
+def test_which_variables_name_the_file_of_a_secret(variable, name):
+    """By the end of the name that the secret itself has."""
+    assert hermes_boot.secret_of(variable) == name
+
+
 # Slots
 
 BACK_OFFS = {
@@ -324,8 +358,9 @@ RUN = """\
 exec 2>&1
 home="${HERMES_HOME:-/opt/data}"
 case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac
-export HOME="$home" HERMES_HOME="$home" HERMES_S6_SUPERVISED_CHILD=1
+export HOME="$home" HERMES_HOME="$home" HERMES_S6_SUPERVISED_CHILD=1 HERMES_SUPERVISED_CHILD=1
 cd "$home" || cd /
+[ -d "$home/profiles/coder" ] || s6-setuidgid hermes test -d "$home/profiles/coder" || { echo "coder: profiles/coder is no folder, so its gateway is parked"; exit 78; }
 unset $(awk 'BEGIN { for (name in ENVIRON) if (name ~ /^API_SERVER_[A-Z0-9_]+$/) print name }')
 export A='b'"'"'c'
 [ "$(id -u)" = 0 ] || exec hermes -p coder gateway run --replace
@@ -334,16 +369,23 @@ exec s6-setuidgid hermes hermes -p coder gateway run --replace
 FINISH = """\
 #!/bin/sh
 [ ! -e ../.s6-svscan/hermes-ending ] || exit 0
-script='[ "$1" = 78 ] || [ "$(wc -c <supervise/death_tally)" -ge 70 ] || kill -0 "-$4" 2>/dev/null \
-|| exit 0; exec /opt/hermes/bin/hermes-boot finish coder "$@"'
+script='[ "$1" = 78 ] || [ "$(wc -c <supervise/death_tally)" -ge 70 ] || kill -0 "-$4" 2>/dev/null || exit 0; exec /opt/hermes/bin/hermes-boot finish coder "$@"'
 [ "$(id -u)" = 0 ] || exec /bin/sh -c "$script" finish "$@"
 exec s6-setuidgid hermes /bin/sh -c "$script" finish "$@"
 """
 LOG_RUN = """\
 #!/command/with-contenv sh
 if [ -w /proc/self/fd/2 ] && [ ! -S /proc/self/fd/2 ]; then exec 1>>/proc/self/fd/2; else exec 1>&2; fi
+exec 2>&1
+case "$UMASK" in "" | *[!0-7]* | [1-7]??? | ?????*) ;; *) umask "$UMASK" ;; esac
 home="${HERMES_HOME:-/opt/data}"
 case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac
+[ "$(id -u)" = 0 ] && set -- s6-setuidgid hermes || set --
+"$@" s6-setlock -n "$home/logs/gateways/coder"/lock true 2>/dev/null || {
+  echo "coder: logs/gateways/coder is locked or cannot be used, so its log goes to the container's alone"
+  ulimit -v 16384; exec "$@" s6-log 1
+}
+ulimit -v 16384
 [ "$(id -u)" = 0 ] || exec s6-log 1 n10 s1000000 T "$home/logs/gateways/coder"
 exec s6-setuidgid hermes s6-log 1 n10 s1000000 T "$home/logs/gateways/coder"
 """
@@ -364,9 +406,13 @@ def test_a_slots_files():
 def test_what_differs_for_default_and_without_a_log_folder():
     """The default gateway has no -p, and the container's API_SERVER_ variables; the log goes to the container alone."""
     run = RUN.replace("-p coder ", "").replace("export A='b'\"'\"'c'\n", "")
-    assert hermes_boot.run_script("default") == "\n".join(line for line in run.split("\n") if "unset" not in line)
-    alone = hermes_boot.log_run_script("coder", to_folder=False)
-    assert alone == LOG_RUN.replace(' n10 s1000000 T "$home/logs/gateways/coder"', "")
+    named = "unset", "profiles/coder"
+    kept = [line for line in run.split("\n") if not any(word in line for word in named)]
+    assert hermes_boot.run_script("default") == "\n".join(kept)
+    alone = LOG_RUN.replace(' n10 s1000000 T "$home/logs/gateways/coder"', "")
+    before, _, after = alone.partition('[ "$(id -u)" = 0 ] && set')
+    alone = before + after.partition("}\n")[2]
+    assert hermes_boot.log_run_script("coder", to_folder=False) == alone
 
 
 def test_a_built_slot_is_what_was_rendered(tmp_path):
@@ -424,14 +470,18 @@ def test_names_of_the_volume_in_a_line(name, expected):
 
 
 def test_seeds(monkeypatch, tmp_path):
-    """The image's templates, else built-in ones; auth.json and the first state by variable."""
+    """The image's templates, else built-in ones; auth.json and the first state by variable. Modes before the umask."""
     monkeypatch.setattr(hermes_boot, "IMAGE", str(tmp_path))
     (tmp_path / "cli-config.yaml.example").write_text("a: 1\n")
     variables = {"HERMES_AUTH_JSON_BOOTSTRAP": "{}", "HERMES_GATEWAY_BOOTSTRAP_STATE": "running"}
     boot = hermes_boot.Boot({"HERMES_HOME": str(tmp_path)} | variables)
     found = {name: (mode, data) for name, mode, data in hermes_boot.seeds(boot)}
     assert {name: mode for name, (mode, _) in found.items()} == {
-        ".env": 0o600, "config.yaml": 0o640, "SOUL.md": 0o644, "auth.json": 0o600, "gateway_state.json": 0o644,
-    }  # fmt: skip
+        ".env": 0o600,
+        "config.yaml": 0o660,
+        "SOUL.md": 0o666,
+        "auth.json": 0o600,
+        "gateway_state.json": 0o666,
+    }  # before the umask
     assert found["config.yaml"][1] == b"a: 1\n" and found["SOUL.md"][1] == hermes_boot.BUILT_IN["SOUL.md"].encode()
     assert json.loads(found["gateway_state.json"][1]) == {"desired_state": "running"}
