@@ -44,9 +44,7 @@ def test_what_is_roots_in_the_scandir_stays_so(gateways, entrypoint):
         "620 root hermes",
         "3730 root hermes",
     ]
-    assert modes(host.box, f"{SCANDIR}/main-hermes/supervise/control") == [
-        "660 root root" if entrypoint else "600 root root"
-    ]
+    assert modes(host.box, f"{SCANDIR}/main-hermes/supervise/control") == ["600 root root"]
     for words in (["/command/s6-svc", "-r", static], ["/command/s6-svwait", "-t", "5000", "-u", static]):
         assert host.box.exec(*words, user="hermes").returncode == 0, words
     refused = [f"mv {name} x" for name in ("dashboard", "main-hermes", ".s6-svscan")]
