@@ -289,10 +289,10 @@ def test_doctor_finds_what_is_wrong_on_the_volume_and_fixes_what_is_safe(gateway
     code, found = diagnosis(host, environment={"PATH": "/usr/bin:/bin"})
     assert code == 1
     assert re.match(r"4 of \d+ entries are not hermes's, the first: ", found["owners"][0]["found"])
-    assert (found["a"][0]["level"], found["a"][0]["fix"]) == ("warn", "chmod 600 '/opt/data/profiles/a/.env'")
+    assert (found["a"][0]["level"], found["a"][0]["fix"]) == ("warn", "hermes-boot doctor --fix")
     assert (
         found["profiles/'Not A Profile'"][0]["fix"]
-        == "mv '/opt/data/profiles/Not A Profile' '/opt/data/profiles/NEW-NAME'"
+        == "/command/s6-setuidgid hermes mv '/opt/data/profiles/Not A Profile' '/opt/data/profiles/NEW-NAME'"
     )
     assert "no SOUL.md" in found["profiles/nosoul"][0]["found"]
     assert "99.0 has run on this volume, the image has 0.19.0" in found["versions"][0]["found"]
@@ -466,7 +466,7 @@ def test_what_doctor_says_to_paste_is_harmless(gateways):
     (host.volume / ".hermes-agent-version").write_text("\033]0;title\007")
     done = host.box.exec(MANAGER, "doctor")
     assert "\033" not in done.stdout + done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if "; mv " in line]
+    (line,) = [line for line in done.stdout.splitlines() if " mv " in line]
     pasted = line.partition("; ")[2]
     assert host.box.exec("bash", "-c", pasted).returncode == 0 and (host.volume / "profiles/NEW-NAME").is_dir()
     assert not host.box.path("/tmp/pwned").exists()
