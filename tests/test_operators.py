@@ -91,7 +91,8 @@ def test_every_state_is_shown(gateways):
     }
     ill = host.box.exec(MANAGER, "health")
     assert ill.returncode == 1
-    assert ill.stdout == "unhealthy: crashing: crash loop; no-supervisor: no supervisor; parked: parked after code 78\n"
+    reasons = "crashing: crash loop; no-supervisor: no supervisor; parked: parked after code 78; no-slot: no slot"
+    assert ill.stdout == f"unhealthy: {reasons}\n"
 
 
 def test_our_reading_of_s6s_files_is_s6s_own(gateways):
