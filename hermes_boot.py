@@ -3958,7 +3958,7 @@ class S6ServiceManager:
         """Bring a slot that hermes-agent's own manager has made to what the boot makes of it. Raises CommandFailed."""
         slot = self.slot(name)
         profile = self.valid(name)
-        if is_ours(slot, profile):
+        if is_ours(slot, profile) or not is_supervised(slot):
             return
         try:
             with Folder(self.home, follow=True) as home, Folder(self.scandir, follow=True) as scandir:
