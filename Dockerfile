@@ -117,9 +117,14 @@ RUN cd /opt/hermes/docker \
  && ln -s /opt/hermes/docker/boot /names/etc/cont-init.d/01-hermes-setup \
  && ln -s /opt/hermes/docker/boot /names/etc/cont-init.d/02-reconcile-profiles \
  && ln -s /opt/hermes/docker/boot /names/etc/cont-finish.d/10-hermes-shutdown \
- && printf '%s\n' 'PATH=/opt/hermes/bin:/opt/hermes/.venv/bin:$PATH:/command' 'export PATH VIRTUAL_ENV=/opt/hermes/.venv' \
+ && printf '%s\n' '# /etc/profile has set PATH anew: the one of the container goes before that.' \
+      'PATH="$(cat /run/s6/container_environment/PATH 2>/dev/null || echo /opt/hermes/bin:/opt/hermes/.venv/bin):$PATH:/command"' \
+      'case ":$PATH:" in *:/opt/hermes/bin:*) ;; *) PATH="/opt/hermes/bin:/opt/hermes/.venv/bin:$PATH" ;; esac' \
+      'export PATH VIRTUAL_ENV=/opt/hermes/.venv' \
       '# Not exported: a `hermes` without it takes all of the container environment, the keys given with -e too.' \
-      ': "${HERMES_HOME:=$(cat /run/s6/container_environment/HERMES_HOME 2>/dev/null || echo /opt/data)}"' >/names/etc/profile.d/hermes.sh \
+      ': "${HERMES_HOME:=$(cat /run/s6/container_environment/HERMES_HOME 2>/dev/null || echo /opt/data)}"' \
+      '# The commands that `hermes profile create` makes there are not for root.' \
+      '[ "$(id -u)" = 0 ] || PATH="$PATH:${HERMES_HOME%%/profiles/*}/.local/bin"' >/names/etc/profile.d/hermes.sh \
  && find /opt/hermes /names ! -type l -perm /022 -exec chmod go-w {} + \
  && find /opt/hermes /names -exec touch -h -d "@${SOURCE_DATE_EPOCH}" {} +
 

@@ -38,7 +38,8 @@ def test_only_running_starts(plain, name, content, prior, starts):
     plain.profile(name, content)
     done = plain.reconcile()
     assert done.returncode == 0 and plain.slots()[name] is starts
-    assert f"profile={name} prior_state={prior} action={'started' if starts else 'registered'} " in done.stderr
+    line = f"profile={name} prior_state={prior} action={'started' if starts else 'registered'}"
+    assert re.search(rf" {line}( prior_exit=\w+)?\n", done.stderr)
 
 
 UNREADABLE = [b"[]", b"7", b'"running"', b"null", b"", b'{"desired_state": "run', b"\xff\xfe{}", b"[" * 200_000]
