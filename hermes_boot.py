@@ -4935,10 +4935,11 @@ def summary(rows: list[Row]) -> str:
 
 
 def service_rows(boot: Boot) -> list[Row]:
-    """Return a row for each of the image's static services."""
+    """Return a row for each of the image's static services that hermes may control."""
     rows = []
     for name in sorted(os.listdir(STATIC_SERVICES)) if os.path.isdir(STATIC_SERVICES) else ():
-        if os.path.isdir(slot := f"{boot.scandir}/{name}"):
+        slot = f"{boot.scandir}/{name}"
+        if os.access(f"{slot}/supervise/control", os.W_OK):
             row = Row()
             row.name, row.autostart, row.why, row.last_line, row.platforms = name, True, "service", "", {}
             add_what_s6_says(row, slot, {})
