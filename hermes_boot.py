@@ -3249,6 +3249,7 @@ def own_services(boot: Boot) -> None:
             os.fchmod(scandir.fd, 0o755 if boot.sealed else 0o1775)
             if not boot.sealed:
                 with scandir.folder(".s6-svscan") as svscan:
+                    svscan.unlinked(os.path.basename(ENDING))  # where the scandir outlives the container
                     let_write(boot, svscan, "control")
         except FileNotFoundError:
             pass  # no s6-svscan watches it
@@ -4287,6 +4288,11 @@ def shut_down(boot: Boot) -> int:
         set_exit_code(128 + SIGTERM)  # should it outlive us; if it ends in time, its own code comes after
         send(command, SIGTERM)  # while we are root: it may not be hermes yet
     try:
+        with trusted_folder(boot.scandir) as scandir, scandir.folder(".s6-svscan") as svscan:
+            put(svscan, os.path.basename(ENDING), "", 0o644)
+    except OSError:
+        pass  # then every finish does its work
+    try:
         with TimeLimit(patience + 1):
             act_as_hermes()
             end_gateways(boot, deadline)
@@ -4320,11 +4326,6 @@ def end_gateways(boot: Boot, deadline: float) -> None:
     clock."""
     manager = S6ServiceManager(environment=boot.environment)
     slots = [f"{manager.scandir}/{SLOT_PREFIX}{name}" for name in manager.list_profile_gateways()]
-    ending = f"{manager.scandir}/{ENDING}"
-    try:
-        os.close(os.open(ending, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
-    except OSError:
-        pass  # root's alone: then every finish does its work
     for slot in slots:
         try:
             tell(f"{slot}/supervise/control", b"d")
@@ -4340,11 +4341,7 @@ def end_gateways(boot: Boot, deadline: float) -> None:
         slots[:] = filter(runs, slots)
         return not slots
 
-    try:
-        until(all_ended, deadline - time.monotonic())
-    finally:
-        if os.path.lexists(ending):
-            os.unlink(ending)
+    until(all_ended, deadline - time.monotonic())
     until(lambda: not read_pid_file(COMMAND_PROCESS), deadline - time.monotonic())
 
 
