@@ -59,9 +59,9 @@ RUN set -eu; \
     ln -s ../tmp /var/tmp
 
 # The agent, in a virtual environment of Debian's python3. AGENT_SOURCE is any requirement that pip takes; what lies in the folder
-# agent-source beside this file is in /agent-source. Bytecode is checked by the source's hash and not by its time, and
-# made by one process, in order: so two builds give the same. The environment is root's, so pip, which stays, installs for hermes where a user's packages go, on the volume; for
-# that the environment has to see the system's packages.
+# agent-source beside this file is in /agent-source. Bytecode is checked by the source's hash and not by its time, and made by one
+# process, in order, so that two builds give the same. The environment is root's, so pip, which stays, installs for hermes where a
+# user's packages go, on the volume; for that the environment has to see the system's packages.
 FROM system AS agent
 ARG HERMES_AGENT_VERSION
 ARG HERMES_AGENT_EXTRAS=messaging,cli,mcp,acp,homeassistant,sms,web,anthropic
