@@ -2148,9 +2148,9 @@ def check_packages(boot: Boot) -> None:
     ours = f"{sys.version_info[0]}.{sys.version_info[1]}:{_imp.extension_suffixes()[0]}"
     path = boot.setting("HERMES_LAZY_INSTALL_TARGET") or f"{boot.home}/lazy-packages"
     try:
-        with Folder(path, follow=True) as folder:
+        with Folder(path, follow=True) as folder, os.scandir(folder.fd) as listing:
             found = folder.read(".python-abi", 200).decode(errors="replace").strip()
-            names = [name.removesuffix(".dist-info") for name in os.listdir(folder.fd) if name.endswith(".dist-info")]
+            names = [entry.name.removesuffix(".dist-info") for entry in listing if entry.name.endswith(".dist-info")]
     except OSError:
         return  # nothing was fetched
     if found != ours and names:
@@ -3455,7 +3455,11 @@ def slot_status(slot: str) -> SlotStatus | None:
     Read from supervise/status, as s6-svstat does: a process for each of hundreds of slots would take half a second. s6
     2.12 put a process group in between; what is read here has kept its place, from the start and from the end.
     """
-    if not is_supervised(slot):
+    try:
+        tell(f"{slot}/supervise/control", b"")
+    except PermissionError:
+        pass  # main-hermes's is root's alone
+    except OSError:
         return None
     try:
         data = read_small(f"{slot}/supervise/status")
@@ -3956,7 +3960,7 @@ class S6ServiceManager:
         """Bring a slot that hermes-agent's own manager has made to what the boot makes of it. Raises CommandFailed."""
         slot = self.slot(name)
         profile = self.valid(name)
-        if is_ours(slot, profile):
+        if is_ours(slot, profile) or not is_supervised(slot):
             return
         try:
             with Folder(self.home, follow=True) as home, Folder(self.scandir, follow=True) as scandir:
@@ -4725,7 +4729,7 @@ def unregistered(home: Folder, registered: set[str], profile: str | None) -> set
 
     try:
         with home.folder("profiles") as profiles:
-            return set(filter(is_profile, os.listdir(profiles.fd) if profile is None else [profile]))
+            return set(filter(is_profile, profile_names(profiles) if profile is None else [profile]))
     except OSError:
         return set()
 
@@ -5026,7 +5030,7 @@ def wanted_without_slot(boot: Boot, registered: dict[str, SlotStatus | None]) ->
         with open_home(boot) as home:
             try:
                 with home.folder("profiles") as profiles:
-                    names = {"default", *os.listdir(profiles.fd)}
+                    names = {"default", *profile_names(profiles)}
             except OSError:
                 names = {"default"}
             missing = names - set(registered)
@@ -5381,7 +5385,7 @@ def owner_checks(boot: Boot) -> list[Check]:
         return [*checks, Check("warn", "owners", f"could not be checked: {reason(error)}", "run it as root")]
     finally:
         boot.dry_run = False
-    if sweep.strangers:
+    if sweep.strangers and not shared:
         found = f"{sweep.strangers} entries at the top of {shown(boot.home)} are neither {USER}'s nor the agent's own"
         fix = f"move them off the volume, where {USER} can put them among its own, or chown them on the host"
         checks.append(Check("warn", "owner", f"{found}, the first: {shown(sweep.first_stranger)}", fix))

@@ -47,7 +47,8 @@ def tell_all_states(host: Gateways) -> None:
     host.box.exec("/command/s6-svscanctl", "-an", "/run/service")
     slot.mkdir()
     host.box.exec("/command/s6-svc", "-d", "/run/service/gateway-stopping")
-    assert host.do("restart", "-p", "starting").returncode == 0
+    host.box.exec("/command/s6-svc", "-r", "/run/service/gateway-starting")
+    assert wait_for(lambda: host.starts("starting") == 2)
 
 
 def test_every_state_is_shown(gateways):
@@ -90,7 +91,8 @@ def test_every_state_is_shown(gateways):
     assert shown == states | {"dashboard": "off"}
     ill = host.box.exec(MANAGER, "health")
     assert ill.returncode == 1
-    assert ill.stdout == "unhealthy: crashing: crash loop; no-supervisor: no supervisor; parked: parked after code 78\n"
+    reasons = "crashing: crash loop; no-supervisor: no supervisor; parked: parked after code 78; no-slot: no slot"
+    assert ill.stdout == f"unhealthy: {reasons}\n"
 
 
 def test_our_reading_of_s6s_files_is_s6s_own(gateways):
@@ -289,10 +291,10 @@ def test_doctor_finds_what_is_wrong_on_the_volume_and_fixes_what_is_safe(gateway
     code, found = diagnosis(host, environment={"PATH": "/usr/bin:/bin"})
     assert code == 1
     assert re.match(r"4 of \d+ entries are not hermes's, the first: ", found["owners"][0]["found"])
-    assert (found["a"][0]["level"], found["a"][0]["fix"]) == ("warn", "chmod 600 '/opt/data/profiles/a/.env'")
+    assert (found["a"][0]["level"], found["a"][0]["fix"]) == ("warn", "hermes-boot doctor --fix")
     assert (
         found["profiles/'Not A Profile'"][0]["fix"]
-        == "mv '/opt/data/profiles/Not A Profile' '/opt/data/profiles/NEW-NAME'"
+        == "/command/s6-setuidgid hermes mv '/opt/data/profiles/Not A Profile' '/opt/data/profiles/NEW-NAME'"
     )
     assert "no SOUL.md" in found["profiles/nosoul"][0]["found"]
     assert "99.0 has run on this volume, the image has 0.19.0" in found["versions"][0]["found"]
@@ -466,7 +468,7 @@ def test_what_doctor_says_to_paste_is_harmless(gateways):
     (host.volume / ".hermes-agent-version").write_text("\033]0;title\007")
     done = host.box.exec(MANAGER, "doctor")
     assert "\033" not in done.stdout + done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if "; mv " in line]
+    (line,) = [line for line in done.stdout.splitlines() if " mv " in line]
     pasted = line.partition("; ")[2]
     assert host.box.exec("bash", "-c", pasted).returncode == 0 and (host.volume / "profiles/NEW-NAME").is_dir()
     assert not host.box.path("/tmp/pwned").exists()
@@ -507,16 +509,17 @@ def test_times_that_are_none(plain, words):
 
 
 def test_a_slot_whose_profile_is_gone(gateways):
-    """doctor says so, and --fix does not stumble over it."""
+    """doctor says so, and --fix removes it."""
     host = gateways({"a": RUN}, "running")
     assert wait_for(lambda: host.up("a"))
     host.folder("a").rename(host.volume / "away")
-    code, found = diagnosis(host, "--fix")
+    found = diagnosis(host)[1]
     assert (
         found["a"][0]["found"] == "has a slot, but its profile is gone"
         and "gateway unregister -p a" in found["a"][0]["fix"]
     )
-    assert host.do("unregister", "-p", "a").returncode == 0
+    assert "fixed: a: removed its slot" in host.box.exec(MANAGER, "doctor", "--fix").stderr
+    assert "a" not in diagnosis(host)[1] and host.do("unregister", "-p", "a").returncode == 4
 
 
 def test_whoever_reads_may_stop(gateways):
