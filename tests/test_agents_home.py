@@ -11,7 +11,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from sandbox import agent_venv, wait_for
+from image import agent_venv
+from sandbox import wait_for
 
 import hermes_boot
 
