@@ -3869,7 +3869,8 @@ class S6ServiceManager:
         waiting = {name: self.slot(name) for name in names}
         untold = set(names)
         failures: dict[str, GatewayError] = {}
-        began, deadline, progress = time.time(), time.monotonic() + timeout, Progress(first=2)
+        began, deadline = time.time(), time.monotonic() + timeout
+        progress = Progress(first=2 if len(names) > 1 else 10)
         aim = "come up" if up else "end"
         while waiting:
             for name in filter(untold.__contains__, names):
@@ -4940,8 +4941,9 @@ def service_rows(boot: Boot) -> list[Row]:
             row = Row()
             row.name, row.autostart, row.why, row.last_line, row.platforms = name, True, "service", "", {}
             add_what_s6_says(row, slot, {})
-            if name == "dashboard" and row.state == "up" and not switch(boot.setting("HERMES_DASHBOARD")):
-                row.state = "off"
+            off = name == "dashboard" and not switch(boot.setting("HERMES_DASHBOARD"))
+            if row.state in ("up", "starting") and row.pid:  # it has no state file to say more
+                row.state = "off" if off else "up"
             rows.append(row)
     return rows
 

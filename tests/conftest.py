@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import glob
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,8 +25,55 @@ from sandbox import Sandbox
 ON_ENGINE = os.environ.get("HERMES_TEST_ENGINE") == "1"
 
 
+HIDDEN = pytest.StashKey[bool]()
+CLONE_NEWNS = 0x20000
+HERMES_HERE = "this machine has an account hermes, which the scripts would become, and no namespace to hide it in"
+
+
+def accounts(path: str) -> tuple[list[str], list[str]]:
+    """Return the lines of an account file that are not hermes's, and those that are, by name or by number."""
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        lines = file.readlines()
+    theirs = [line for line in lines if line.startswith("hermes:") or line.split(":")[2:3] == ["10000"]]
+    return [line for line in lines if line not in theirs], theirs
+
+
+def hide_hermes() -> bool:
+    """Give root's tests account files without hermes, in a mount namespace of their own; return whether none is left."""
+    found = {path: accounts(path) for path in ("/etc/passwd", "/etc/group")}
+    if os.geteuid() != 0 or not any(theirs for _, theirs in found.values()):
+        return True
+    if ctypes.CDLL(None).unshare(CLONE_NEWNS) != 0:
+        return False
+    subprocess.run(["mount", "--make-rslave", "/"], check=True)
+    for path, (others, _) in found.items():
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", errors="surrogateescape") as file:
+            file.writelines(others)
+            file.flush()
+            os.chmod(file.name, 0o644)
+            subprocess.run(["mount", "--bind", file.name, path], check=True)
+    return True
+
+
+def left_behind() -> set[str]:
+    """Return what of ours is on this machine where only a container may have it."""
+    return {
+        path for path in (*glob.glob("/run/hermes-*"), "/run/s6", "/run/service", "/opt/data") if os.path.exists(path)
+    }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_behind():
+    """The suite writes nothing of ours outside of a container and of its own temporary folders."""
+    before = left_behind()
+    yield
+    assert left_behind() <= before
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Name our marker."""
+    """Name our marker; be on a machine without a user hermes."""
+    if not ON_ENGINE:
+        config.stash[HIDDEN] = hide_hermes()
     config.addinivalue_line("markers", "sandbox: needs what only a sandbox can show, so it does not run on an engine")
 
 
@@ -198,6 +248,13 @@ class Plain:
 
 
 @pytest.fixture
-def plain(tmp_path) -> Plain:
+def stays_itself(request) -> None:
+    """Skip where a script that is started as root would become this machine's hermes."""
+    if not request.config.stash.get(HIDDEN, True):
+        pytest.skip(HERMES_HERE)
+
+
+@pytest.fixture
+def plain(stays_itself, tmp_path) -> Plain:
     """A volume and a scandir."""
     return Plain(tmp_path)

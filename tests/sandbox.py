@@ -242,8 +242,8 @@ class Sandbox:
         except (OSError, IndexError, ValueError):
             return 0
 
-    def signal_init(self, number: int) -> None:
-        """Send a signal to PID 1, and to no process that has its number later."""
+    def signal(self, number: int) -> None:
+        """Send a signal to PID 1, as `docker kill -s`, and to no process that has its number later."""
         if init := self.init():
             try:
                 process = os.pidfd_open(init)
@@ -275,11 +275,11 @@ class Sandbox:
 
     def stop(self, timeout: float = 10) -> int:
         """Do as `docker stop`: SIGTERM to PID 1, SIGKILL after timeout seconds; return the exit code."""
-        self.signal_init(signal.SIGTERM)
+        self.signal(signal.SIGTERM)
         try:
             return self.process.wait(timeout) if self.process else self.wait_gone(timeout)
         except subprocess.TimeoutExpired:
-            self.signal_init(signal.SIGKILL)
+            self.signal(signal.SIGKILL)
             return self.process.wait() if self.process else 137
 
     def wait_gone(self, timeout: float) -> int:
@@ -401,8 +401,12 @@ def mount_root(layers: str, mounts: list[tuple[str, str]], run_options: str) -> 
     """Put the container's root together, and make it this process's."""
     root = f"{layers}/root"
     subprocess.run(["sh", "-ec", OVERLAY, "sh", layers], check=True)
-    commands = ["cd \"$1\"", "mount -n --rbind /dev dev"]
-    for kind, target, options in (("proc", "proc", "nosuid"), ("tmpfs", "run", run_options), ("tmpfs", "tmp", "mode=1777")):
+    commands = ['cd "$1"', "mount -n --rbind /dev dev"]
+    for kind, target, options in (
+        ("proc", "proc", "nosuid"),
+        ("tmpfs", "run", run_options),
+        ("tmpfs", "tmp", "mode=1777"),
+    ):
         os.makedirs(f"{root}/{target}", exist_ok=True)
         commands.append(f"mount -n -t {kind} -o {options} {kind} {target}")
     subprocess.run(["sh", "-ec", "\n".join(commands), "sh", root], check=True)
@@ -498,7 +502,9 @@ def act(arguments: argparse.Namespace, words: list[str]) -> int:
         return 1
     if arguments.command != "run":
         return act_on_named(arguments, words)
-    folder = CACHE / "containers" / arguments.name if arguments.name else Path(tempfile.mkdtemp(prefix="hermes-sandbox-"))
+    folder = (
+        CACHE / "containers" / arguments.name if arguments.name else Path(tempfile.mkdtemp(prefix="hermes-sandbox-"))
+    )
     mounts = dict(reversed(pair.split(":", 1)) for pair in arguments.volume)
     volume = Path(mounts.pop("/opt/data", CACHE / "volume")).resolve()
     box = Sandbox(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import subprocess
 
+import image
 import pytest
 from conftest import MANAGER, RUN, Gateways
-from image import agent_venv
 from sandbox import wait_for
 
 import hermes_boot
@@ -53,13 +53,13 @@ def test_our_reading_is_the_agents(live, tmp_path):
         "import sys, pathlib; from gateway.config import load_gateway_config\n"
         "print(bool(load_gateway_config().multiplex_profiles))\n"
     )
-    packages = next((agent_venv() / "lib").glob("python3*/site-packages"))
+    packages = next((image.agent_venv() / "lib").glob("python3*/site-packages"))
     for number, (text, multiplexes) in enumerate(CONFIGS.items()):
         home = tmp_path / str(number)
         home.mkdir()
         (home / "config.yaml").write_text(text, newline="")
-        environment = {"PATH": "/usr/bin:/bin", "HERMES_HOME": str(home), "PYTHONPATH": str(packages)}
-        python = agent_venv() / "bin/python"
+        environment = {"PATH": "/usr/bin:/bin", "HERMES_HOME": str(home), "HOME": str(home), "PYTHONPATH": str(packages)}
+        python = image.agent_venv() / "bin/python"
         done = subprocess.run([python, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
         assert done.stdout.strip() == str(multiplexes), (text, done)
         boot = hermes_boot.Boot({"HERMES_HOME": str(home)})

@@ -9,7 +9,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import MANAGER, RUN, Gateways
+from conftest import MANAGER, RUN, Gateways, accounts
 from sandbox import wait_for
 
 import hermes_boot
@@ -450,6 +450,8 @@ def test_version(plain):
 )
 def test_a_dry_run_is_one_wherever_the_option_is(plain, words):
     """And what has none is refused."""
+    if "reconcile" not in words and os.geteuid() and any(accounts(path)[1] for path in ("/etc/passwd", "/etc/group")):
+        pytest.skip("this machine's hermes is somebody else, as whom a setup is not to be started")
     before = sorted(plain.home.iterdir())
     done = plain.reconcile(command=words)
     assert (

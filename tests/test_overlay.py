@@ -121,7 +121,9 @@ def test_owners_and_modes_are_s6_overlays(container, tmp_path):
         assert mode[f"/run/service/{name}"][0] == "lrwxrwxrwx"
         expected = {"": "drwxr-xr-x", "/event": "drwx-ws--T", "/supervise": "drwx------", "/run": "-rwxr-xr-x"}
         expected |= {"/supervise/control": "prw-------", "/supervise/status": "-rw-r--r--"}
-        assert {part: mode[folder + part] for part in expected} == {part: (text, "root") for part, text in expected.items()}
+        assert {part: mode[folder + part] for part in expected} == {
+            part: (text, "root") for part, text in expected.items()
+        }
         assert f"{folder}/type" not in mode
     for path in ("/run", "/run/s6", FILES, "/run/service", "/run/service/.s6-svscan", "/run/s6/basedir/scripts", live):
         assert mode[path] == ("drwxr-xr-x", "root"), path
@@ -152,7 +154,9 @@ def test_what_is_said_of_a_boot_that_failed(container, verbosity, behaviour, cod
     environment = {"S6_VERBOSITY": verbosity, "S6_BEHAVIOUR_IF_STAGE2_FAILS": behaviour, "HERMES_UID": "x"}
     done = container(environment=environment).run("echo", "ran")
     assert (done.returncode, done.stdout) == (code, b"" if code else b"ran\n")
-    lines = [line for line in done.stderr.decode().splitlines() if line.startswith(("/run/s6/", "s6-rc: ", "cont-init: "))]
+    lines = [
+        line for line in done.stderr.decode().splitlines() if line.startswith(("/run/s6/", "s6-rc: ", "cont-init: "))
+    ]
     assert [line[: len(text)] for line, text in zip(lines, said, strict=True)] == said
 
 
@@ -234,7 +238,9 @@ def test_the_grace_is_a_fixed_wait_and_can_be_none(container):
 def test_the_command_has_the_terminal_to_itself(container):
     """It can open /dev/tty, is in the foreground, and PID 1 is in another session."""
     box = container()
-    argv = box.command(["sh", "-c", "tty; ps -o tpgid=,sid= -p $PPID; ps -o tty= -p 1; echo seen >/dev/tty; echo $TERM"])
+    argv = box.command(
+        ["sh", "-c", "tty; ps -o tpgid=,sid= -p $PPID; ps -o tty= -p 1; echo seen >/dev/tty; echo $TERM"]
+    )
     pid, terminal = pty.fork()
     if pid == 0:
         os.execv(argv[0], argv)

@@ -325,3 +325,15 @@ def test_hermes_at_its_worst_gets_nothing_of_roots(gateways, entrypoint):
     } == {}
     assert not (host.volume / "ran").exists()
     assert box.stop() in (0, 143)
+
+
+def test_the_same_attack_is_a_real_one(gateways):
+    """In the default mode, where the slots are hermes's, it writes what root runs."""
+    host = gateways({"coder": RUN}, "running")
+    host.box.exec("mkdir", "-p", "/srv")
+    argv = host.box.exec_command(["/usr/bin/python3", "-IBSc", ATTACK, "100"], "hermes")
+    agent = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    assert agent.stdout.readline() == "100\n"
+    host.box.exec("touch", "/srv/stop")
+    got = json.loads(agent.communicate(timeout=60)[0])
+    assert any(line.startswith("opened /run/service/gateway-") for line in got), got

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import time
@@ -34,7 +33,7 @@ def stop_when(box, script: Path, text: str, ready: str) -> tuple[int, float, str
     box.process = process
     assert wait_for(lambda: box.init() and box.path(ready).exists(), 20)
     started = time.monotonic()
-    os.kill(box.init(), signal.SIGTERM)
+    box.signal(signal.SIGTERM)
     out, said = process.communicate(timeout=30)
     assert out == b"" and b"later" not in said, (out, said)
     return process.returncode, time.monotonic() - started, said.decode()
@@ -98,7 +97,7 @@ def test_the_setup_ends_with_its_helpers(container, tmp_path, entrypoint):
     box.process = process
     assert wait_for(lambda: (volume / "migrating").exists(), 20)
     started = time.monotonic()
-    os.kill(box.init(), signal.SIGTERM)
+    box.signal(signal.SIGTERM)
     out, said = process.communicate(timeout=30)
     assert (process.returncode, out) == (143, b"") and b"later" not in said, (out, said)
     assert time.monotonic() - started < limit() and not (volume / ".hermes-agent-version").exists()
@@ -137,7 +136,6 @@ def test_at_any_moment(container, entrypoint, delay):
     assert wait_for(lambda: box.init() and box.path(ready).exists(), 20)
     time.sleep(delay)
     started = time.monotonic()
-    init = box.init()
-    os.kill(init, signal.SIGTERM)
+    box.signal(signal.SIGTERM)
     said = process.communicate(timeout=30)[1]
     assert time.monotonic() - started < limit(), said

@@ -143,6 +143,10 @@ class EngineContainer:
         done = subprocess.run([engine(), "inspect", "-f", "{{.State.Pid}}", self.name], capture_output=True, text=True)
         return int(done.stdout) if done.stdout.strip().isdigit() else 0
 
+    def signal(self, number: int) -> None:
+        """Send a signal to PID 1."""
+        subprocess.run([engine(), "kill", "-s", str(int(number)), self.name], capture_output=True)
+
     def path(self, guest: str) -> Path:
         """Return a path on the machine for a path in the running container."""
         return Path(f"/proc/{self.init()}/root{guest}")
