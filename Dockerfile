@@ -59,9 +59,9 @@ RUN set -eu; \
     ln -s ../tmp /var/tmp
 
 # The agent, in a virtual environment of Debian's python3. AGENT_SOURCE is any requirement that pip takes; what lies in the folder
-# agent-source beside this file is in /agent-source. Bytecode is checked by the source's hash and not by its time, so that two builds
-# give the same. The environment is root's, so pip, which stays, installs for hermes where a user's packages go, on the volume; for
-# that the environment has to see the system's packages.
+# agent-source beside this file is in /agent-source. Bytecode is checked by the source's hash and not by its time, and made by one
+# process, in order, so that two builds give the same. The environment is root's, so pip, which stays, installs for hermes where a
+# user's packages go, on the volume; for that the environment has to see the system's packages.
 FROM system AS agent
 ARG HERMES_AGENT_VERSION
 ARG HERMES_AGENT_EXTRAS=messaging,cli,mcp,acp,homeassistant,sms,web,anthropic
@@ -81,7 +81,7 @@ RUN set -eu; \
     echo docker >"$(bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/.install_method"; \
     sed -i 's/^\(include-system-site-packages = \)false$/\1true/' pyvenv.cfg; \
     find . -name __pycache__ -prune -exec rm -rf {} +; \
-    python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash lib; \
+    PYTHONHASHSEED=0 python3 -m compileall -q --invalidation-mode unchecked-hash lib; \
     find . ! -type l -perm /022 -exec chmod go-w {} +; \
     find /opt/hermes -exec touch -h -d "@${SOURCE_DATE_EPOCH}" {} +
 RUN for python in python3 /opt/hermes/.venv/bin/python; do \

@@ -2148,9 +2148,9 @@ def check_packages(boot: Boot) -> None:
     ours = f"{sys.version_info[0]}.{sys.version_info[1]}:{_imp.extension_suffixes()[0]}"
     path = boot.setting("HERMES_LAZY_INSTALL_TARGET") or f"{boot.home}/lazy-packages"
     try:
-        with Folder(path, follow=True) as folder:
+        with Folder(path, follow=True) as folder, os.scandir(folder.fd) as listing:
             found = folder.read(".python-abi", 200).decode(errors="replace").strip()
-            names = [name.removesuffix(".dist-info") for name in os.listdir(folder.fd) if name.endswith(".dist-info")]
+            names = [entry.name.removesuffix(".dist-info") for entry in listing if entry.name.endswith(".dist-info")]
     except OSError:
         return  # nothing was fetched
     if found != ours and names:
@@ -3249,6 +3249,7 @@ def own_services(boot: Boot) -> None:
             os.fchmod(scandir.fd, 0o755 if boot.sealed else 0o1775)
             if not boot.sealed:
                 with scandir.folder(".s6-svscan") as svscan:
+                    svscan.unlinked(os.path.basename(ENDING))  # where the scandir outlives the container
                     let_write(boot, svscan, "control")
         except FileNotFoundError:
             pass  # no s6-svscan watches it
@@ -3454,7 +3455,11 @@ def slot_status(slot: str) -> SlotStatus | None:
     Read from supervise/status, as s6-svstat does: a process for each of hundreds of slots would take half a second. s6
     2.12 put a process group in between; what is read here has kept its place, from the start and from the end.
     """
-    if not is_supervised(slot):
+    try:
+        tell(f"{slot}/supervise/control", b"")
+    except PermissionError:
+        pass  # main-hermes's is root's alone
+    except OSError:
         return None
     try:
         data = read_small(f"{slot}/supervise/status")
@@ -3864,7 +3869,8 @@ class S6ServiceManager:
         waiting = {name: self.slot(name) for name in names}
         untold = set(names)
         failures: dict[str, GatewayError] = {}
-        began, deadline, progress = time.time(), time.monotonic() + timeout, Progress(first=2)
+        began, deadline = time.time(), time.monotonic() + timeout
+        progress = Progress(first=2 if len(names) > 1 else 10)
         aim = "come up" if up else "end"
         while waiting:
             for name in filter(untold.__contains__, names):
@@ -3954,7 +3960,7 @@ class S6ServiceManager:
         """Bring a slot that hermes-agent's own manager has made to what the boot makes of it. Raises CommandFailed."""
         slot = self.slot(name)
         profile = self.valid(name)
-        if is_ours(slot, profile):
+        if is_ours(slot, profile) or not is_supervised(slot):
             return
         try:
             with Folder(self.home, follow=True) as home, Folder(self.scandir, follow=True) as scandir:
@@ -4283,6 +4289,11 @@ def shut_down(boot: Boot) -> int:
         set_exit_code(128 + SIGTERM)  # should it outlive us; if it ends in time, its own code comes after
         send(command, SIGTERM)  # while we are root: it may not be hermes yet
     try:
+        with trusted_folder(boot.scandir) as scandir, scandir.folder(".s6-svscan") as svscan:
+            put(svscan, os.path.basename(ENDING), "", 0o644)
+    except OSError:
+        pass  # then every finish does its work
+    try:
         with TimeLimit(patience + 1):
             act_as_hermes()
             end_gateways(boot, deadline)
@@ -4316,11 +4327,6 @@ def end_gateways(boot: Boot, deadline: float) -> None:
     clock."""
     manager = S6ServiceManager(environment=boot.environment)
     slots = [f"{manager.scandir}/{SLOT_PREFIX}{name}" for name in manager.list_profile_gateways()]
-    ending = f"{manager.scandir}/{ENDING}"
-    try:
-        os.close(os.open(ending, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
-    except OSError:
-        pass  # root's alone: then every finish does its work
     for slot in slots:
         try:
             tell(f"{slot}/supervise/control", b"d")
@@ -4336,11 +4342,7 @@ def end_gateways(boot: Boot, deadline: float) -> None:
         slots[:] = filter(runs, slots)
         return not slots
 
-    try:
-        until(all_ended, deadline - time.monotonic())
-    finally:
-        if os.path.lexists(ending):
-            os.unlink(ending)
+    until(all_ended, deadline - time.monotonic())
     until(lambda: not read_pid_file(COMMAND_PROCESS), deadline - time.monotonic())
 
 
@@ -4727,7 +4729,7 @@ def unregistered(home: Folder, registered: set[str], profile: str | None) -> set
 
     try:
         with home.folder("profiles") as profiles:
-            return set(filter(is_profile, os.listdir(profiles.fd) if profile is None else [profile]))
+            return set(filter(is_profile, profile_names(profiles) if profile is None else [profile]))
     except OSError:
         return set()
 
@@ -4931,15 +4933,17 @@ def summary(rows: list[Row]) -> str:
 
 
 def service_rows(boot: Boot) -> list[Row]:
-    """Return a row for each of the image's static services."""
+    """Return a row for each of the image's static services that hermes may control."""
     rows = []
     for name in sorted(os.listdir(STATIC_SERVICES)) if os.path.isdir(STATIC_SERVICES) else ():
-        if os.path.isdir(slot := f"{boot.scandir}/{name}"):
+        slot = f"{boot.scandir}/{name}"
+        if os.access(f"{slot}/supervise/control", os.W_OK):
             row = Row()
             row.name, row.autostart, row.why, row.last_line, row.platforms = name, True, "service", "", {}
             add_what_s6_says(row, slot, {})
-            if name == "dashboard" and row.state == "up" and not switch(boot.setting("HERMES_DASHBOARD")):
-                row.state = "off"
+            off = name == "dashboard" and not switch(boot.setting("HERMES_DASHBOARD"))
+            if row.state in ("up", "starting") and row.pid:  # it has no state file to say more
+                row.state = "off" if off else "up"
             rows.append(row)
     return rows
 
@@ -5026,7 +5030,7 @@ def wanted_without_slot(boot: Boot, registered: dict[str, SlotStatus | None]) ->
         with open_home(boot) as home:
             try:
                 with home.folder("profiles") as profiles:
-                    names = {"default", *os.listdir(profiles.fd)}
+                    names = {"default", *profile_names(profiles)}
             except OSError:
                 names = {"default"}
             missing = names - set(registered)
@@ -5381,7 +5385,7 @@ def owner_checks(boot: Boot) -> list[Check]:
         return [*checks, Check("warn", "owners", f"could not be checked: {reason(error)}", "run it as root")]
     finally:
         boot.dry_run = False
-    if sweep.strangers:
+    if sweep.strangers and not shared:
         found = f"{sweep.strangers} entries at the top of {shown(boot.home)} are neither {USER}'s nor the agent's own"
         fix = f"move them off the volume, where {USER} can put them among its own, or chown them on the host"
         checks.append(Check("warn", "owner", f"{found}, the first: {shown(sweep.first_stranger)}", fix))

@@ -303,6 +303,7 @@ def layer() -> Path:
             put_scripts(root)
             if not folder.exists():
                 root.rename(folder)
+        os.utime(folder)  # it has the time of the files in it, and so would be the oldest
         for old in sorted(layers.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT_LAYERS]:
             shutil.rmtree(old)
     return folder

@@ -138,7 +138,7 @@ def test_a_restart_brings_back_what_ran(container, tmp_path):
     box.restart()
     assert wait_for(lambda: wanted_up(box) == expected), box.log()
     log = (tmp_path / "volume/logs/container-boot.log").read_text()
-    assert [re.sub(r"^\S+ ", "", line) for line in log.splitlines()] == 2 * [
+    assert [re.sub(r"^\S+ | prior_exit=unclean$| prior_exit=clean$", "", line) for line in log.splitlines()] == 2 * [
         "profile=default prior_state=none action=registered",
         "profile=a prior_state=running action=started",
         "profile=b prior_state=stopped action=registered",

@@ -158,7 +158,7 @@ def test_a_variable_whose_name_cannot_be_a_files_is_left_out_with_a_line(contain
     done = box.run("/command/with-contenv", "sh", "-c", 'echo "$A"')
     assert (done.returncode, done.stdout) == (0, b"1\n\n"), done
     said = done.stderr.decode()
-    assert "warning: the variable . cannot be a file's name" in said and said.count("cannot be a file's name") == 2
+    assert "warning: the variable . cannot be a file's name" in said and said.count("cannot be a file's name") == 3
 
 
 SYSTEM = "/usr/local/bin:/usr/bin:/bin"
@@ -196,47 +196,48 @@ def test_a_folder_of_the_volume_after_the_systems_is_not(container):
 
 STOP = r"""
 import os, signal, sys
+print("ready", flush=True)
 while True:
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             line = open(f"/proc/{name}/cmdline").read()
-            if os.stat(f"/proc/{name}").st_uid == os.getuid() and int(name) != os.getpid() and sys.argv[1] in line:
+            if "finish" in line or sys.argv[1] not in line:  # a gateway's own finish is hermes's affair
+                continue
+            if os.stat(f"/proc/{name}").st_uid == os.getuid() and int(name) != os.getpid():
                 while True:
                     os.kill(int(name), signal.SIGSTOP)
         except OSError:
             pass
 """
-COMMANDS = {
-    "status": 1,
-    "doctor": 1,
-    "health": 1,
-    "gateway status": 1,
-    "gateway restart -p coder": 1,
-    "gateway register -p new": 1,
-}
+COMMANDS = ("status", "doctor", "health", "gateway status", "gateway restart -p coder", "gateway register -p new")
 
 
 def stopper(box, pattern: str) -> subprocess.Popen:
     """Let hermes stop whatever runs as hermes with this in its command line, as long as it lives."""
-    return subprocess.Popen(box.exec_command(["/usr/bin/python3", "-IBSc", STOP, pattern], "hermes"))
+    argv = box.exec_command(["/usr/bin/python3", "-IBSc", STOP, pattern], "hermes")
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    return process
 
 
 @pytest.mark.parametrize("sealed", ["0", "1"])
 def test_a_command_of_roots_ends_though_hermes_stops_it(gateways, sealed):
-    """It is woken many times, then killed, and one line says so."""
+    """It is woken many times, which may be enough, then killed, and one line says so."""
     host = gateways({"coder": RUN}, "running", environment={"HERMES_SEALED": sealed})
     (host.volume / "profiles/new").mkdir()
     (host.volume / "profiles/new/SOUL.md").touch()
-    process = stopper(host.box, "hermes-boot")
+    process, ended = stopper(host.box, "hermes-boot"), 0
     try:
-        for command, code in COMMANDS.items():
-            done = host.box.exec("hermes-boot", *command.split(), timeout=20)
-            assert done.returncode == code, done
-            assert done.stderr.count("error: what ran as hermes was stopped by somebody") == 1, done
+        for command in COMMANDS * 3:
+            done = host.box.exec("hermes-boot", *command.split(), timeout=30)
+            said = done.stderr.count("error: what ran as hermes was stopped by somebody")
+            assert said == 0 or (said, done.returncode) == (1, 1), done
+            ended += said
     finally:
         process.kill()
         process.wait()
-    assert host.box.exec("hermes-boot", "health").returncode == 0
+    assert ended >= 1
+    assert host.do("restart", "-p", "coder").returncode == 0
 
 
 def test_a_boot_goes_on_though_somebody_stops_it(container, tmp_path):

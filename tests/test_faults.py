@@ -424,7 +424,7 @@ def test_a_container_that_is_for_one_profile_logs_to_the_root_home(container):
 @pytest.mark.parametrize("version", ["0.1\u00b2", "\u0661.2", "9" * 99, ""])
 def test_any_version_on_the_volume(version):
     """It is only compared."""
-    assert hermes_boot.version_key(version) >= [0] and hermes_boot.version_key("0.19.0") == [0, 19, 0]
+    assert hermes_boot.is_newer("0.19.0", version) == (version != "9" * 99)
 
 
 def test_what_hermes_puts_into_the_scandir_stops_no_command(gateways):

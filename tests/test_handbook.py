@@ -32,7 +32,7 @@ def pattern(shown: str) -> str:
         re.escape(shown)
         .replace("…\\\n", "(?:.*\n)*")
         .replace("…", ".*")
-        .replace("PROFILE\\ \\ STATE\\ \\ \\ \\ \\ ", "PROFILE\\ \\ STATE\\ +")
+        .replace("PROFILE\\ \\ \\ \\ STATE\\ \\ \\ \\ \\ ", "PROFILE\\ +STATE\\ +")
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import subprocess
 
-import pytest
 import image
+import pytest
 from conftest import MANAGER, RUN, Gateways
 from sandbox import wait_for
 

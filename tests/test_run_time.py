@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 
@@ -85,12 +86,10 @@ def test_a_slot_whose_profile_is_gone_parks_and_doctor_removes_it(gateways):
     assert wait_for(lambda: "a: profiles/a is no folder, so its gateway is parked" in host.box.log())
     time.sleep(2.5)
     assert host.box.log().count("so its gateway is parked") == 1 and not host.up("a")
-    assert {check["found"] for check in doctor(host) if check["check"] == "a"} == {"has a slot, but its profile is gone"}
+    (check,) = [check for check in doctor(host) if check["check"] == "a"]
+    assert check["found"] == "has a slot, but its profile is gone"
     assert "fixed: a: removed its slot" in host.box.exec(MANAGER, "doctor", "--fix").stderr
     assert host.do("list").stdout == "b\ndefault\n" or host.do("list").stdout == "default\n"
-
-
-AGENTS_FINISH = "#!/command/with-contenv sh\nif [ \"$1\" = \"78\" ]; then\n  exit 125\nfi\nexit 0\n"
 
 
 def test_a_slot_of_the_agents_own_manager_is_brought_to_ours(container, tmp_path):
@@ -104,7 +103,7 @@ def test_a_slot_of_the_agents_own_manager_is_brought_to_ours(container, tmp_path
     found = box.exec(MANAGER, "doctor").stdout
     assert "warn  coder: its slot is not as the boot makes it" in found
     assert box.exec("hermes", "-p", "coder", "gateway", "start").stdout == "coder: started\n"
-    assert box.exec(MANAGER, "gateway", "restart", "-p", "writer").stdout == "writer: started\n".replace("st", "rest", 1)
+    assert box.exec(MANAGER, "gateway", "restart", "-p", "writer").stdout == "writer: restarted\n"
     for name, slot in slots.items():
         assert f"hermes-boot finish {name} " in (slot / "finish").read_text()
         assert 'export HOME="$home"' in (slot / "run").read_text() and (slot / "back-off").is_fifo()
@@ -189,7 +188,7 @@ def test_health_sees_a_wanted_profile_without_a_slot_and_a_logger_that_is_gone(g
     assert wait_for(lambda: host.box.exec(MANAGER, "health").stdout == "unhealthy: b: no logger\n", 15)
 
 
-LOCKED = {"telegram": {"state": "retrying", "error_code": "telegram-bot-token_lock", "error_message": "in use (PID %s)."}}
+LOCKED = {"state": "retrying", "error_code": "telegram-bot-token_lock"}
 
 
 def test_a_platform_that_has_failed_is_shown_and_who_shares_its_token(gateways):
@@ -197,11 +196,12 @@ def test_a_platform_that_has_failed_is_shown_and_who_shares_its_token(gateways):
     host = gateways({"a": RUN, "b": RUN}, "running")
     assert wait_for(lambda: host.up("a") and host.up("b"))
     for name, pid in (("a", int(host.pid("a"))), ("b", 1)):
-        message = LOCKED["telegram"] | {"error_message": f"Telegram bot token already in use (PID {host.pid('b')})."}
+        message = LOCKED | {"error_message": f"Telegram bot token already in use (PID {host.pid('b')})."}
         state = {"desired_state": "running", "pid": pid, "gateway_state": "running", "platforms": {"telegram": message}}
         (host.folder(name) / "gateway_state.json").write_text(json.dumps(state))
     table = host.box.exec(MANAGER, "status").stdout
-    assert "\na        up, telegram: telegram-bot-token_lock  " in table and table.count("telegram:") == 1
+    assert re.search(r"^a +up, telegram: telegram-bot-token_lock  ", table, re.M)
+    assert table.count("telegram:") == 1
     (found,) = [check for check in doctor(host) if check["check"] == "a"]
     assert found["found"] == "telegram: b has its token or account (telegram-bot-token_lock)"
     assert not [check for check in doctor(host) if check["check"] == "b"]
@@ -224,7 +224,7 @@ def test_the_hermes_command_hands_gateway_run_to_s6_below_another_init(gateways)
     for number in (1, 2):
         host.box.start("sh", "-c", "hermes gateway run; echo ended")
         assert wait_for(lambda: host.up("default"))
-        assert wait_for(lambda: host.box.log().count("default: started") == number)
+        assert wait_for(lambda: "default: started" in host.box.log())
         assert host.starts("default") == number and "ended" not in host.box.log()
         host.box.stop()
 
@@ -235,7 +235,7 @@ def test_a_command_that_outlives_its_sigterm_ends_the_container_with_143(contain
     for trap, code in (("trap '' TERM", 143), ("trap 'exit 7' TERM", 7), ("trap 'sleep 5; exit 7' TERM", 143)):
         box = container(environment=environment)
         box.start("sh", "-c", f"{trap}; echo ready; while :; do sleep 0.1; done")
-        assert wait_for(lambda: "ready" in box.log())
+        assert wait_for(lambda log=box.log: "ready" in log())
         assert box.stop() == code, trap
 
 

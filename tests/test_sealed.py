@@ -57,6 +57,7 @@ def test_a_stop_in_a_back_off_and_the_restart_after_it_work(gateways):
     host = gateways({"a": "exit 1\n"}, "running", environment=SEALED)
     assert wait_for(lambda: "waiting 2 s" in host.box.log(), 30)
     assert host.do("stop", "-p", "a", user="hermes").returncode == 0
+    (host.folder("a") / "does").write_text(RUN)
     assert host.do("start", "-p", "a", user="hermes").returncode == 0
     assert "crash loop" not in host.box.exec("hermes-boot", "status", "-p", "a").stdout
 
@@ -116,7 +117,7 @@ def test_the_state_at_a_boot_counts_as_ever(gateways):
     host.box.restart()
     assert wait_for(lambda: host.up("b") and host.up("default")) and not host.up("a")
     log = (host.volume / "logs/container-boot.log").read_text().splitlines()[-5:]
-    assert [line.split(" ", 1)[1].split(" reason")[0] for line in log] == [
+    assert [" ".join(line.split()[1:4]) for line in log] == [
         "profile=default prior_state=running action=started",
         "profile=Bad prior_state=none action=skipped",
         "profile=a prior_state=stopped action=registered",
@@ -324,3 +325,15 @@ def test_hermes_at_its_worst_gets_nothing_of_roots(gateways, entrypoint):
     } == {}
     assert not (host.volume / "ran").exists()
     assert box.stop() in (0, 143)
+
+
+def test_the_same_attack_is_a_real_one(gateways):
+    """In the default mode, where the slots are hermes's, it writes what root runs."""
+    host = gateways({"coder": RUN}, "running")
+    host.box.exec("mkdir", "-p", "/srv")
+    argv = host.box.exec_command(["/usr/bin/python3", "-IBSc", ATTACK, "100"], "hermes")
+    agent = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    assert agent.stdout.readline() == "100\n"
+    host.box.exec("touch", "/srv/stop")
+    got = json.loads(agent.communicate(timeout=60)[0])
+    assert any(line.startswith("opened /run/service/gateway-") for line in got), got

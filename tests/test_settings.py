@@ -89,6 +89,12 @@ def test_new_folders_and_seeds_follow_the_umask_and_secrets_do_not(container, tm
     assert box.exec("hermes-boot", "health").returncode == 0  # hermes and s6 still reach the slot
 
 
+def test_the_strictest_umask_and_sealed_slots_go_together(container, tmp_path):
+    """The umask is hermes's: what root publishes stays readable for hermes."""
+    found = reports(container, tmp_path / "volume", UMASK="077", HERMES_SEALED="1")
+    assert {lines[0] for lines in found.values()} == {"0077"}
+
+
 @pytest.mark.parametrize("umask", ["9", "abc", "1777", "00022", "0o22", "-1"])
 def test_a_umask_that_is_none_is_said_once_and_not_taken(container, umask):
     """In one line; the boot goes on."""

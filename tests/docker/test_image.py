@@ -84,7 +84,7 @@ def test_a_read_only_root_boots(hermes):
     done = hermes(options=READ_ONLY, environment={"HERMES_UID": "1500"}).run("true")
     assert done.returncode == 1
     assert (
-        b"fatal: cannot write /etc/passwd (Read-only file system), which the remap or a group needs; make /etc writable"
+        b"fatal: cannot write /etc/passwd and /etc/group (Read-only file system), which the remap needs; make /etc writable"
         in done.stderr
     )
 
