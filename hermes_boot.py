@@ -14,7 +14,7 @@ write.
 
 Contents, in the order of a container's life:
 
-BOOT      What both scripts need   Reporting   Settings   Safe files   Processes   Accounts   Ownership   Seeding
+  BOOT      What both scripts need   Reporting   Settings   Safe files   Processes   Accounts   Ownership   Seeding
             Profiles and their state   Slots   Setup and reconcile
   RUNNING   What s6 knows   The service manager   Shutdown   Fallback init   Status   Health   Logs   Doctor   Command line
 """
@@ -284,14 +284,15 @@ class Progress:
         self.due = time.monotonic() + (0.2 if self.terminal else 10)
         if self.terminal:
             line = cut(f"{os.path.basename(sys.argv[0])}: info: {text()}", os.get_terminal_size(2).columns)
-            self.written = print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True) is None
+            write_error(f"\r{line}\033[K")
+            self.written = True
         else:
             say("info", text())
 
     def end(self) -> None:
         """Clear the terminal's line."""
         if self.written:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            write_error("\r\033[K")
 
 
 def cut(text: str, width: int) -> str:
@@ -390,6 +391,11 @@ class Boot:
     def sealed(self) -> bool:
         """Return whether root keeps the scandir and all slots for itself, which takes root."""
         return switch(self.setting("HERMES_SEALED")) is True and os.geteuid() == 0
+
+    @property
+    def by_group(self) -> bool:
+        """Return whether hermes is any UID with root's group, in OpenShift's way: then what that group can use is its."""
+        return self.owner[1] == 0 and self.owner[0] != 0
 
     @property
     def quiet(self) -> bool:
@@ -789,7 +795,8 @@ OVERDUE = 124  # the exit code of a process that was ended for its time, as of t
 
 
 class TimeLimit:
-    """Raises TimeoutError in its block after so many seconds (0: never), out of a system call too."""
+    """Raises TimeoutError in its block after so many seconds (0: never), out of a system call too. In another thread
+    than the main one, which alone gets signals, it limits nothing."""
 
     __slots__ = ("before", "outer", "seconds")
 
@@ -799,12 +806,18 @@ class TimeLimit:
     def __enter__(self) -> None:
         import _signal
 
-        self.before = _signal.signal(_signal.SIGALRM, self.expire)
+        try:
+            self.before = _signal.signal(_signal.SIGALRM, self.expire)
+        except ValueError:
+            self.before = None
+            return
         self.outer = _signal.setitimer(_signal.ITIMER_REAL, self.seconds)[0]
 
     def __exit__(self, *_: object) -> None:
         import _signal
 
+        if self.before is None:
+            return
         _signal.signal(_signal.SIGALRM, self.before)
         _signal.setitimer(_signal.ITIMER_REAL, self.outer)
 
@@ -1221,10 +1234,13 @@ def follow_home(boot: Boot) -> None:
     """Give the hermes user the volume as its home in /etc/passwd, where ssh and the like look for it."""
     if not boot.home.isprintable() or ":" in boot.home:
         return  # nothing that has a place there
+
+    def edit(lines: list[bytes]) -> list[bytes]:
+        return with_field(lines, USER.encode(), {5: boot.home})
+
     try:
-        if rewrite(PASSWD, lambda lines: with_field(lines, USER.encode(), {5: boot.home}), dry_run=True):
-            if boot.announce(f"set the home of {USER} to {boot.home}"):
-                rewrite(PASSWD, lambda lines: with_field(lines, USER.encode(), {5: boot.home}))
+        if rewrite(PASSWD, edit, dry_run=True) and boot.announce(f"set the home of {USER} to {boot.home}"):
+            rewrite(PASSWD, edit)
     except OSError as error:
         warn(f"cannot write {PASSWD} ({reason(error)}), so ssh and others look for {USER}'s files in another home")
 
@@ -1366,11 +1382,7 @@ MANAGED_PREFIXES = (  # databases, to which SQLite and the agent add -wal, -shm,
     *"verification_evidence.db config.yaml. auth.json. .npm_lock_hash_".split(),
 )
 MANAGED_SUFFIXES = (".tmp", "_threads.json")  # the first one on names with a dot in front only
-SHARED_FOLDERS, SHARED_DEPTH, MOST_SWEEPERS = (
-    64,
-    6,
-    4,
-)  # folders to share among processes, looked for down to this depth
+SHARED_FOLDERS, SHARED_DEPTH, MOST_SWEEPERS = 64, 6, 4  # folders to share among processes, down to this depth
 MOST_LEVELS = 2000  # below a managed folder; no path reaches further
 MOST_NAMES, MOST_SHARED = 200_000, 8192  # of folders, kept in memory at a time, and of one folder's to share
 
@@ -1398,7 +1410,7 @@ class Sweep:
         """former is the UID that hermes had before, -1 for none; mounted says whether there are other file systems
         that it could move below a folder that is checked."""
         self.uid, self.gid = boot.owner
-        self.by_group = boot.owner != account()  # OpenShift's way
+        self.by_group = boot.by_group
         self.dry_run = boot.dry_run
         self.former = {former, self.uid}
         self.home: MountId = (-1, b"")  # where the volume itself is
@@ -1423,6 +1435,8 @@ class Sweep:
             fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=at)
         except FileNotFoundError:
             return  # removed while we looked
+        except OSError as error:
+            return self.fail(name, at, error)
         try:
             status = os.fstat(fd)
             if not self.may_change(status) or (
@@ -1763,7 +1777,7 @@ class Sweep:
             setattr(self, name, getattr(self, name) or value)
 
     def report(self, boot: Boot) -> None:
-        """Say what was mended, what could not be, and what was left alone for safety."""
+        """Say what was changed, what could not be, and what was left alone for safety."""
         if self.changed:
             boot.announce(
                 f"give {self.changed} of {self.checked} entries on {shown(boot.home)} to {self.uid}:{self.gid}"
@@ -2118,7 +2132,7 @@ def try_volume(boot: Boot, home: Folder) -> None:
             if status.st_uid
             else "chown it on the host"
         )
-        if os.geteuid() not in (0, status.st_uid) and boot.owner != account():
+        if os.geteuid() != status.st_uid and boot.by_group:
             advice = "give it to group 0 (chgrp -R 0, chmod -R g+rwX)"
         if error.errno == errno.EROFS:
             advice = "mount it writable"
@@ -2239,7 +2253,7 @@ def volume_version(home: Folder) -> str:
         return ""
 
 
-VERSION = r"""v?(?:(\d+)!)?(\d+(?:\.\d+)*)(?:[-_.]?(alpha|a|beta|b|preview|pre|c|rc)[-_.]?(\d*))?
+VERSION_SCHEME = r"""v?(?:(\d+)!)?(\d+(?:\.\d+)*)(?:[-_.]?(alpha|a|beta|b|preview|pre|c|rc)[-_.]?(\d*))?
 (?:-(\d+)|[-_.]?(post|rev|r)[-_.]?(\d*))?(?:[-_.]?(dev)[-_.]?(\d*))?(?:\+[a-z0-9._-]+)?"""
 
 
@@ -2247,7 +2261,7 @@ def version_key(version: str) -> tuple:
     """Return what sorts versions in PEP 440's order, but for local ones; what is no version comes first."""
     import re  # 8 ms, so only where two versions differ
 
-    match = re.fullmatch(VERSION.replace("\n", ""), version.strip().lower(), re.ASCII)
+    match = re.fullmatch(VERSION_SCHEME.replace("\n", ""), version.strip().lower(), re.ASCII)
     if not match:
         return (-1,)
     epoch, release, pre, pre_number, post, post_word, post_number, dev, dev_number = match.groups()
@@ -2753,6 +2767,7 @@ def quoted(text: str) -> str:
 
 FIND_HOME = (  # in shell, what root_home does
     'home="${HERMES_HOME:-' + HOME + '}"',
+    'home="${home%"${home##*[!/]}"}"',
     'case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac',
 )
 TAKE_UMASK = 'case "$UMASK" in "" | *[!0-7]* | [1-7]??? | ?????*) ;; *) umask "$UMASK" ;; esac'  # what umask_of does
@@ -3022,7 +3037,7 @@ def setup(boot: Boot) -> int:
         join_groups(boot)
         own_volume(boot)
     elif not boot.dry_run:
-        who = f"{USER} itself" if boot.owner == account() else f"UID {euid} with GID 0"
+        who = f"UID {euid} with GID 0" if boot.by_group else f"{USER} itself"
         boot.announce(f"started as {who}, so owners, groups and services stay as they are")
         make_home(boot)
     if not os.path.isdir(boot.home):
@@ -3110,8 +3125,7 @@ def end_boot() -> int:
     init, runner = first.get(b"/run/s6/basedir/scripts/rc.init"), first.get(b"s6rc-oneshot-runner")
     if not init or not runner:
         return 0
-    with open("/run/s6-linux-init-container-results/exitcode", "w") as file:
-        file.write(f"{128 + SIGTERM}\n")
+    set_exit_code(128 + SIGTERM)
     for process in [init, *children.get(init, [])]:  # rc.init, and s6-rc, which ends once its scripts have
         send(process, SIGTERM)
     deadline, told = time.monotonic() + 1, set()  # some are PID 1's children, once their parents have ended
@@ -3193,23 +3207,14 @@ def reconcile_phase(boot: Boot) -> int:
 def asked_by_hermes(boot: Boot, action, *arguments) -> tuple[int, dict[str, tuple[bool, bool]]]:
     """Run an action as hermes that asks for slots, by ask_for; return its exit code, and for each profile whether its
     gateway starts, and whether it has a log folder. What hermes says is checked, and is all that root takes from it."""
-    import fcntl
-
-    reading, writing = os.pipe()
-    os.set_blocking(reading, False)
-    os.set_blocking(writing, False)
-    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, ASKED_LIMIT)  # room for the longest names
-    code = as_owner(boot.owner, action, boot, *arguments, writing)
-    os.close(writing)
-    data = bytearray()
-    try:
-        while (part := os.read(reading, ASKED_LIMIT)) and len(data) < ASKED_LIMIT:
-            data += part
-    except BlockingIOError:
-        pass  # something of hermes's keeps it open
-    os.close(reading)
-    asked = (line.partition(" ") for line in data.decode("ascii", "replace").splitlines())
-    wanted = {name: ("start" in flags, "log" in flags) for name, _, flags in asked if not name_fault(name)}
+    with trusted_folder(boot.scandir) as scandir:
+        asked = os.open(".asked", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=scandir.fd)
+        scandir.unlinked(".asked")  # not a pipe: one of this size the kernel may refuse a root with few capabilities
+    code = as_owner(boot.owner, action, boot, *arguments, asked)
+    data = os.pread(asked, ASKED_LIMIT, 0)
+    os.close(asked)
+    lines = (line.partition(" ") for line in data.decode("ascii", "replace").splitlines())
+    wanted = {name: ("start" in flags, "log" in flags) for name, _, flags in lines if not name_fault(name)}
     return code, dict([*wanted.items()][:SLOT_LIMIT])
 
 
@@ -5374,7 +5379,7 @@ def owner_checks(boot: Boot) -> list[Check]:
     if not os.path.isdir(boot.home):
         return []  # the volume's own check says it
     checks = []
-    shared = boot.owner != account() and is_groups(os.stat(boot.home), boot.owner[1])
+    shared = boot.by_group and is_groups(os.stat(boot.home), boot.owner[1])
     if (uid, gid) != boot.owner and not shared:
         fix = f"start with HERMES_UID={uid} HERMES_GID={gid}, or restart the container to give it to hermes"
         checks.append(Check("warn", "owner", f"{shown(boot.home)} belongs to {uid}:{gid}, hermes is {ours}", fix))

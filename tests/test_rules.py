@@ -81,6 +81,7 @@ HOMES = {
     "": "/opt/data",
     "/opt/data/profiles/coder": "/opt/data",
     "/opt/data/profiles/coder/": "/opt/data",
+    "/opt/data/profiles/coder//": "/opt/data",
     "/srv/profiles": "/srv/profiles",
     "/srv/my home/profiles/x": "/srv/my home",
     "/profiles/x": "/",
@@ -91,7 +92,7 @@ HOMES = {
 def test_root_home(value, expected):
     """Of a profile's HERMES_HOME, in Python and, but for the root folder itself, in a slot's shell."""
     assert hermes_boot.root_home({"HERMES_HOME": value}) == expected
-    if expected != "/" and not value.endswith("/"):
+    if expected != "/":
         script = "\n".join([*hermes_boot.FIND_HOME, 'printf %s "$home"'])
         done = subprocess.run(["/bin/sh", "-c", script], env={"HERMES_HOME": value}, capture_output=True, text=True)
         assert done.stdout == expected
@@ -357,6 +358,7 @@ RUN = """\
 #!/command/with-contenv sh
 exec 2>&1
 home="${HERMES_HOME:-/opt/data}"
+home="${home%"${home##*[!/]}"}"
 case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac
 export HOME="$home" HERMES_HOME="$home" HERMES_S6_SUPERVISED_CHILD=1 HERMES_SUPERVISED_CHILD=1
 cd "$home" || cd /
@@ -379,6 +381,7 @@ if [ -w /proc/self/fd/2 ] && [ ! -S /proc/self/fd/2 ]; then exec 1>>/proc/self/f
 exec 2>&1
 case "$UMASK" in "" | *[!0-7]* | [1-7]??? | ?????*) ;; *) umask "$UMASK" ;; esac
 home="${HERMES_HOME:-/opt/data}"
+home="${home%"${home##*[!/]}"}"
 case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac
 [ "$(id -u)" = 0 ] && set -- s6-setuidgid hermes || set --
 "$@" s6-setlock -n "$home/logs/gateways/coder"/lock true 2>/dev/null || {
