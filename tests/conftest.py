@@ -16,9 +16,9 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent), str(Path(__file__).parent / "docker")]
 
-import engine
-import sandbox
-from sandbox import Sandbox
+import engine  # noqa: E402
+import sandbox  # noqa: E402
+from sandbox import Sandbox  # noqa: E402
 
 # `make test-engine`: the tests that make containers, on a real engine's; those that reach into a sandbox's layers are
 # left out.
@@ -39,7 +39,7 @@ def accounts(path: str) -> tuple[list[str], list[str]]:
 
 
 def hide_hermes() -> bool:
-    """Give root's tests account files without hermes, in a mount namespace of their own; return whether none is left."""
+    """Give root's tests account files without hermes, in a mount namespace of their own; return whether that is so."""
     found = {path: accounts(path) for path in ("/etc/passwd", "/etc/group")}
     if os.geteuid() != 0 or not any(theirs for _, theirs in found.values()):
         return True

@@ -1,4 +1,4 @@
-"""The image's files without an engine: what the Dockerfile makes of the checkout, and what stands in for what it fetches.
+"""The image's files without an engine: what the Dockerfile makes of the checkout, and stand-ins for what it fetches.
 
 The Dockerfile is read and not repeated: its ENV, what it copies, and the commands that it runs after a stage's first
 COPY of ours. Those run in a copy-on-write root of this machine's. What an engine would fetch comes from elsewhere:
@@ -252,7 +252,7 @@ def put_scripts(layer: Path) -> None:
 
 
 def build(stage: str, folder: Path) -> None:
-    """Do a stage's own steps, over this machine's root; what they put into /opt/hermes and /names comes into a folder."""
+    """Do a stage's own steps over this machine's root; what they put into /opt/hermes and /names comes to a folder."""
     copies, commands = own_steps(stage)
     made(folder / "opt/hermes")
     made(folder / "names")

@@ -306,6 +306,7 @@ def test_make_lists_its_targets():
         "run",
         "image",
         "test",
+        "lint",
         "test-engine",
         "bench",
         "clean",

@@ -139,6 +139,19 @@ def test_the_agent_cannot_turn_root_against_the_machine(container, hard_links_al
     assert box.exec("stat", "-c", "%u %a", "/etc/passwd").stdout == "0 644\n"
 
 
+REMAPS = "; ".join(f"echo {uid} >/run/s6/container_environment/HERMES_UID; {OURS} setup" for uid in (1500, 10000))
+
+
+def test_a_container_of_the_former_uid_cannot_turn_a_remap_against_the_machine(container, hard_links_allowed):
+    """It runs on the volume while that goes to another UID, and back."""
+    box = container(environment={"HERMES_HOME": "/srv/home"})
+    box.start("sleep", "infinity")
+    box.exec("rm", "-f", "/run/hermes-command")
+    before, after, rounds = play(box, REMAPS, 500)
+    assert after == before and rounds >= 500
+    assert box.exec("stat", "-c", "%u %a", "/etc/passwd").stdout == "0 644\n"
+
+
 def test_a_naive_boot_fails_the_same_attack(container, hard_links_allowed):
     """`chown -R` and seeding by path: the attack above is a real one."""
     box = container(environment={"HERMES_HOME": "/srv/home"})

@@ -58,7 +58,12 @@ def test_our_reading_is_the_agents(live, tmp_path):
         home = tmp_path / str(number)
         home.mkdir()
         (home / "config.yaml").write_text(text, newline="")
-        environment = {"PATH": "/usr/bin:/bin", "HERMES_HOME": str(home), "HOME": str(home), "PYTHONPATH": str(packages)}
+        environment = {
+            "PATH": "/usr/bin:/bin",
+            "HERMES_HOME": str(home),
+            "HOME": str(home),
+            "PYTHONPATH": str(packages),
+        }
         python = image.agent_venv() / "bin/python"
         done = subprocess.run([python, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
         assert done.stdout.strip() == str(multiplexes), (text, done)

@@ -45,7 +45,7 @@ def tell_all_states(host: Gateways) -> None:
     slot = host.box.path("/run/service/gateway-no-supervisor")
     slot.rename(slot.with_name(".hidden"))
     host.box.exec("/command/s6-svscanctl", "-an", "/run/service")
-    slot.mkdir()
+    assert host.box.exec("mkdir", "/run/service/gateway-no-supervisor", user="hermes").returncode == 0
     host.box.exec("/command/s6-svc", "-d", "/run/service/gateway-stopping")
     host.box.exec("/command/s6-svc", "-r", "/run/service/gateway-starting")
     assert wait_for(lambda: host.starts("starting") == 2)
@@ -202,7 +202,8 @@ def test_a_container_without_gateways_is_healthy(container, tmp_path, words, env
     box = container(environment=environment)
     box.put_agent("#!/bin/sh\nexec sleep infinity\n")
     box.start(*words)
-    assert box.exec("s6-svc", "-r", "/run/service/main-hermes", user="hermes").returncode == 0
+    assert box.exec("s6-svc", "-r", "/run/service/dashboard", user="hermes").returncode == 0
+    assert box.exec("s6-svc", "-r", "/run/service/main-hermes", user="hermes").returncode == 111
     assert (
         box.exec("stat", "-L", "-c", "%U", "/run/service", "/run/service/main-hermes/supervise").stdout
         == "root\nroot\n"

@@ -93,7 +93,7 @@ def test_a_boot_script_has_a_scrubbed_environment_and_is_not_below_rc_init(conta
 
 
 def test_the_process_tree(container):
-    """PID 1 is s6-svscan, with /dev/null to read; rc.init is its child, a session of its own, and the command's parent."""
+    """PID 1 is s6-svscan, with /dev/null to read; rc.init is its child, in a session of its own with the command."""
     box = container()
     box.start("sleep", "infinity")
     script = "cat /proc/1/comm; tr '\\0' ' ' </proc/1/cmdline; echo; readlink /proc/1/fd/0; ps axo pid,ppid,sid,args"

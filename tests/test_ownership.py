@@ -222,7 +222,11 @@ def test_what_was_hermess_before_and_is_not_ours_to_give_is_said(container, volu
         path.mkdir(exist_ok=True)
         os.chown(path, *HERMES)
     done = container(environment={"HERMES_UID": "1500"}).run("hermes-boot", "doctor")
-    said = b"hermes was another user before; 1 entries at the top of /opt/data that are none of the agent's own stay whose"
-    assert said in done.stderr and b"the first: project; chown what hermes needs to 1500:10000 on the host" in done.stderr
+    said = (
+        b"hermes was another user before; 1 entries at the top of /opt/data that are none of the agent's own stay whose"
+    )
+    assert (
+        said in done.stderr and b"the first: project; chown what hermes needs to 1500:10000 on the host" in done.stderr
+    )
     assert b"warn  owner: 1 entries at the top of /opt/data are neither hermes's nor the agent's own" in done.stdout
     assert owner(volume / "project") == HERMES

@@ -111,11 +111,7 @@ def test_the_compose_file_fits_the_image():
     services = yaml.safe_load(COMPOSE.read_text())["services"]
     assert set(services) == {"hermes", "dashboard"}
     for service in services.values():
-        assert (
-            service["image"] == "hermes-agent"
-            and "entrypoint" not in service
-            and "init" not in service
-        )
+        assert service["image"] == "hermes-agent" and "entrypoint" not in service and "init" not in service
         assert (
             "mem_limit" in service and service["env_file"] == ["hermes.env"] and "data:/opt/data" in service["volumes"]
         )
