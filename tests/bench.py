@@ -346,7 +346,10 @@ def measure(bench: Bench) -> None:
     for case, profiles, files in (("boot", 20, 10_000), ("large boot", 1000, 100_000)):
         if wants(case):
             with Volume(profiles, files) as volume:
-                floor = lambda: bare(2)() + volume.find() + volume.slots(volume.profiles + 1)  # noqa: E731
+
+                def floor():
+                    return bare(2)() + volume.find() + volume.slots(volume.profiles + 1)
+
                 results[case] = bench.pairs(volume.boot, floor, volume.clear)
     if wants("remap"):
         results["remap"] = remap(bench, 10_000 if bench.quick else 100_000)
@@ -403,7 +406,9 @@ def remap(bench: Bench, files: int) -> dict:
             variable("HERMES_UID", identity)
             variable("HERMES_GID", identity)
 
-        chown = lambda: run("/usr/bin/chown", "-Rh", "7777:7777", volume.home)  # noqa: E731
+        def chown():
+            return run("/usr/bin/chown", "-Rh", "7777:7777", volume.home)
+
         result = bench.pairs(lambda: run(SETUP), chown, change)
         variable("HERMES_UID", "10000")
         variable("HERMES_GID", "10000")
@@ -436,7 +441,10 @@ def scaling(bench: Bench, counts: tuple[int, ...]) -> dict:
     took, loops = {}, {}
     for count in counts:
         with Volume(count, 0) as volume:
-            loop = lambda: volume.slots(count + 1)  # noqa: B023, E731
+
+            def loop():
+                return volume.slots(count + 1)
+
             result = bench.pairs(lambda: run(RECONCILE), loop, volume.clear)
             took[count], loops[count] = result["ms"], result["floor_ms"]
     each = {more: (took[more] - took[less]) / (more - less) for less, more in pairwise(counts)}

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import time
+from itertools import pairwise
 
 import pytest
 from conftest import MANAGER, RUN
@@ -294,7 +295,7 @@ def test_no_line_is_lost_or_doubled_over_restarts_and_rotation(gateways):
     shown = [int(number) for number in re.findall(r"line (\d+) ", host.box.log())]
     for numbers in (kept, shown):
         # a kill between a line and its count makes the next run say that number again: at most once a restart
-        repeated = [number for before, number in zip(numbers, numbers[1:]) if number != before + 1]
+        repeated = [number for before, number in pairwise(numbers) if number != before + 1]
         assert len(repeated) <= 3 and set(numbers) == set(range(1, max(numbers) + 1)) and max(numbers) >= last
     assert kept == shown
 
@@ -304,7 +305,7 @@ DRAIN = "trap 'sleep 2; echo drained; exit 0' TERM\necho ready\nwhile :; do slee
 
 def test_the_end_drains_all_in_parallel_and_marks_nobody_stopped(gateways):
     """Five gateways of 2 s each and a CMD end together well below Docker's 10 s, and all come back."""
-    host = gateways({name: DRAIN for name in "abcde"}, "running")
+    host = gateways(dict.fromkeys("abcde", DRAIN), "running")
     assert wait_for(lambda: host.box.log().count("ready") == 5)
     started = time.monotonic()
     assert host.box.stop() == 143
@@ -338,7 +339,10 @@ def test_nobody_can_stop_the_end(gateways):
     stopper = (
         "trap 'while :; do pkill -STOP -f 10-hermes-shutdown; sleep 0.01; done' TERM\nwhile :; do sleep 0.05; done\n"
     )
-    fifos = "for name in supervise/control supervise/status; do mkfifo $name; done; sleep infinity <>supervise/control & exec sleep infinity"
+    fifos = (
+        "for name in supervise/control supervise/status; do mkfifo $name; done;"
+        " sleep infinity <>supervise/control & exec sleep infinity"
+    )
     host = gateways({"a": stopper}, "running", environment={"HERMES_SHUTDOWN_TIMEOUT": "1"})
     assert wait_for(lambda: host.up("a"))
     host.box.exec(
@@ -474,7 +478,7 @@ OTHERS = {"dashboard", "main-hermes", "s6-linux-init-shutdownd", "s6rc-fdholder"
 def test_two_managers_interleave_without_a_leftover(gateways):
     """50 random commands of two processes on three names: then the scandir holds what it should, and nothing else
     runs."""
-    host = gateways({name: RUN for name in "abc"})
+    host = gateways(dict.fromkeys("abc", RUN))
     (host.box.upper.parent / "volume").mkdir(exist_ok=True)
     (host.volume / "worker.py").write_text(WORKER)
     commands = [host.box.exec_command(["/usr/bin/python3", "-IBS", "/opt/data/worker.py", seed]) for seed in ("1", "2")]
@@ -505,10 +509,12 @@ def test_extra_env_reaches_the_gateway_as_data(gateways):
     value = 'it\'s "$(id)" `id`\nnext $HOME'
     script = (
         "import sys; sys.path.insert(0, '/opt/hermes/docker'); import hermes_boot; hermes_boot.become_hermes()\n"
-        "manager = hermes_boot.S6ServiceManager(environment={'HERMES_HOME': '/opt/data'}); manager.unregister_profile_gateway('a')\n"
+        "manager = hermes_boot.S6ServiceManager(environment={'HERMES_HOME': '/opt/data'})\n"
+        "manager.unregister_profile_gateway('a')\n"
         "try: manager.register_profile_gateway('a', extra_env={'A B': 'x'})\n"
         "except hermes_boot.InvalidName as error: print(error)\n"
-        "manager.register_profile_gateway('a', extra_env={'EXTRA': sys.argv[1]}); print(manager.is_running('gateway-a'))\n"
+        "manager.register_profile_gateway('a', extra_env={'EXTRA': sys.argv[1]})\n"
+        "print(manager.is_running('gateway-a'))\n"
     )
     done = host.box.exec("/usr/bin/python3", "-IBSc", script, value)
     assert done.stdout.startswith("extra_env: 'A B' cannot be a variable"), done
@@ -546,7 +552,10 @@ def test_the_real_agent_and_ours_work_on_each_others_slots(container, tmp_path):
 def test_the_real_agent_fetches_what_a_platform_needs_to_the_volume(container, tmp_path):
     """From PyPI, into lazy-packages; its own environment is sealed."""
     box = container(agent=True)
-    ask = "import hermes_bootstrap; from tools.lazy_deps import ensure; ensure('platform.telegram'); import telegram; print(telegram.__file__)"
+    ask = (
+        "import hermes_bootstrap; from tools.lazy_deps import ensure; ensure('platform.telegram');"
+        " import telegram; print(telegram.__file__)"
+    )
     done = box.run("/opt/hermes/.venv/bin/python", "-c", ask, timeout=120)
     assert done.stdout.startswith(b"/opt/data/lazy-packages/telegram/"), done
 

@@ -67,7 +67,7 @@ def test_every_command_of_the_handbook(hermes):
 def test_every_test_that_the_security_page_names_is_there():
     """Each of its sentences has one."""
     words = set(re.findall(r"`(test_\w+)(?:\.py)?`", (PROJECT / "docs/SECURITY.md").read_text()))
-    files = [path for path in (PROJECT / "tests").rglob("test_*.py")]
+    files = list((PROJECT / "tests").rglob("test_*.py"))
     found = {path.stem for path in files}
     for path in files:
         found |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.M))

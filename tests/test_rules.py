@@ -367,14 +367,14 @@ unset $(awk 'BEGIN { for (name in ENVIRON) if (name ~ /^API_SERVER_[A-Z0-9_]+$/)
 export A='b'"'"'c'
 [ "$(id -u)" = 0 ] || exec hermes -p coder gateway run --replace
 exec s6-setuidgid hermes hermes -p coder gateway run --replace
-"""
+"""  # noqa: E501
 FINISH = """\
 #!/bin/sh
 [ ! -e ../.s6-svscan/hermes-ending ] || exit 0
 script='[ "$1" = 78 ] || [ "$(wc -c <supervise/death_tally)" -ge 70 ] || kill -0 "-$4" 2>/dev/null || exit 0; exec /opt/hermes/bin/hermes-boot finish coder "$@"'
 [ "$(id -u)" = 0 ] || exec /bin/sh -c "$script" finish "$@"
 exec s6-setuidgid hermes /bin/sh -c "$script" finish "$@"
-"""
+"""  # noqa: E501
 LOG_RUN = """\
 #!/command/with-contenv sh
 if [ -w /proc/self/fd/2 ] && [ ! -S /proc/self/fd/2 ]; then exec 1>>/proc/self/fd/2; else exec 1>&2; fi

@@ -180,7 +180,8 @@ import os, sys
 sys.path.insert(0, "/opt/hermes/docker")
 import hermes_boot
 def lie(boot, output):
-    lines = ["../../etc start", "A start", "x/y log", "-rf start", "", " ", "\0", "\x1b[2J start", "gateway run", "fine", "fine start"]
+    lines = ["../../etc start", "A start", "x/y log", "-rf start", "", " ", "\0", "\x1b[2J start", "gateway run"]
+    lines += ["fine", "fine start"]
     lines += ["n" * 300, "e\u0301 start"]
     os.write(output, "\n".join(lines).encode() + b"\n\xff\xfe\n" + b"start log\n" * 3)
     for _ in range(400):
@@ -274,8 +275,10 @@ rounds, paths = 0, []
 while not os.path.exists("/srv/stop"):
     if rounds % 50 == 0:
         paths = ["/run", "/run/hermes-command", *glob.glob("/run/s6*/**", recursive=True)]
-        paths += glob.glob("/run/service/**", recursive=True) + glob.glob("/run/service/.*") + glob.glob("/run/service/.s6-svscan/*")
-        paths += [f"/run/s6-rc/servicedirs/{name}/supervise/control" for name in ("dashboard", "main-hermes", "s6rc-fdholder")]
+        paths += glob.glob("/run/service/**", recursive=True)
+        paths += glob.glob("/run/service/.*") + glob.glob("/run/service/.s6-svscan/*")
+        services = "dashboard", "main-hermes", "s6rc-fdholder"
+        paths += [f"/run/s6-rc/servicedirs/{name}/supervise/control" for name in services]
         for process in roots():
             attempt(os.kill, process, 0)
             attempt(os.kill, process, 19)
@@ -293,10 +296,12 @@ def look(path):
     status = os.lstat(path)
     data = open(path, "rb").read() if os.path.isfile(path) and not os.path.islink(path) else b""
     seen[path] = [status.st_uid, status.st_gid, status.st_mode, hashlib.sha256(data).hexdigest()]
-for top in ("/srv/watched", "/run/service", "/run/s6-rc/servicedirs", "/run/s6/basedir", "/run/s6/container_environment", "/etc"):
+tops = "/srv/watched", "/run/service", "/run/s6-rc/servicedirs", "/run/s6/basedir", "/run/s6/container_environment"
+for top in (*tops, "/etc"):
     for path, folders, files in os.walk(top):
         for name in [path, *(os.path.join(path, entry) for entry in files + folders)]:
-            if name.rpartition("/")[2] not in ("status", "death_tally", "lock", "state", "down") and not os.path.basename(path).startswith("."):
+            changing = name.rpartition("/")[2] in ("status", "death_tally", "lock", "state", "down")
+            if not changing and not os.path.basename(path).startswith("."):
                 look(name)
 print(json.dumps(seen))
 """

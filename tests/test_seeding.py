@@ -196,7 +196,8 @@ def test_what_a_helper_leaves_behind_ends_with_it(container, tmp_path):
     (box.upper / "opt/hermes/.venv/lib/python3.11/site-packages/hermes_agent-0.19.0.dist-info").mkdir(parents=True)
     stopper = "while :; do pkill -STOP -f 02-reconcile; sleep 0.01; done"
     box.put_agent(
-        f"#!/bin/sh\n[ $3 != config ] || setsid setsid sh -c 'touch /tmp/left; {stopper}' >/dev/null 2>&1 &\nsleep 0.5\n"
+        f"#!/bin/sh\n[ $3 != config ] || setsid setsid sh -c 'touch /tmp/left; {stopper}' >/dev/null 2>&1 &\n"
+        "sleep 0.5\n"
     )
     done = box.run("sh", "-c", "ls /tmp/left; ps -eo args", timeout=30)
     assert done.returncode == 0 and b"/tmp/left\n" in done.stdout and b"pkill" not in done.stdout, done

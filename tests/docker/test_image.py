@@ -84,8 +84,8 @@ def test_a_read_only_root_boots(hermes):
     done = hermes(options=READ_ONLY, environment={"HERMES_UID": "1500"}).run("true")
     assert done.returncode == 1
     assert (
-        b"fatal: cannot write /etc/passwd and /etc/group (Read-only file system), which the remap needs; make /etc writable"
-        in done.stderr
+        b"fatal: cannot write /etc/passwd and /etc/group (Read-only file system), which the remap needs;"
+        b" make /etc writable" in done.stderr
     )
 
 
@@ -171,7 +171,10 @@ def test_the_build_leaves_nothing_behind(hermes):
 
 def test_the_agent_can_fetch_what_a_platform_needs(hermes):
     """It has pip, and a place on the volume; its own environment is not hermes's to write."""
-    script = "touch /opt/hermes/.venv/mine; python -m pip --version && echo $HERMES_DISABLE_LAZY_INSTALLS $HERMES_LAZY_INSTALL_TARGET"
+    script = (
+        "touch /opt/hermes/.venv/mine; python -m pip --version"
+        " && echo $HERMES_DISABLE_LAZY_INSTALLS $HERMES_LAZY_INSTALL_TARGET"
+    )
     done = hermes().run("sh", "-c", script)
     assert (
         b"touch: cannot touch" in done.stderr
