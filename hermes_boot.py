@@ -2239,7 +2239,7 @@ def volume_version(home: Folder) -> str:
         return ""
 
 
-VERSION = r"""v?(?:(\d+)!)?(\d+(?:\.\d+)*)(?:[-_.]?(alpha|a|beta|b|preview|pre|c|rc)[-_.]?(\d*))?
+VERSION_FORM = r"""v?(?:(\d+)!)?(\d+(?:\.\d+)*)(?:[-_.]?(alpha|a|beta|b|preview|pre|c|rc)[-_.]?(\d*))?
 (?:-(\d+)|[-_.]?(post|rev|r)[-_.]?(\d*))?(?:[-_.]?(dev)[-_.]?(\d*))?(?:\+[a-z0-9._-]+)?"""
 
 
@@ -2247,7 +2247,7 @@ def version_key(version: str) -> tuple:
     """Return what sorts versions in PEP 440's order, but for local ones; what is no version comes first."""
     import re  # 8 ms, so only where two versions differ
 
-    match = re.fullmatch(VERSION.replace("\n", ""), version.strip().lower(), re.ASCII)
+    match = re.fullmatch(VERSION_FORM.replace("\n", ""), version.strip().lower(), re.ASCII)
     if not match:
         return (-1,)
     epoch, release, pre, pre_number, post, post_word, post_number, dev, dev_number = match.groups()
