@@ -75,10 +75,14 @@ def pytest_configure(config: pytest.Config) -> None:
     if not ON_ENGINE:
         config.stash[HIDDEN] = hide_hermes()
     config.addinivalue_line("markers", "sandbox: needs what only a sandbox can show, so it does not run on an engine")
+    config.addinivalue_line("markers", "plain: needs no container; every test that makes none has it")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the rest out where an engine is tested."""
+    """Mark the plain tests; leave out what an engine cannot show where one is tested."""
+    for item in items:
+        if "live" not in item.fixturenames:
+            item.add_marker("plain")
     wanted = [item for item in items if "container" in item.fixturenames and not item.get_closest_marker("sandbox")]
     if ON_ENGINE:
         wanted += [item for item in items if item.path.parent.name == "docker" and item not in wanted]
@@ -211,12 +215,21 @@ def gateways(container):
     return lambda profiles, state="", **options: Gateways(container(**options), profiles, state)
 
 
+STUB = f"""import sys
+sys.path.insert(0, {str(Path(__file__).resolve().parent.parent)!r})
+from hermes_boot import main
+sys.exit(main(sys.argv))
+"""
+
+
 class Plain:
     """The scripts on a volume of this machine's, without s6: what they do with files alone."""
 
     def __init__(self, folder: Path) -> None:
         self.home, self.scandir = folder / "home", folder / "scandir"
         self.home.mkdir()
+        self.stub = folder / "hermes_boot.py"  # as in the image, since Python compiles a script anew at every start
+        self.stub.write_text(STUB)
 
     def profile(self, name: str, state: str | bytes | None = None, soul: bool = True) -> Path:
         """Make a profile folder, with a state file and a SOUL.md or without."""
@@ -232,13 +245,12 @@ class Plain:
         self, *arguments: str, command: list[str] | None = None, **environment: str
     ) -> subprocess.CompletedProcess:
         """Run the phase; S6_ and HERMES_ variables are the test's own."""
-        script = Path(__file__).parent.parent / "hermes_boot.py"
         clean = {
             "PATH": os.environ["PATH"],
             "HERMES_HOME": str(self.home),
             "S6_PROFILE_GATEWAY_SCANDIR": str(self.scandir),
         }
-        argv = [sys.executable, "-IS", str(script), *(command or ["reconcile"]), *arguments]
+        argv = [sys.executable, "-IS", str(self.stub), *(command or ["reconcile"]), *arguments]
         return subprocess.run(argv, env=clean | environment, capture_output=True, text=True, timeout=60)
 
     def slots(self) -> dict[str, bool]:

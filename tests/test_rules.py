@@ -49,6 +49,19 @@ def test_what_both_scripts_need_is_the_same_text():
 
 
 @pytest.mark.parametrize("script", ["hermes_boot.py", "main_wrapper.py"])
+def test_no_name_is_bound_twice(script):
+    """The second would take the first one's place everywhere."""
+    names: list[str] = []
+    for node in ast.parse((SCRIPTS / script).read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names += [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+    assert len(names) > 10 and sorted(set(names)) == sorted(names)
+
+
+@pytest.mark.parametrize("script", ["hermes_boot.py", "main_wrapper.py"])
 def test_neither_script_imports_the_other(script):
     """Nor anything that is not Python's own."""
     found = set()
