@@ -331,9 +331,9 @@ def test_the_same_attack_is_a_real_one(gateways):
     """In the default mode, where the slots are hermes's, it writes what root runs."""
     host = gateways({"coder": RUN}, "running")
     host.box.exec("mkdir", "-p", "/srv")
-    argv = host.box.exec_command(["/usr/bin/python3", "-IBSc", ATTACK, "100"], "hermes")
-    agent = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
-    assert agent.stdout.readline() == "100\n"
+    argv = host.box.exec_command(["/usr/bin/python3", "-IBSc", ATTACK, "1000"], "hermes")
+    agent = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert agent.stdout.readline() == "1000\n", agent.communicate(timeout=60)
     host.box.exec("touch", "/srv/stop")
     got = json.loads(agent.communicate(timeout=60)[0])
     assert any(line.startswith("opened /run/service/gateway-") for line in got), got
