@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import ctypes
 import glob
+import inspect
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
 import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent), str(Path(__file__).parent / "docker")]
 
 import engine  # noqa: E402
+import image  # noqa: E402
 import sandbox  # noqa: E402
 from sandbox import Sandbox  # noqa: E402
 
@@ -78,16 +85,60 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "plain: needs no container; every test that makes none has it")
 
 
+# Programs that a small image has not, and how a test calls them
+PROGRAMS = {"ps": r'"ps"|\bps (-|a)', "pkill": r"\bpkill ", "chattr": r'"chattr"'}
+
+
+def text_of(thing: object, module: ModuleType, seen: set[object]) -> str:
+    """Return the source of a test, with that of what it names in its module."""
+    if isinstance(thing, str):
+        return thing
+    if not inspect.isfunction(thing) or thing in seen:
+        return ""
+    seen.add(thing)
+    text = inspect.getsource(thing)
+    named = (getattr(module, name, None) for name in set(re.findall(r"\w+", text)))
+    return "\n".join([text, *(text_of(other, module, seen) for other in named)])
+
+
+def lacking(item: pytest.Function) -> list[str]:
+    """Return which of the programs that a test calls this machine lacks."""
+    missing = [name for name in PROGRAMS if not shutil.which(name)]
+    things = [item.function, *(item.callspec.params.values() if hasattr(item, "callspec") else ())]
+    text = "\n".join(text_of(thing, item.module, set()) for thing in things) if missing else ""
+    return [name for name in missing if re.search(PROGRAMS[name], text)]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+<<<<<<< HEAD
     """Mark the plain tests; leave out what an engine cannot show where one is tested."""
     for item in items:
         if "live" not in item.fixturenames:
             item.add_marker("plain")
+=======
+    """Leave the rest out where an engine is tested; skip what this machine lacks the programs for."""
+    for item in items if not ON_ENGINE else ():
+        if isinstance(item, pytest.Function) and (names := lacking(item)):
+            item.add_marker(pytest.mark.skip(reason=f"this machine has no {' and no '.join(names)}"))
+>>>>>>> sandbox
     wanted = [item for item in items if "container" in item.fixturenames and not item.get_closest_marker("sandbox")]
     if ON_ENGINE:
         wanted += [item for item in items if item.path.parent.name == "docker" and item not in wanted]
         config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
         items[:] = wanted
+
+
+def missing(why: str) -> NoReturn:
+    """Skip with the reason; fail instead where live tests are required."""
+    (pytest.fail if os.environ.get("HERMES_TEST_REQUIRE_LIVE") else pytest.skip)(why)
+
+
+def fetched(get: Callable[[], Path]) -> Path:
+    """Return what this machine lacks, or skip the test where it cannot be had."""
+    try:
+        return get()
+    except image.CannotFetch as error:
+        missing(str(error))
 
 
 @pytest.fixture(scope="session")
@@ -128,6 +179,8 @@ def container(in_time, tmp_path):
 
     def make(**options) -> Sandbox:
         options.setdefault("volume", tmp_path / "volume")
+        if options.get("agent") and not ON_ENGINE:
+            fetched(image.agent_venv)
         boxes.append(maker(tmp_path / f"box{len(boxes)}", **options))
         return boxes[-1]
 

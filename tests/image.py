@@ -46,6 +46,15 @@ mount --bind /dev dev
 [ -e usr/bin/python3 ] || ln -s "$3" usr/bin/python3
 exec chroot . env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin SOURCE_DATE_EPOCH=0 sh -ec "$4"
 """
+VENV = """
+mount -t tmpfs tmpfs /opt
+mkdir -p /opt/hermes/.venv
+mount --bind "$1" /opt/hermes/.venv
+cd /opt/hermes/.venv
+"$2" -m venv . || "$2" -m venv --clear --without-pip .
+if [ -e bin/pip ]; then pip=bin/pip; else pip="$3 -m pip --python bin/python"; fi
+$pip --disable-pip-version-check -q install pip "hermes-agent==$4"
+"""
 
 
 class CannotFetch(Exception):
@@ -146,7 +155,7 @@ def apt_options(apt: Path, suite: str) -> list[str]:
     for part in ("lists/partial", "archives/partial"):
         (apt / part).mkdir(parents=True)
     options = ["-qq", "-o", f"Dir::State::lists={apt}/lists", "-o", f"Dir::Cache={apt}"]
-    options += ["-o", "APT::Sandbox::User=root"]
+    options += ["-o", "APT::Sandbox::User=root", "-o", "Acquire::Check-Valid-Until=false"]  # signed, if not fresh
     if suite:
         (apt / "sources.list").write_text(f"deb [signed-by={KEYRING}] {MIRROR} {suite} main\n")
         options += ["-o", f"Dir::Etc::sourcelist={apt}/sources.list", "-o", "Dir::Etc::sourceparts=-"]
@@ -191,21 +200,11 @@ def agent_venv() -> Path:
     venv = CACHE / f"venv-{agent_version()}"
     if not venv.exists():
         print(f"sandbox: fetching hermes-agent {agent_version()} from PyPI, once", file=sys.stderr)
-        part = CACHE / "venv.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        target = "/opt/hermes/.venv"
-        pip = f"'{sys.executable}' -m pip --disable-pip-version-check -qq --python {target}/bin/python install pip"
-        script = f"""
-            set -e
-            mount -t tmpfs tmpfs /opt
-            mkdir -p {target}
-            mount --bind '{part}' {target}
-            '{base_python()}' -m venv --without-pip {target}
-            {pip} hermes-agent=={agent_version()}
-        """
-        subprocess.run(["unshare", "-m", "sh", "-c", script], check=True, stdout=sys.stderr)
-        part.rename(venv)
+        with tempfile.TemporaryDirectory(dir=made(CACHE)) as folder:
+            part = made(Path(folder, "venv"))
+            call("unshare", "-m", "sh", "-ec", VENV, "sh", part, base_python(), sys.executable, agent_version())
+            if not venv.exists():
+                part.rename(venv)
     return venv
 
 
