@@ -110,17 +110,12 @@ def lacking(item: pytest.Function) -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-<<<<<<< HEAD
-    """Mark the plain tests; leave out what an engine cannot show where one is tested."""
+    """Mark the plain tests; leave out what an engine cannot show; skip what this machine lacks the programs for."""
     for item in items:
         if "live" not in item.fixturenames:
             item.add_marker("plain")
-=======
-    """Leave the rest out where an engine is tested; skip what this machine lacks the programs for."""
-    for item in items if not ON_ENGINE else ():
-        if isinstance(item, pytest.Function) and (names := lacking(item)):
+        if not ON_ENGINE and isinstance(item, pytest.Function) and (names := lacking(item)):
             item.add_marker(pytest.mark.skip(reason=f"this machine has no {' and no '.join(names)}"))
->>>>>>> sandbox
     wanted = [item for item in items if "container" in item.fixturenames and not item.get_closest_marker("sandbox")]
     if ON_ENGINE:
         wanted += [item for item in items if item.path.parent.name == "docker" and item not in wanted]
