@@ -394,7 +394,7 @@ class Boot:
 
     @property
     def by_group(self) -> bool:
-        """Return whether hermes is any UID with root's group, in OpenShift's way: then what that group can use is its."""
+        """Return whether hermes is any UID with root's group, as on OpenShift: then what that group can use is its."""
         return self.owner[1] == 0 and self.owner[0] != 0
 
     @property
