@@ -2033,9 +2033,12 @@ def barred(path: str) -> str:
     return next((folder for folder in folders if not os.access(folder, os.X_OK)), real)
 
 
-def owner_and_mode(name: str, at: int | None = None) -> str:
+def owner_and_mode(path: str, at: int | None = None) -> str:
     """Return to whom an entry belongs and with what mode, in words."""
-    status = os.stat(name, dir_fd=at, follow_symlinks=False)
+    try:
+        status = os.stat(path, dir_fd=at, follow_symlinks=False)
+    except OSError:
+        return "is gone by now"
     return f"belongs to {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}"
 
 
@@ -3907,9 +3910,9 @@ class S6ServiceManager:
         if not up:
             return status.pid == 0
         ends = [ended for when, ended in deaths(slot) if when >= began]
-        parked = not status.up and not status.wanted and status.since >= began
+        parked = bool(ends) and not status.up and not status.wanted  # else it has not been started yet
         if parked or len(ends) > 1:
-            what = f"ended with {ending(ends[-1] if ends else status.ended)} and is parked"
+            what = f"ended with {ending(ends[-1])} and is parked"
             what = what if parked else f"is in a crash loop, with {ending(ends[-1])}"
             failures[name] = CommandFailed(f"{name}: {what}; `hermes-boot logs -p {name} -n 20` says why")
             return True
