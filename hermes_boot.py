@@ -792,10 +792,11 @@ OVERDUE = 124  # the exit code of a process that was ended for its time, as of t
 
 
 class TimeLimit:
-    """Raises TimeoutError in its block after so many seconds (0: never), out of a system call too. In another thread
-    than the main one, which alone gets signals, it limits nothing."""
+    """Raises TimeoutError in its block after so many seconds (0: never), out of a system call too; one within another
+    holds no longer than that has left. In another thread than the main one, which alone gets signals, it limits
+    nothing."""
 
-    __slots__ = ("before", "outer", "seconds")
+    __slots__ = ("before", "outer", "seconds", "started")
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -808,7 +809,9 @@ class TimeLimit:
         except ValueError:
             self.before = None
             return
-        self.outer = _signal.setitimer(_signal.ITIMER_REAL, self.seconds)[0]
+        self.started, self.outer = time.monotonic(), _signal.getitimer(_signal.ITIMER_REAL)[0]
+        limits = [seconds for seconds in (self.seconds, self.outer) if seconds]
+        _signal.setitimer(_signal.ITIMER_REAL, min(limits, default=0))
 
     def __exit__(self, *_: object) -> None:
         import _signal
@@ -816,7 +819,8 @@ class TimeLimit:
         if self.before is None:
             return
         _signal.signal(_signal.SIGALRM, self.before)
-        _signal.setitimer(_signal.ITIMER_REAL, self.outer)
+        left = max(0.001, self.outer - (time.monotonic() - self.started)) if self.outer else 0
+        _signal.setitimer(_signal.ITIMER_REAL, left)
 
     def expire(self, *_: object) -> None:
         """Be the handler of SIGALRM."""
