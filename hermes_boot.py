@@ -792,10 +792,11 @@ OVERDUE = 124  # the exit code of a process that was ended for its time, as of t
 
 
 class TimeLimit:
-    """Raises TimeoutError in its block after so many seconds (0: never), out of a system call too. In another thread
-    than the main one, which alone gets signals, it limits nothing."""
+    """Raises TimeoutError in its block after so many seconds (0: never), out of a system call too; one within another
+    holds no longer than that has left. In another thread than the main one, which alone gets signals, it limits
+    nothing."""
 
-    __slots__ = ("before", "outer", "seconds")
+    __slots__ = ("before", "outer", "seconds", "started")
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -808,7 +809,9 @@ class TimeLimit:
         except ValueError:
             self.before = None
             return
-        self.outer = _signal.setitimer(_signal.ITIMER_REAL, self.seconds)[0]
+        self.started, self.outer = time.monotonic(), _signal.getitimer(_signal.ITIMER_REAL)[0]
+        limits = [seconds for seconds in (self.seconds, self.outer) if seconds]
+        _signal.setitimer(_signal.ITIMER_REAL, min(limits, default=0))
 
     def __exit__(self, *_: object) -> None:
         import _signal
@@ -816,7 +819,8 @@ class TimeLimit:
         if self.before is None:
             return
         _signal.signal(_signal.SIGALRM, self.before)
-        _signal.setitimer(_signal.ITIMER_REAL, self.outer)
+        left = max(0.001, self.outer - (time.monotonic() - self.started)) if self.outer else 0
+        _signal.setitimer(_signal.ITIMER_REAL, left)
 
     def expire(self, *_: object) -> None:
         """Be the handler of SIGALRM."""
@@ -4230,8 +4234,7 @@ def gateway_as_hermes(
 
 def gateway_status(boot: Boot, manager: S6ServiceManager, names: list[str], as_json: bool) -> int:
     """Print the rows of some gateways, or of all that have a slot; return 0 when they are all up, else 3."""
-    for name in names:
-        manager.slot(name)
+    names = [os.path.basename(manager.slot(name)).removeprefix(SLOT_PREFIX) for name in names]
     with open_home(boot) as home:
         rows = [row_of(boot, home, name) for name in in_order(names or manager.list_profile_gateways())]
     print(to_json([row.as_dict() for row in rows]) if as_json else table(rows, []))
@@ -4687,6 +4690,8 @@ def rows_of(boot: Boot, profile: str | None = None) -> list[Row]:
     boot.multiplexes = None  # looked up anew, under --watch
     with open_home(boot) as home:
         names = {"default", *manager.list_profile_gateways()}
+        if profile and profile not in names and profile.removeprefix(SLOT_PREFIX) in names:
+            profile = profile.removeprefix(SLOT_PREFIX)  # a service's name
         if profile is None or profile not in names:
             names |= unregistered(home, names, profile)
         if profile is not None:
@@ -5141,15 +5146,13 @@ def last_lines(home: Folder, profile: str, count: int) -> list[str]:
 def since_when(text: str) -> str:
     """Return the timestamp, as s6-log writes it, that 30s, 10m, 2h, 1d or a date stands for. Raises ValueError."""
     size = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
-    if size and text[:-1].isascii() and text[:-1].isdigit():
-        then = time.localtime(max(0, time.time() - int(text[:-1]) * size))
-        return time.strftime("%Y-%m-%d %H:%M:%S", then)
+    if size and (number := number_in(text[:-1], 0, 10**9)) is not None:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(0, time.time() - number * size)))
     for layout in ("%Y-%m-%d", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S"):
         try:
-            time.strptime(text.replace("T", " "), layout)
+            return time.strftime(layout, time.strptime(text.replace("T", " "), layout))
         except ValueError:
             continue
-        return text.replace("T", " ")
     raise ValueError(f"{text!r} is neither a time span (30s, 10m, 2h, 1d) nor a date (2026-05-21, 2026-05-21T06:18)")
 
 
@@ -5163,7 +5166,7 @@ def show_logs(
     name, after = named_profile(manager, profile), (since or "").encode()
     harmless = not raw and sys.stdout.isatty()
     try:
-        manager.valid(name)
+        name = manager.valid(name)
         with Folder(boot.home, follow=True) as home, home.folder(f"logs/gateways/{name}") as logs:
             found = log_lines(logs, count=count, follow=follow)
             lines = (line for line in found if line is None or line[: len(after)] >= after)

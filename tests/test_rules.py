@@ -501,3 +501,18 @@ def test_seeds(monkeypatch, tmp_path):
     }  # before the umask
     assert found["config.yaml"][1] == b"a: 1\n" and found["SOUL.md"][1] == hermes_boot.BUILT_IN["SOUL.md"].encode()
     assert json.loads(found["gateway_state.json"][1]) == {"desired_state": "running"}
+
+
+def test_a_time_limit_within_another():
+    """It holds no longer than the outer one, which goes on from where it was."""
+    started = time.monotonic()
+    with pytest.raises(TimeoutError), hermes_boot.TimeLimit(0.1), hermes_boot.TimeLimit(60):
+        time.sleep(5)
+    with pytest.raises(TimeoutError), hermes_boot.TimeLimit(0.1):
+        with hermes_boot.TimeLimit(60):
+            time.sleep(0.05)
+        time.sleep(5)
+    with hermes_boot.TimeLimit(0.05), hermes_boot.TimeLimit(0):
+        pass
+    assert time.monotonic() - started < 1
+    time.sleep(0.1)  # nothing is left of them
