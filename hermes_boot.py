@@ -214,6 +214,15 @@ def read_pid_file(path: str) -> int:
         return 0
 
 
+def account() -> tuple[int, int] | None:
+    """Return hermes's UID and GID from /etc/passwd, None when it has no such user."""
+    for line in content("/etc/passwd").split(b"\n"):
+        fields = line.split(b":")
+        if fields[0] == USER.encode() and len(fields) == 7:
+            return int(fields[2]), int(fields[3])
+    return None
+
+
 def profile_option(words: list[str]) -> tuple[str | None, list[str]]:
     """Split a leading -p NAME, --profile NAME or --profile=NAME off hermes's arguments."""
     if len(words) > 1 and words[0] in ("-p", "--profile"):
@@ -1109,15 +1118,6 @@ SECRETS = frozenset(
 )
 PATHS = ("AZURE_FEDERATED_TOKEN_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE")  # which are read, again and again, by others
 MAX_ID = 2**32 - 2  # 2**32 - 1 is chown's "leave it as it is"
-
-
-def account() -> Owner | None:
-    """Return hermes's UID and GID from /etc/passwd, None when it has no such user."""
-    for line in content(PASSWD).split(b"\n"):
-        fields = line.split(b":")
-        if fields[0] == USER.encode() and len(fields) == 7:
-            return int(fields[2]), int(fields[3])
-    return None
 
 
 def wanted_id(boot: Boot, *names: str) -> int | None:
@@ -3743,20 +3743,13 @@ class S6ServiceManager:
     def announce_stop(self, profile: str) -> None:
         """Tell the gateway that the SIGTERM to come is meant: hermes-agent then ends with code 0 and says so in its
         log. It ends without the signal too, within 0.5 s, so s6 must hear of it at once."""
-        import json
-
         try:
             pid = self.status(profile).pid
-            started = int(start_time(pid))
             written = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
-            marker = {
-                "target_pid": pid,
-                "target_start_time": started,
-                "stopper_pid": os.getpid(),
-                "written_at": written,
-            }
+            words = f'"target_pid": {pid}, "target_start_time": {int(start_time(pid))}, "stopper_pid": {os.getpid()}'
+            marker = f'{{{words}, "written_at": "{written}"}}\n'  # by hand: json takes as long as the whole stop
             with self.profile_folder(profile) as folder:
-                folder.write(".gateway-planned-stop.json", json.dumps(marker).encode(), 0o644, replace=True, sync=False)
+                folder.write(".gateway-planned-stop.json", marker.encode(), 0o644, replace=True, sync=False)
         except (OSError, ValueError, GatewayError):
             pass  # not up, or no profile: then there is nobody to tell
 
