@@ -214,6 +214,15 @@ def read_pid_file(path: str) -> int:
         return 0
 
 
+def account() -> tuple[int, int] | None:
+    """Return hermes's UID and GID from /etc/passwd, None when it has no such user."""
+    for line in content("/etc/passwd").split(b"\n"):
+        fields = line.split(b":")
+        if fields[0] == USER.encode() and len(fields) == 7:
+            return int(fields[2]), int(fields[3])
+    return None
+
+
 def profile_option(words: list[str]) -> tuple[str | None, list[str]]:
     """Split a leading -p NAME, --profile NAME or --profile=NAME off hermes's arguments."""
     if len(words) > 1 and words[0] in ("-p", "--profile"):
@@ -286,14 +295,15 @@ class Progress:
         self.due = time.monotonic() + (0.2 if self.terminal else 10)
         if self.terminal:
             line = cut(f"{os.path.basename(sys.argv[0])}: info: {text()}", os.get_terminal_size(2).columns)
-            self.written = print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True) is None
+            write_error(f"\r{line}\033[K")
+            self.written = True
         else:
             say("info", text())
 
     def end(self) -> None:
         """Clear the terminal's line."""
         if self.written:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            write_error("\r\033[K")
 
 
 def cut(text: str, width: int) -> str:
@@ -390,6 +400,11 @@ class Boot:
     def sealed(self) -> bool:
         """Return whether root keeps the scandir and all slots for itself, which takes root."""
         return switch(self.setting("HERMES_SEALED")) is True and os.geteuid() == 0
+
+    @property
+    def by_group(self) -> bool:
+        """Return whether hermes is any UID with root's group, as on OpenShift: then what that group can use is its."""
+        return self.owner[1] == 0 and self.owner[0] != 0
 
     @property
     def quiet(self) -> bool:
@@ -786,9 +801,11 @@ OVERDUE = 124  # the exit code of a process that was ended for its time, as of t
 
 
 class TimeLimit:
-    """Raises TimeoutError in its block after so many seconds (0: never), out of a system call too."""
+    """Raises TimeoutError in its block after so many seconds (0: never), out of a system call too; one within another
+    holds no longer than that has left. In another thread than the main one, which alone gets signals, it limits
+    nothing."""
 
-    __slots__ = ("before", "outer", "seconds")
+    __slots__ = ("before", "outer", "seconds", "started")
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -796,14 +813,23 @@ class TimeLimit:
     def __enter__(self) -> None:
         import _signal
 
-        self.before = _signal.signal(_signal.SIGALRM, self.expire)
-        self.outer = _signal.setitimer(_signal.ITIMER_REAL, self.seconds)[0]
+        try:
+            self.before = _signal.signal(_signal.SIGALRM, self.expire)
+        except ValueError:
+            self.before = None
+            return
+        self.started, self.outer = time.monotonic(), _signal.getitimer(_signal.ITIMER_REAL)[0]
+        limits = [seconds for seconds in (self.seconds, self.outer) if seconds]
+        _signal.setitimer(_signal.ITIMER_REAL, min(limits, default=0))
 
     def __exit__(self, *_: object) -> None:
         import _signal
 
+        if self.before is None:
+            return
         _signal.signal(_signal.SIGALRM, self.before)
-        _signal.setitimer(_signal.ITIMER_REAL, self.outer)
+        left = max(0.001, self.outer - (time.monotonic() - self.started)) if self.outer else 0
+        _signal.setitimer(_signal.ITIMER_REAL, left)
 
     def expire(self, *_: object) -> None:
         """Be the handler of SIGALRM."""
@@ -1094,15 +1120,6 @@ PATHS = ("AZURE_FEDERATED_TOKEN_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE")  # which a
 MAX_ID = 2**32 - 2  # 2**32 - 1 is chown's "leave it as it is"
 
 
-def account() -> Owner | None:
-    """Return hermes's UID and GID from /etc/passwd, None when it has no such user."""
-    for line in content(PASSWD).split(b"\n"):
-        fields = line.split(b":")
-        if fields[0] == USER.encode() and len(fields) == 7:
-            return int(fields[2]), int(fields[3])
-    return None
-
-
 def wanted_id(boot: Boot, *names: str) -> int | None:
     """Return the UID or GID of the first non-empty of these variables, None for none; Fatal when it is no such."""
     for name in names:
@@ -1214,10 +1231,13 @@ def follow_home(boot: Boot) -> None:
     """Give the hermes user the volume as its home in /etc/passwd, where ssh and the like look for it."""
     if not boot.home.isprintable() or ":" in boot.home:
         return  # nothing that has a place there
+
+    def edit(lines: list[bytes]) -> list[bytes]:
+        return with_field(lines, USER.encode(), {5: boot.home})
+
     try:
-        if rewrite(PASSWD, lambda lines: with_field(lines, USER.encode(), {5: boot.home}), dry_run=True):
-            if boot.announce(f"set the home of {USER} to {boot.home}"):
-                rewrite(PASSWD, lambda lines: with_field(lines, USER.encode(), {5: boot.home}))
+        if rewrite(PASSWD, edit, dry_run=True) and boot.announce(f"set the home of {USER} to {boot.home}"):
+            rewrite(PASSWD, edit)
     except OSError as error:
         warn(f"cannot write {PASSWD} ({reason(error)}), so ssh and others look for {USER}'s files in another home")
 
@@ -1388,7 +1408,7 @@ class Sweep:
         """former is the UID that hermes had before, -1 for none; mounted says whether there are other file systems
         that it could move below a folder that is checked."""
         self.uid, self.gid = boot.owner
-        self.by_group = boot.owner != account()  # OpenShift's way
+        self.by_group = boot.by_group
         self.dry_run = boot.dry_run
         self.former = {former, self.uid}
         self.home: MountId = (-1, b"")  # where the volume itself is
@@ -1413,6 +1433,8 @@ class Sweep:
             fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=at)
         except FileNotFoundError:
             return  # removed while we looked
+        except OSError as error:
+            return self.fail(name, at, error)
         try:
             status = os.fstat(fd)
             if not self.may_change(status) or (
@@ -1755,7 +1777,7 @@ class Sweep:
             setattr(self, name, getattr(self, name) or value)
 
     def report(self, boot: Boot) -> None:
-        """Say what was mended, what could not be, and what was left alone for safety."""
+        """Say what was changed, what could not be, and what was left alone for safety."""
         if self.changed:
             boot.announce(
                 f"give {self.changed} of {self.checked} entries on {shown(boot.home)} to {self.uid}:{self.gid}"
@@ -2015,9 +2037,12 @@ def barred(path: str) -> str:
     return next((folder for folder in folders if not os.access(folder, os.X_OK)), real)
 
 
-def owner_and_mode(name: str, at: int | None = None) -> str:
+def owner_and_mode(path: str, at: int | None = None) -> str:
     """Return to whom an entry belongs and with what mode, in words."""
-    status = os.stat(name, dir_fd=at, follow_symlinks=False)
+    try:
+        status = os.stat(path, dir_fd=at, follow_symlinks=False)
+    except OSError:
+        return "is gone by now"
     return f"belongs to {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}"
 
 
@@ -2098,7 +2123,7 @@ def try_volume(boot: Boot, home: Folder) -> None:
             if status.st_uid
             else "chown it on the host"
         )
-        if os.geteuid() not in (0, status.st_uid) and boot.owner != account():
+        if os.geteuid() != status.st_uid and boot.by_group:
             advice = "give it to group 0 (chgrp -R 0, chmod -R g+rwX)"
         if error.errno == errno.EROFS:
             advice = "mount it writable"
@@ -2219,7 +2244,7 @@ def volume_version(home: Folder) -> str:
         return ""
 
 
-VERSION = r"""v?(?:(\d+)!)?(\d+(?:\.\d+)*)(?:[-_.]?(alpha|a|beta|b|preview|pre|c|rc)[-_.]?(\d*))?
+VERSION_SCHEME = r"""v?(?:(\d+)!)?(\d+(?:\.\d+)*)(?:[-_.]?(alpha|a|beta|b|preview|pre|c|rc)[-_.]?(\d*))?
 (?:-(\d+)|[-_.]?(post|rev|r)[-_.]?(\d*))?(?:[-_.]?(dev)[-_.]?(\d*))?(?:\+[a-z0-9._-]+)?"""
 
 
@@ -2227,7 +2252,7 @@ def version_key(version: str) -> tuple[Any, ...]:
     """Return what sorts versions in PEP 440's order, but for local ones; what is no version comes first."""
     import re  # 8 ms, so only where two versions differ
 
-    match = re.fullmatch(VERSION.replace("\n", ""), version.strip().lower(), re.ASCII)
+    match = re.fullmatch(VERSION_SCHEME.replace("\n", ""), version.strip().lower(), re.ASCII)
     if not match:
         return (-1,)
     epoch, release, pre, pre_number, post, post_word, post_number, dev, dev_number = match.groups()
@@ -2726,6 +2751,7 @@ def quoted(text: str) -> str:
 
 FIND_HOME = (  # in shell, what root_home does
     'home="${HERMES_HOME:-' + HOME + '}"',
+    'home="${home%"${home##*[!/]}"}"',
     'case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac',
 )
 TAKE_UMASK = 'case "$UMASK" in "" | *[!0-7]* | [1-7]??? | ?????*) ;; *) umask "$UMASK" ;; esac'  # what umask_of does
@@ -2996,7 +3022,7 @@ def setup(boot: Boot) -> int:
         join_groups(boot)
         own_volume(boot)
     elif not boot.dry_run:
-        who = f"{USER} itself" if boot.owner == account() else f"UID {euid} with GID 0"
+        who = f"UID {euid} with GID 0" if boot.by_group else f"{USER} itself"
         boot.announce(f"started as {who}, so owners, groups and services stay as they are")
         make_home(boot)
     if not os.path.isdir(boot.home):
@@ -3083,8 +3109,7 @@ def end_boot() -> int:
     init, runner = first.get(b"/run/s6/basedir/scripts/rc.init"), first.get(b"s6rc-oneshot-runner")
     if not init or not runner:
         return 0
-    with open("/run/s6-linux-init-container-results/exitcode", "w") as file:
-        file.write(f"{128 + SIGTERM}\n")
+    set_exit_code(128 + SIGTERM)
     for process in [init, *children.get(init, [])]:  # rc.init, and s6-rc, which ends once its scripts have
         send(process, SIGTERM)
     told: set[int] = set()  # some are PID 1's children, once their parents have ended
@@ -3169,23 +3194,14 @@ def asked_by_hermes(
 ) -> tuple[int, dict[str, tuple[bool, bool]]]:
     """Run an action as hermes that asks for slots, by ask_for; return its exit code, and for each profile whether its
     gateway starts, and whether it has a log folder. What hermes says is checked, and is all that root takes from it."""
-    import fcntl
-
-    reading, writing = os.pipe()
-    os.set_blocking(reading, False)
-    os.set_blocking(writing, False)
-    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, ASKED_LIMIT)  # room for the longest names
-    code = as_owner(boot.owner, action, boot, *arguments, writing)
-    os.close(writing)
-    data = bytearray()
-    try:
-        while (part := os.read(reading, ASKED_LIMIT)) and len(data) < ASKED_LIMIT:
-            data += part
-    except BlockingIOError:
-        pass  # something of hermes's keeps it open
-    os.close(reading)
-    asked = (line.partition(" ") for line in data.decode("ascii", "replace").splitlines())
-    wanted = {name: ("start" in flags, "log" in flags) for name, _, flags in asked if not name_fault(name)}
+    with trusted_folder(boot.scandir) as scandir:
+        asked = os.open(".asked", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=scandir.fd)
+        scandir.unlinked(".asked")  # not a pipe: one of this size the kernel may refuse a root with few capabilities
+    code = as_owner(boot.owner, action, boot, *arguments, asked)
+    data = os.pread(asked, ASKED_LIMIT, 0)
+    os.close(asked)
+    lines = (line.partition(" ") for line in data.decode("ascii", "replace").splitlines())
+    wanted = {name: ("start" in flags, "log" in flags) for name, _, flags in lines if not name_fault(name)}
     return code, dict([*wanted.items()][:SLOT_LIMIT])
 
 
@@ -3727,20 +3743,13 @@ class S6ServiceManager:
     def announce_stop(self, profile: str) -> None:
         """Tell the gateway that the SIGTERM to come is meant: hermes-agent then ends with code 0 and says so in its
         log. It ends without the signal too, within 0.5 s, so s6 must hear of it at once."""
-        import json
-
         try:
             pid = self.status(profile).pid
-            started = int(start_time(pid))
             written = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
-            marker = {
-                "target_pid": pid,
-                "target_start_time": started,
-                "stopper_pid": os.getpid(),
-                "written_at": written,
-            }
+            words = f'"target_pid": {pid}, "target_start_time": {int(start_time(pid))}, "stopper_pid": {os.getpid()}'
+            marker = f'{{{words}, "written_at": "{written}"}}\n'  # by hand: json takes as long as the whole stop
             with self.profile_folder(profile) as folder:
-                folder.write(".gateway-planned-stop.json", json.dumps(marker).encode(), 0o644, replace=True, sync=False)
+                folder.write(".gateway-planned-stop.json", marker.encode(), 0o644, replace=True, sync=False)
         except (OSError, ValueError, GatewayError):
             pass  # not up, or no profile: then there is nobody to tell
 
@@ -3898,9 +3907,9 @@ class S6ServiceManager:
         if not up:
             return status.pid == 0
         ends = [ended for when, ended in deaths(slot) if when >= began]
-        parked = not status.up and not status.wanted and status.since >= began
+        parked = bool(ends) and not status.up and not status.wanted  # else it has not been started yet
         if parked or len(ends) > 1:
-            what = f"ended with {ending(ends[-1] if ends else status.ended)} and is parked"
+            what = f"ended with {ending(ends[-1])} and is parked"
             what = what if parked else f"is in a crash loop, with {ending(ends[-1])}"
             failures[name] = CommandFailed(f"{name}: {what}; `hermes-boot logs -p {name} -n 20` says why")
             return True
@@ -4218,8 +4227,7 @@ def gateway_as_hermes(
 
 def gateway_status(boot: Boot, manager: S6ServiceManager, names: list[str], as_json: bool) -> int:
     """Print the rows of some gateways, or of all that have a slot; return 0 when they are all up, else 3."""
-    for name in names:
-        manager.slot(name)
+    names = [os.path.basename(manager.slot(name)).removeprefix(SLOT_PREFIX) for name in names]
     with open_home(boot) as home:
         rows = [row_of(boot, home, name) for name in in_order(names or manager.list_profile_gateways())]
     print(to_json([row.as_dict() for row in rows]) if as_json else table(rows, []))
@@ -4675,6 +4683,8 @@ def rows_of(boot: Boot, profile: str | None = None) -> list[Row]:
     boot.multiplexes = None  # looked up anew, under --watch
     with open_home(boot) as home:
         names = {"default", *manager.list_profile_gateways()}
+        if profile and profile not in names and profile.removeprefix(SLOT_PREFIX) in names:
+            profile = profile.removeprefix(SLOT_PREFIX)  # a service's name
         if profile is None or profile not in names:
             names |= unregistered(home, names, profile)
         if profile is not None:
@@ -5129,15 +5139,13 @@ def last_lines(home: Folder, profile: str, count: int) -> list[str]:
 def since_when(text: str) -> str:
     """Return the timestamp, as s6-log writes it, that 30s, 10m, 2h, 1d or a date stands for. Raises ValueError."""
     size = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
-    if size and text[:-1].isascii() and text[:-1].isdigit():
-        then = time.localtime(max(0, time.time() - int(text[:-1]) * size))
-        return time.strftime("%Y-%m-%d %H:%M:%S", then)
+    if size and (number := number_in(text[:-1], 0, 10**9)) is not None:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(0, time.time() - number * size)))
     for layout in ("%Y-%m-%d", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S"):
         try:
-            time.strptime(text.replace("T", " "), layout)
+            return time.strftime(layout, time.strptime(text.replace("T", " "), layout))
         except ValueError:
             continue
-        return text.replace("T", " ")
     raise ValueError(f"{text!r} is neither a time span (30s, 10m, 2h, 1d) nor a date (2026-05-21, 2026-05-21T06:18)")
 
 
@@ -5151,7 +5159,7 @@ def show_logs(
     name, after = named_profile(manager, profile), (since or "").encode()
     harmless = not raw and sys.stdout.isatty()
     try:
-        manager.valid(name)
+        name = manager.valid(name)
         with Folder(boot.home, follow=True) as home, home.folder(f"logs/gateways/{name}") as logs:
             found = log_lines(logs, count=count, follow=follow)
             lines = (line for line in found if line is None or line[: len(after)] >= after)
@@ -5348,7 +5356,7 @@ def owner_checks(boot: Boot) -> list[Check]:
     if not os.path.isdir(boot.home):
         return []  # the volume's own check says it
     checks = []
-    shared = boot.owner != account() and is_groups(os.stat(boot.home), boot.owner[1])
+    shared = boot.by_group and is_groups(os.stat(boot.home), boot.owner[1])
     if (uid, gid) != boot.owner and not shared:
         fix = f"start with HERMES_UID={uid} HERMES_GID={gid}, or restart the container to give it to hermes"
         checks.append(Check("warn", "owner", f"{shown(boot.home)} belongs to {uid}:{gid}, hermes is {ours}", fix))

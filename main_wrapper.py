@@ -185,6 +185,15 @@ def read_pid_file(path: str) -> int:
         return 0
 
 
+def account() -> tuple[int, int] | None:
+    """Return hermes's UID and GID from /etc/passwd, None when it has no such user."""
+    for line in content("/etc/passwd").split(b"\n"):
+        fields = line.split(b":")
+        if fields[0] == USER.encode() and len(fields) == 7:
+            return int(fields[2]), int(fields[3])
+    return None
+
+
 def profile_option(words: list[str]) -> tuple[str | None, list[str]]:
     """Split a leading -p NAME, --profile NAME or --profile=NAME off hermes's arguments."""
     if len(words) > 1 and words[0] in ("-p", "--profile"):
@@ -281,15 +290,15 @@ def hermes_command(words: list[str]) -> int:
 def hand_over_stdio() -> None:
     """Give stdin, stdout and stderr to hermes where they are a pipe or a terminal, as engines do for `--user`: else it
     could not open them by name, such as /dev/stderr."""
-    import pwd
     import stat
 
+    uid = (account() or (-1,))[0]  # fchown leaves things as they are for -1
     for fd in range(3):
         try:
             if stat.S_ISFIFO(os.fstat(fd).st_mode) or os.isatty(fd):
-                os.fchown(fd, pwd.getpwnam(USER).pw_uid, -1)
-        except (OSError, KeyError):
-            continue  # closed, another user namespace's, or an image without hermes: they stay as they are
+                os.fchown(fd, uid, -1)
+        except OSError:
+            continue  # closed, or another user namespace's: they stay as they are
 
 
 def container_command(words: list[str]) -> int:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import ctypes
 import glob
+import inspect
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
 import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent), str(Path(__file__).parent / "docker")]
 
 import engine  # noqa: E402
+import image  # noqa: E402
 import sandbox  # noqa: E402
 from sandbox import Sandbox  # noqa: E402
 
@@ -75,15 +82,58 @@ def pytest_configure(config: pytest.Config) -> None:
     if not ON_ENGINE:
         config.stash[HIDDEN] = hide_hermes()
     config.addinivalue_line("markers", "sandbox: needs what only a sandbox can show, so it does not run on an engine")
+    config.addinivalue_line("markers", "plain: needs no container; every test that makes none has it")
+
+
+# Programs that a small image has not, and how a test calls them
+PROGRAMS = {"ps": r'"ps"|\bps (-|a)', "pkill": r"\bpkill ", "chattr": r'"chattr"'}
+
+
+def text_of(thing: object, module: ModuleType, seen: set[object]) -> str:
+    """Return the source of a test, with that of what it names in its module."""
+    if isinstance(thing, str):
+        return thing
+    if not inspect.isfunction(thing) or thing in seen:
+        return ""
+    seen.add(thing)
+    text = inspect.getsource(thing)
+    named = (getattr(module, name, None) for name in set(re.findall(r"\w+", text)))
+    return "\n".join([text, *(text_of(other, module, seen) for other in named)])
+
+
+def lacking(item: pytest.Function) -> list[str]:
+    """Return which of the programs that a test calls this machine lacks."""
+    missing = [name for name in PROGRAMS if not shutil.which(name)]
+    things = [item.function, *(item.callspec.params.values() if hasattr(item, "callspec") else ())]
+    text = "\n".join(text_of(thing, item.module, set()) for thing in things) if missing else ""
+    return [name for name in missing if re.search(PROGRAMS[name], text)]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the rest out where an engine is tested."""
+    """Mark the plain tests; leave out what an engine cannot show; skip what this machine lacks the programs for."""
+    for item in items:
+        if "live" not in item.fixturenames:
+            item.add_marker("plain")
+        if not ON_ENGINE and isinstance(item, pytest.Function) and (names := lacking(item)):
+            item.add_marker(pytest.mark.skip(reason=f"this machine has no {' and no '.join(names)}"))
     wanted = [item for item in items if "container" in item.fixturenames and not item.get_closest_marker("sandbox")]
     if ON_ENGINE:
         wanted += [item for item in items if item.path.parent.name == "docker" and item not in wanted]
         config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
         items[:] = wanted
+
+
+def missing(why: str) -> NoReturn:
+    """Skip with the reason; fail instead where live tests are required."""
+    (pytest.fail if os.environ.get("HERMES_TEST_REQUIRE_LIVE") else pytest.skip)(why)
+
+
+def fetched(get: Callable[[], Path]) -> Path:
+    """Return what this machine lacks, or skip the test where it cannot be had."""
+    try:
+        return get()
+    except image.CannotFetch as error:
+        missing(str(error))
 
 
 @pytest.fixture(scope="session")
@@ -124,6 +174,8 @@ def container(in_time, tmp_path):
 
     def make(**options) -> Sandbox:
         options.setdefault("volume", tmp_path / "volume")
+        if options.get("agent") and not ON_ENGINE:
+            fetched(image.agent_venv)
         boxes.append(maker(tmp_path / f"box{len(boxes)}", **options))
         return boxes[-1]
 
@@ -211,12 +263,21 @@ def gateways(container):
     return lambda profiles, state="", **options: Gateways(container(**options), profiles, state)
 
 
+STUB = f"""import sys
+sys.path.insert(0, {str(Path(__file__).resolve().parent.parent)!r})
+from hermes_boot import main
+sys.exit(main(sys.argv))
+"""
+
+
 class Plain:
     """The scripts on a volume of this machine's, without s6: what they do with files alone."""
 
     def __init__(self, folder: Path) -> None:
         self.home, self.scandir = folder / "home", folder / "scandir"
         self.home.mkdir()
+        self.stub = folder / "hermes_boot.py"  # as in the image, since Python compiles a script anew at every start
+        self.stub.write_text(STUB)
 
     def profile(self, name: str, state: str | bytes | None = None, soul: bool = True) -> Path:
         """Make a profile folder, with a state file and a SOUL.md or without."""
@@ -232,13 +293,12 @@ class Plain:
         self, *arguments: str, command: list[str] | None = None, **environment: str
     ) -> subprocess.CompletedProcess:
         """Run the phase; S6_ and HERMES_ variables are the test's own."""
-        script = Path(__file__).parent.parent / "hermes_boot.py"
         clean = {
             "PATH": os.environ["PATH"],
             "HERMES_HOME": str(self.home),
             "S6_PROFILE_GATEWAY_SCANDIR": str(self.scandir),
         }
-        argv = [sys.executable, "-IS", str(script), *(command or ["reconcile"]), *arguments]
+        argv = [sys.executable, "-IS", str(self.stub), *(command or ["reconcile"]), *arguments]
         return subprocess.run(argv, env=clean | environment, capture_output=True, text=True, timeout=60)
 
     def slots(self) -> dict[str, bool]:

@@ -46,6 +46,15 @@ mount --bind /dev dev
 [ -e usr/bin/python3 ] || ln -s "$3" usr/bin/python3
 exec chroot . env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin SOURCE_DATE_EPOCH=0 sh -ec "$4"
 """
+VENV = """
+mount -t tmpfs tmpfs /opt
+mkdir -p /opt/hermes/.venv
+mount --bind "$1" /opt/hermes/.venv
+cd /opt/hermes/.venv
+"$2" -m venv . || "$2" -m venv --clear --without-pip .
+if [ -e bin/pip ]; then pip=bin/pip; else pip="$3 -m pip --python bin/python"; fi
+$pip --disable-pip-version-check -q install pip "hermes-agent==$4"
+"""
 
 
 class CannotFetch(Exception):
@@ -130,15 +139,10 @@ def fetch_s6(name: str, suite: str) -> Path:
         raise CannotFetch("there is no apt-get here")
     print(f"sandbox: fetching s6{f' of Debian {suite}' if suite else ''}, once", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=made(CACHE)) as folder:
-        apt = Path(folder)
-        download_s6(apt, suite)
-        part = apt / "root"
-        for package in apt.glob("*.deb"):
-            call("dpkg", "-x", package, part)
-        for merged in ("bin", "lib"):  # links on a merged-/usr system, which folders here would hide
-            if (part / merged).is_dir():
-                shutil.copytree(part / merged, part / "usr" / merged, dirs_exist_ok=True, symlinks=True)
-                shutil.rmtree(part / merged)
+        options = apt_options(Path(folder), suite)
+        depends = ["depends", "--recurse", "--no-suggests", "--no-recommends", "s6", "execline"]
+        lines = call("apt-cache", *options, *depends).splitlines()
+        part = unpack(options, suite, {line for line in lines if line.startswith(PACKAGES)}, Path(folder, "root"))
         (libraries,) = {path.parent for path in part.glob("usr/lib/*/libskarnet.so.*")}
         call(part / "usr/lib/execline/bin/exit", "0", env={"LD_LIBRARY_PATH": str(libraries)})  # a libc that it can use
         if not root.exists():
@@ -146,21 +150,31 @@ def fetch_s6(name: str, suite: str) -> Path:
     return root
 
 
-def download_s6(apt: Path, suite: str) -> None:
-    """Download the packages into a folder, by lists of that folder's own."""
+def apt_options(apt: Path, suite: str) -> list[str]:
+    """Return the options of apt with lists of a folder's own, which are fetched: a suite's, or this machine's ("")."""
     for part in ("lists/partial", "archives/partial"):
         (apt / part).mkdir(parents=True)
     options = ["-qq", "-o", f"Dir::State::lists={apt}/lists", "-o", f"Dir::Cache={apt}"]
-    options += ["-o", "APT::Sandbox::User=root"]
+    options += ["-o", "APT::Sandbox::User=root", "-o", "Acquire::Check-Valid-Until=false"]  # signed, if not fresh
     if suite:
         (apt / "sources.list").write_text(f"deb [signed-by={KEYRING}] {MIRROR} {suite} main\n")
         options += ["-o", f"Dir::Etc::sourcelist={apt}/sources.list", "-o", "Dir::Etc::sourceparts=-"]
     call("apt-get", *options, "update")
-    depends = ["depends", "--recurse", "--no-suggests", "--no-recommends", "s6", "execline"]
-    lines = call("apt-cache", *options, *depends).splitlines()
-    packages = sorted({line for line in lines if line.startswith(PACKAGES)})
-    names = (f"{package}/{suite}" if suite else package for package in packages)
-    call("apt-get", *options, "download", *names, cwd=apt)
+    return options
+
+
+def unpack(options: list[str], suite: str, packages: set[str], root: Path) -> Path:
+    """Download packages and unpack them into a folder, which is returned; /bin and /lib are in its /usr."""
+    names = (f"{package}/{suite}" if suite else package for package in sorted(packages))
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        call("apt-get", *options, "download", *names, cwd=folder)
+        for package in Path(folder).glob("*.deb"):
+            call("dpkg", "-x", package, root)
+    for merged in ("bin", "lib"):  # links on a merged-/usr system, which folders here would hide
+        if (root / merged).is_dir():
+            shutil.copytree(root / merged, root / "usr" / merged, dirs_exist_ok=True, symlinks=True)
+            shutil.rmtree(root / merged)
+    return root
 
 
 def made(folder: Path) -> Path:
@@ -186,21 +200,11 @@ def agent_venv() -> Path:
     venv = CACHE / f"venv-{agent_version()}"
     if not venv.exists():
         print(f"sandbox: fetching hermes-agent {agent_version()} from PyPI, once", file=sys.stderr)
-        part = CACHE / "venv.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        target = "/opt/hermes/.venv"
-        pip = f"'{sys.executable}' -m pip --disable-pip-version-check -qq --python {target}/bin/python install pip"
-        script = f"""
-            set -e
-            mount -t tmpfs tmpfs /opt
-            mkdir -p {target}
-            mount --bind '{part}' {target}
-            '{base_python()}' -m venv --without-pip {target}
-            {pip} hermes-agent=={agent_version()}
-        """
-        subprocess.run(["unshare", "-m", "sh", "-c", script], check=True, stdout=sys.stderr)
-        part.rename(venv)
+        with tempfile.TemporaryDirectory(dir=made(CACHE)) as folder:
+            part = made(Path(folder, "venv"))
+            call("unshare", "-m", "sh", "-ec", VENV, "sh", part, base_python(), sys.executable, agent_version())
+            if not venv.exists():
+                part.rename(venv)
     return venv
 
 

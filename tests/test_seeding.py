@@ -119,7 +119,8 @@ def test_a_dry_run_lists_and_changes_nothing(container, tmp_path):
     (home / "skills/mine").write_text("x")
     box.start("sleep", "infinity")
     (home / "SOUL.md").unlink()
-    os.chown(home / "skills/mine", 0, 0)
+    os.chown(home / "skills/mine", 0, 10000)
+    (home / "skills/mine").chmod(0o660)
     (box.path("/run/s6/container_environment/HERMES_UID")).write_text("1500")
     done = box.exec(
         "sh",
