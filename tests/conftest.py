@@ -240,8 +240,15 @@ class Gateways:
         return self.box.exec(MANAGER, "gateway", *words, user=user)
 
     def up(self, name: str) -> bool:
-        """Return s6's own word."""
-        return self.box.exec("/command/s6-svstat", "-o", "up", f"/run/service/gateway-{name}").stdout == "true\n"
+        """Return s6's own word; a gateway that does something at SIGTERM has to have come so far as to say it."""
+        done = self.box.exec("/command/s6-svstat", "-o", "up,pid", f"/run/service/gateway-{name}")
+        up, _, pid = done.stdout.strip().partition(" ")
+        return up == "true" and (" TERM\n" not in (self.folder(name) / "does").read_text() or self.minds(pid))
+
+    def minds(self, pid: str) -> bool:
+        """Return whether a process ignores SIGTERM or has a handler for it; see proc(5)."""
+        masks = self.box.exec("grep", "-E", "^Sig(Ign|Cgt)", f"/proc/{pid}/status").stdout.split()[1::2]
+        return any(int(mask, 16) >> signal.SIGTERM - 1 & 1 for mask in masks)
 
     def starts(self, name: str) -> int:
         """Return how often a gateway was started."""

@@ -227,7 +227,7 @@ def test_a_hanging_gateway_is_killed_after_the_stop_timeout(gateways):
         "running",
         environment={"HERMES_GATEWAY_STOP_TIMEOUT": "1"},
     )
-    wait_for(lambda: host.starts("a") == 1)
+    assert wait_for(lambda: host.up("a"))
     started = time.monotonic()
     assert host.do("stop", "-p", "a").returncode == 0
     assert 1 <= time.monotonic() - started < 3 and not host.up("a")
@@ -319,8 +319,8 @@ def test_the_end_drains_all_in_parallel_and_marks_nobody_stopped(gateways):
 def test_the_cmd_is_told_to_end_with_the_gateways(container):
     """It gets SIGTERM at once, not the final kill, and its own code is the container's."""
     box = container()
-    box.start("sh", "-c", "trap 'sleep 1; echo goodbye; exit 5' TERM; while :; do sleep 0.05; done")
-    time.sleep(0.2)
+    box.start("sh", "-c", "trap 'sleep 1; echo goodbye; exit 5' TERM; echo ready; while :; do sleep 0.05; done")
+    assert wait_for(lambda: "ready" in box.log())
     started = time.monotonic()
     assert box.stop() == 5
     assert time.monotonic() - started < 3 and "goodbye" in box.log()

@@ -196,7 +196,8 @@ def test_a_stop_without_our_finish_script_is_code_0(container):
     """rc.init dies with the command, so that nobody leaves word of a code."""
     box = container()
     (box.upper / "etc/cont-finish.d/10-hermes-shutdown").unlink()
-    box.start("sh", "-c", "trap 'exit 9' TERM; while :; do sleep 0.05; done")
+    box.start("sh", "-c", "trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done")
+    assert wait_for(lambda: "ready" in box.log())
     assert box.stop() == 0
 
 
