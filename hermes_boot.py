@@ -448,8 +448,8 @@ def check_switches(boot: Boot) -> None:
         value = boot.setting(name)
         if value.strip() and switch(value) is None:
             warn(
-                f"{name}={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off),"
-                " so it is as if it were not set"
+                f"{name}={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off), so it is ignored;"
+                " set it to one of these"
             )
 
 
@@ -1328,7 +1328,7 @@ def secret_file(path: str, limit: int) -> bytes:
         parent, _, name = path.rpartition("/")
         with trusted_folder(parent or "/") as folder:
             if os.geteuid() == 0 and not folder.is_roots():
-                raise OSError(errno.EPERM, "is in a folder that not only root can write")
+                raise OSError(errno.EPERM, "is in a folder that others than root can write")
             if not (target := folder.link_of_root(name)):
                 return folder.read(name, limit)
         path = os.path.join(parent, target)
@@ -2192,7 +2192,7 @@ def seed_file(boot: Boot, home: Folder, name: str, mode: int, content: bytes) ->
     try:
         home.write(name, content, mode, replace=False)
     except OSError as error:
-        warn(f"{name} could not be seeded: {reason(error)}")
+        warn(f"{name} could not be seeded: {reason(error)}; the next boot tries again")
 
 
 def sync_skills(boot: Boot) -> None:
@@ -2377,7 +2377,7 @@ def stamp_version(home: Folder, version: str) -> None:
     try:
         home.write(VERSION_STAMP, f"{version}\n".encode(), 0o644, replace=True)
     except OSError as error:
-        warn(f"{VERSION_STAMP} could not be written: {reason(error)}")
+        warn(f"{VERSION_STAMP} could not be written: {reason(error)}; the next boot tries again")
 
 
 # Profiles and their state
@@ -3666,7 +3666,8 @@ class S6ServiceManager:
         except OSError as error:
             return f"no such gateway: {profile}; it has no slot, and profiles/{profile} {described(error)}"
         near = difflib.get_close_matches(profile, names, 1)
-        advice = f"did you mean {near[0]}?" if near else f"make the profile with `hermes profile create {profile}`"
+        lists = f"`hermes-boot status` lists them, `hermes profile create {profile}` makes a new one"
+        advice = f"did you mean {near[0]}?" if near else lists
         return f"no such gateway: {profile}; {advice}"
 
     def list_profile_gateways(self) -> list[str]:
@@ -3910,7 +3911,7 @@ class S6ServiceManager:
         parked = bool(ends) and not status.up and not status.wanted  # else it has not been started yet
         if parked or len(ends) > 1:
             what = f"ended with {ending(ends[-1])} and is parked"
-            what = what if parked else f"is in a crash loop, with {ending(ends[-1])}"
+            what = what if parked else f"is in a crash loop, last end: {ending(ends[-1])}"
             failures[name] = CommandFailed(f"{name}: {what}; `hermes-boot logs -p {name} -n 20` says why")
             return True
         return status.up and state_of(status, self.state_of(self.valid(name)), [], True) == "up"
@@ -5826,8 +5827,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     program = os.path.basename(sys.argv[0])
     parser = argparse.ArgumentParser(
         prog=program,
-        description="Boot the container, manage its gateways, say how they are."
-        " Without a command, hermes_boot.py runs setup and reconcile.",
+        description="Show this container's gateways, start and stop them, and find what is wrong."
+        " The image runs setup, reconcile and shutdown itself.",
         epilog=f"examples:\n  {program} status\n  {program} doctor\n  {program} gateway restart -p coder\n\n"
         + EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -5844,7 +5845,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         phase.add_argument(
             "--dry-run", action="store_true", default=argparse.SUPPRESS, help="list what would change, change nothing"
         )
-    add_command(commands, "shutdown", "end every gateway and the container's command, as at the container's end")
+    add_command(commands, "shutdown", "stop all gateways and the container's command, as `docker stop` does")
     arguments = parser.parse_args(words)
     if arguments.dry_run and arguments.command not in (None, *PHASES):
         parser.error("--dry-run is for setup and reconcile")
@@ -5864,8 +5865,8 @@ def check_gateway_words(gateway: argparse.ArgumentParser, arguments: argparse.Na
 
 
 PHASES = {
-    "setup": "remap the hermes user, fix ownership on the volume, seed it, migrate its configuration",
-    "reconcile": "give every profile on the volume a gateway slot",
+    "setup": "set hermes's UID and GID, give it its files on the volume, add missing files, migrate the configuration",
+    "reconcile": "give every profile a slot, which is where s6 runs its gateway",
 }
 
 
@@ -5875,45 +5876,51 @@ def add_operators_commands(commands: argparse._SubParsersAction[argparse.Argumen
         commands, "status", "show every gateway in a table", "status", "status -p coder --json", "status --watch 5"
     )
     diagnosis = add_command(
-        commands, "doctor", "look for everything that goes wrong in such a container", "doctor", "doctor --fix"
+        commands, "doctor", "say what is wrong, and the command that fixes it", "doctor", "doctor --fix"
     )
     probe = add_command(
         commands,
         "health",
-        "tell whether every gateway that should be up is, for health checks",
+        "for health checks: end with 0 when every gateway that should be up is, else with 1",
         "health",
         "health --live",
     )
     probe.add_argument(
-        "--live", action="store_true", help="only whether the supervisor answers: for what restarts the container"
+        "--live", action="store_true", help="only whether the supervisor answers, for checks that restart the container"
     )
     logs = add_command(
         commands, "logs", "print a gateway's log", "logs -p coder -f", "logs -p coder --since 10m", "logs -n 50"
     )
     examples = "gateway start -p coder", "gateway restart --all", "gateway list"
-    gateway = add_command(commands, "gateway", "start, stop, publish or remove gateways", *examples)
+    gateway = add_command(
+        commands, "gateway", "start, stop, restart, list, add (register) or remove gateways", *examples
+    )
     actions = [*DONE, "status", "list", "register", "unregister"]
     gateway.add_argument(
-        "action", choices=actions, help="start, stop and restart wait, and are remembered; restart starts what is down"
+        "action",
+        choices=actions,
+        help="start, stop, restart: wait until done, and hold at the next boot; restart starts what is down too",
     )
     gateway.add_argument(
-        "--all", action="store_true", help="every registered gateway, whatever its state; goes on past a failure"
+        "--all", action="store_true", help="all registered gateways; one failure does not stop the others"
     )
-    status.add_argument("-p", "--profile", metavar="NAME", help="this profile alone")
+    status.add_argument("-p", "--profile", metavar="NAME", help="only this profile")
     for chosen in (logs, gateway):
         chosen.add_argument(
-            "-p", "--profile", metavar="NAME", help="the profile; unless given, the active one (status: all)"
+            "-p", "--profile", metavar="NAME", help="the profile; default: the active one (status: all)"
         )
     for reporting in (status, diagnosis, gateway):
-        reporting.add_argument("--json", action="store_true", help="for programs")
+        reporting.add_argument("--json", action="store_true", help="print JSON")
     status.add_argument(
-        "-w", "--watch", nargs="?", type=whole, const=2, metavar="SECONDS", help="again and again, every 2 seconds"
+        "-w", "--watch", nargs="?", type=whole, const=2, metavar="SECONDS", help="repeat every SECONDS (2)"
     )
-    diagnosis.add_argument("--fix", action="store_true", help="fix what is safe to fix, saying each step")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on as the log grows")
-    logs.add_argument("-n", "--lines", type=whole, metavar="N", help="the last N lines")
-    logs.add_argument("--raw", action="store_true", help="as it was written, control characters too, on a terminal")
-    logs.add_argument("--since", type=moment, metavar="TIME", help="30s, 10m, 2h, 1d ago, or a date")
+    diagnosis.add_argument("--fix", action="store_true", help="fix what is safe to fix, and say each step")
+    logs.add_argument("-f", "--follow", action="store_true", help="print new lines as they come, until Ctrl-C")
+    logs.add_argument("-n", "--lines", type=whole, metavar="N", help="only the last N lines")
+    logs.add_argument("--raw", action="store_true", help="on a terminal too, print control characters as they are")
+    logs.add_argument(
+        "--since", type=moment, metavar="TIME", help="only from then on: 30s, 10m, 2h, 1d (ago) or a date"
+    )
     return gateway
 
 
