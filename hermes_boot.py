@@ -1890,7 +1890,7 @@ def mount_faults(boot: Boot) -> list[Fault]:
     faults, mounts = [], mount_points()
     if any(point == f"{IMAGE}/" for point, _ in mounts):
         text = f"something is mounted over {IMAGE}, so what runs is not what the image has"
-        faults.append(Fault(text, f"take it away; what is to stay belongs on {HOME}"))
+        faults.append(Fault(text, f"remove the mount; put what is to stay on {HOME}"))
     if loses_wal(kind := holding_mount(boot.home, mounts)[1]):
         text = f"{shown(boot.home)} is on {kind}, where SQLite's WAL is not safe, so state.db may be damaged"
         fix = (
@@ -2017,7 +2017,7 @@ def open_home(boot: Boot) -> Folder:
     try:
         return Folder(boot.home, follow=True)
     except FileNotFoundError:
-        raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; mount a volume there, or set it right") from None
+        raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; mount a volume there, or correct it") from None
     except OSError as error:
         where = barred(boot.home)
         about = (
@@ -2090,7 +2090,7 @@ def check_files(home: Folder) -> None:
             )
         elif found.st_mode & 0o004 and name == ".env":
             mode = stat.S_IMODE(found.st_mode)
-            warn(f"{name} on the volume can be read by everyone (mode {mode:04o}); `hermes-boot doctor --fix`")
+            warn(f"{name} on the volume can be read by everyone (mode {mode:04o}); run `hermes-boot doctor --fix`")
 
 
 def remove_install_method(boot: Boot, home: Folder) -> None:
@@ -3015,7 +3015,7 @@ def setup(boot: Boot) -> int:
     if not boot.dry_run:
         close_environment(boot)
     if euid != 0 and switch(boot.setting("HERMES_SEALED")):
-        warn("HERMES_SEALED seals nothing here: without root, all in this container is hermes's, and nothing is root's")
+        warn("HERMES_SEALED seals nothing here: without root, nothing in this container is root's; unset it")
     boot.announce(f"run as {boot.owner[0]}:{boot.owner[1]}")
     if euid == 0:
         follow_home(boot)
@@ -3175,7 +3175,7 @@ def reconcile_phase(boot: Boot) -> int:
     if not os.path.isdir(boot.home):
         if boot.dry_run:
             return 0  # setup would make it first
-        raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; run the setup first, or set it right")
+        raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; run the setup first, or correct it")
     if boot.dry_run:
         return as_owner(boot.owner, reconcile, boot, command)
     if boot.sealed and boot.scandir != SCANDIR:
@@ -3219,7 +3219,7 @@ def publish_for_hermes(boot: Boot, wanted: dict[str, tuple[bool, bool]]) -> None
             try:
                 publish(scandir, name, scandir.stat(name), files, start=start, group=boot.owner[1])
             except OSError as error:
-                say("error", f"{profile}: its slot could not be made ({reason(error)}); see to space in /run")
+                say("error", f"{profile}: its slot could not be made ({reason(error)}); make space in /run")
     if not is_cont_init(boot):
         rescan(boot.scandir)
 
@@ -4388,7 +4388,9 @@ def lay_out_run(boot: Boot) -> None:
                 os.fchmod(files.fd, 0o750)
                 for name, value in variables.items():
                     if "/" in name or name in (".", "..") or len(os.fsencode(name)) > 255:
-                        warn(f"the variable {shown(name)} cannot be a file's name, so gateways do not have it")
+                        warn(
+                            f"the variable {shown(name)} cannot be a file's name, so gateways do not have it; rename it"
+                        )
                         continue
                     put(files, name, f"{value}\n", 0o640)
         with trusted_folder(boot.scandir, make=True) as scandir:
@@ -5304,7 +5306,7 @@ def all_checks(boot: Boot) -> list[Check]:
                 "fail",
                 "volume",
                 f"{shown(boot.home)} cannot be read: {reason(error)}",
-                "mount it, or set HERMES_HOME right",
+                "mount it, or correct HERMES_HOME",
             )
         )
     return checks
@@ -5398,7 +5400,7 @@ def volume_checks(boot: Boot) -> list[Check]:
                 "fail",
                 "volume",
                 f"{shown(boot.home)}: {reason(error)}",
-                "mount a volume there, or set HERMES_HOME right",
+                "mount a volume there, or correct HERMES_HOME",
             )
         ]
     space, kind = free.f_bavail * free.f_frsize, holding_mount(boot.home, mount_points())[1]
