@@ -272,10 +272,10 @@ def gateways(container):
     return lambda profiles, state="", **options: Gateways(container(**options), profiles, state)
 
 
-STUB = f"""import sys
+STUB = f"""import os, sys
 sys.path.insert(0, {str(Path(__file__).resolve().parent.parent)!r})
 from hermes_boot import main
-sys.exit(main(sys.argv))
+os._exit(main(sys.argv))
 """
 
 

@@ -163,13 +163,13 @@ class Sandbox:
     def make_image(self, passwd: str, group: str) -> None:
         """Lay out the image's files and accounts; s6's programs of the machine's own are hidden."""
         mask = os.umask(0o022)
+        layer = image().layer()  # may take a download, which may be interrupted: nothing is half made then
         layers = self.folder / "layers"
         layers.mkdir(parents=True)
         if on_overlay(layers):
             subprocess.run(["mount", "-t", "tmpfs", "tmpfs", layers], check=True)
         for name in ("work", "root"):
             (layers / name).mkdir()
-        layer = image().layer()
         shutil.copytree(layer, self.upper, symlinks=True, ignore=lambda path, _: fixed(layer, path))
         for name in machines_own() - set(os.listdir(layer / "usr/bin")):
             os.mknod(self.upper / "usr/bin" / name, 0o020000, 0)  # overlayfs takes a device 0:0 for "not there"
