@@ -705,8 +705,8 @@ def main() -> int:
     )
     if QUICK:
         print(
-            "quick: fewer runs, on about a tenth of the files, profiles and gateways; what is to be reached is meant for"
-            " the whole\n"
+            "quick: fewer runs, on about a tenth of the files, profiles and gateways; what is to be reached is"
+            " meant for the whole\n"
         )
     slots = found["results"].get("scaling", {})
     for count, ratio in slots.get("ratio_to_the_loop", {}).items():
