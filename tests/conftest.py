@@ -64,6 +64,11 @@ def hide_hermes() -> bool:
     return True
 
 
+def busy() -> float:
+    """Return how many times as long as on a quiet machine things may take here now."""
+    return max(1.0, 2 * os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def left_behind() -> set[str]:
     """Return what of ours is on this machine where only a container may have it."""
     return {

@@ -14,7 +14,7 @@ import time
 from itertools import pairwise
 
 import pytest
-from conftest import MANAGER, RUN
+from conftest import MANAGER, RUN, busy
 from sandbox import wait_for
 
 BEFORE = {
@@ -111,7 +111,7 @@ def test_a_stopped_gateway_stays_stopped_over_a_restart_and_a_killed_one_comes_b
     host.box.exec("kill", "-9", killed)
     started = time.monotonic()
     assert wait_for(lambda: host.up("b") and host.pid("b") != killed, 5)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 2 * busy()
     host.box.restart()
     assert wait_for(lambda: host.up("b")) and not host.up("a") and host.up("default")
 
@@ -230,7 +230,7 @@ def test_a_hanging_gateway_is_killed_after_the_stop_timeout(gateways):
     assert wait_for(lambda: host.up("a"))
     started = time.monotonic()
     assert host.do("stop", "-p", "a").returncode == 0
-    assert 1 <= time.monotonic() - started < 3 and not host.up("a")
+    assert 1 <= time.monotonic() - started < 3 * busy() and not host.up("a")
 
 
 def test_a_crashing_gateway_backs_off_and_a_start_ends_that_at_once(gateways):
@@ -252,10 +252,10 @@ def test_a_stop_in_a_back_off_is_at_once(gateways):
     assert wait_for(lambda: host.box.log().count("waiting 4 s before the next start") == 2, 30)
     started = time.monotonic()
     assert host.do("stop", "-p", "a").returncode == 0
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 1 * busy()
     started = time.monotonic()
     host.box.stop()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 2 * busy()
 
 
 def test_a_misconfigured_gateway_parks(gateways):
@@ -309,7 +309,7 @@ def test_the_end_drains_all_in_parallel_and_marks_nobody_stopped(gateways):
     assert wait_for(lambda: host.box.log().count("ready") == 5)
     started = time.monotonic()
     assert host.box.stop() == 143
-    assert 2 <= time.monotonic() - started < 4
+    assert 2 <= time.monotonic() - started < 4 * busy()
     assert host.box.log().count("drained") == 5
     assert {host.state(name)["desired_state"] for name in "abcde"} == {"running"}
     host.box.start("sleep", "infinity")
@@ -323,7 +323,7 @@ def test_the_cmd_is_told_to_end_with_the_gateways(container):
     assert wait_for(lambda: "ready" in box.log())
     started = time.monotonic()
     assert box.stop() == 5
-    assert time.monotonic() - started < 3 and "goodbye" in box.log()
+    assert time.monotonic() - started < 3 * busy() and "goodbye" in box.log()
 
 
 def test_a_gateway_gets_all_of_the_shutdown_timeout(gateways):
@@ -353,7 +353,7 @@ def test_nobody_can_stop_the_end(gateways):
     )
     started = time.monotonic()
     host.box.stop(20)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 5 * busy()
 
 
 def test_a_slot_that_answers_nobody_does_not_hold_up_the_others(gateways):
@@ -379,7 +379,7 @@ def test_the_end_has_a_limit(gateways):
     assert wait_for(lambda: "ready" in host.box.log())
     started = time.monotonic()
     assert host.box.stop() == 143
-    assert 1 <= time.monotonic() - started < 3
+    assert 1 <= time.monotonic() - started < 3 * busy()
 
 
 def test_a_short_command_pays_no_grace(container):
@@ -391,7 +391,7 @@ def test_a_short_command_pays_no_grace(container):
         started = time.monotonic()
         assert box.run("true").returncode == 0
         times.append(time.monotonic() - started)
-    assert min(times) < 1.5
+    assert min(times) < 1.5 * busy()
 
 
 def test_sixty_gateways_start_and_stop_as_one(gateways):

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+from conftest import busy
 from sandbox import ENTRYPOINT, wait_for, write_script
 
 PLACES = pytest.mark.parametrize("entrypoint", [(), ENTRYPOINT], ids=["PID 1", "below another"])
-
-
-def limit() -> float:
-    """Return how many seconds a stop may take: three, and more where this machine has other things to do."""
-    return 3 if os.getloadavg()[0] < 2 * os.cpu_count() else 12
 
 
 def stop_when(box, script: Path, text: str, ready: str) -> tuple[int, float, str]:
@@ -51,7 +46,7 @@ def test_a_script_of_the_users_ends(container, entrypoint, name):
     if name < "01":  # ours, which has a stop end the boot, has not run yet
         text = "#!/bin/sh\ntouch /run/slow\nsleep 2\n"
     code, took, said = stop_when(box, box.upper / "etc/cont-init.d" / name, text, "/run/slow")
-    assert took < limit(), (took, said)
+    assert took < 3 * busy(), (took, said)
     assert code == 143 and (name < "01" or "told\n" in said), (code, said)
 
 
@@ -62,7 +57,7 @@ def test_one_that_minds_no_signal_is_killed(container, entrypoint):
     text = "#!/bin/sh\ntrap '' TERM\ntouch /run/slow\nwhile :; do sleep 0.05; done\n"
     box = container(entrypoint=entrypoint)
     code, took, said = stop_when(box, box.upper / "etc/cont-init.d/50-deaf", text, "/run/slow")
-    assert (code, took < limit()) == (143, True), (code, took, said)
+    assert (code, took < 3 * busy()) == (143, True), (code, took, said)
 
 
 @PLACES
@@ -73,7 +68,7 @@ def test_a_oneshot_of_a_derived_image_ends_too(container, entrypoint):
     up = box.upper / "etc/s6-overlay/s6-rc.d/slow/up"
     up.parent.mkdir()
     code, took, said = stop_when(box, up, "foreground { touch /run/slow }\nsleep 100\n", "/run/slow")
-    assert (code, took < limit()) == (143, True), (code, took, said)
+    assert (code, took < 3 * busy()) == (143, True), (code, took, said)
 
 
 HELPER = """#!/bin/sh
@@ -101,7 +96,7 @@ def test_the_setup_ends_with_its_helpers(container, tmp_path, entrypoint):
     box.signal(signal.SIGTERM)
     out, said = process.communicate(timeout=30)
     assert (process.returncode, out) == (143, b"") and b"later" not in said, (out, said)
-    assert time.monotonic() - started < limit() and not (volume / ".hermes-agent-version").exists()
+    assert time.monotonic() - started < 3 * busy() and not (volume / ".hermes-agent-version").exists()
     box.put_agent("#!/bin/sh\nexit 0\n")
     (box.upper / "etc/cont-init.d/60-later").unlink()
     done = box.run("sh", "-c", "cat .hermes-agent-version; find . -name '*.tmp'")
@@ -139,4 +134,4 @@ def test_at_any_moment(container, entrypoint, delay):
     started = time.monotonic()
     box.signal(signal.SIGTERM)
     said = process.communicate(timeout=30)[1]
-    assert time.monotonic() - started < limit(), said
+    assert time.monotonic() - started < 3 * busy(), said
