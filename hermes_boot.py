@@ -3725,7 +3725,8 @@ class S6ServiceManager:
             return  # a slot whose profile is gone has no intent to keep
         except OSError as error:
             raise CommandFailed(
-                f"{profile}: done, but {STATE_FILE} {described(error)}, so the next boot will not know; repair that, then repeat"
+                f"{profile}: done, but {STATE_FILE} {described(error)}, so the next boot will not know;"
+                " repair that, then repeat"
             ) from error
 
     def state_of(self, profile: str) -> dict[str, object]:
