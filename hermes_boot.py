@@ -338,7 +338,10 @@ def described(error: OSError) -> str:
 def guarded(action: Callable[..., int], *arguments: object) -> int:
     """Run an action; turn what it raises into one line and code 1, with a traceback only for the unexpected."""
     try:
-        return action(*arguments)
+        code = action(*arguments)
+        if sys.stdout:
+            sys.stdout.flush()  # the entry stub ends the process without it
+        return code
     except Fatal as error:
         say("fatal", str(error))
     except KeyboardInterrupt:
@@ -725,8 +728,8 @@ def trusted_folder(path: str, *, make: bool = False) -> Folder:
 
 def mount_of(fd: int) -> bytes:
     """Return the mount that an open entry is reached by, which a device does not tell. "" before Linux 3.15."""
-    with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
-        return next((line for line in file if line.startswith(b"mnt_id:")), b"")
+    lines = content(f"/proc/self/fdinfo/{fd}").split(b"\n")
+    return next((line for line in lines if line.startswith(b"mnt_id:")), b"")
 
 
 def mount_id(fd: int) -> MountId:

@@ -16,7 +16,7 @@ from sandbox import wait_for, write_script
 
 import hermes_boot
 
-OURS = "/opt/hermes/docker/hermes_boot.py"
+OURS = "/opt/hermes/bin/hermes-boot"
 sandbox_only = pytest.mark.sandbox
 
 

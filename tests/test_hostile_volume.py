@@ -18,7 +18,7 @@ import hermes_boot
 
 pytestmark = pytest.mark.sandbox
 HERMES = (10000, 10000)
-OURS = "/opt/hermes/docker/hermes_boot.py"
+OURS = "/opt/hermes/docker/boot"
 
 
 def owner(path: Path) -> tuple[int, int]:
