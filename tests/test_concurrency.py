@@ -20,10 +20,10 @@ RUNNING = {"desired_state": "running"}
 
 @pytest.mark.sandbox
 def test_two_containers_boot_one_volume_at_the_same_time(container, tmp_path):
-    """Ten times over: both end with 0, every seed is whole, and nothing temporary is left."""
+    """Five times over: both end with 0, every seed is whole, and nothing temporary is left."""
     volume = tmp_path / "volume"
     boxes = [container(), container()]
-    for _ in range(10):
+    for _ in range(5):
         subprocess.run(["rm", "-rf", volume], check=True)
         (volume / "profiles/a").mkdir(parents=True)
         (volume / "profiles/a/SOUL.md").touch()

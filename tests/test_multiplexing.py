@@ -47,10 +47,11 @@ def test_config_yaml_is_read(plain, text, multiplexes):
     assert plain.slots()["coder"] is multiplexes
 
 
-# One process for each file, since reading sets variables; its imports, a second of work, are made once.
+# One process for each file, since reading sets variables; what it imports, seconds of work, is imported once.
 READ = """
 import os, sys
 from gateway.config import load_gateway_config
+load_gateway_config()
 for home in sys.argv[1:]:
     if os.fork() == 0:
         os.environ["HERMES_HOME"] = os.environ["HOME"] = home
