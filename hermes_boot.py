@@ -3728,7 +3728,8 @@ class S6ServiceManager:
             return  # a slot whose profile is gone has no intent to keep
         except OSError as error:
             raise CommandFailed(
-                f"{profile}: done, but {STATE_FILE} {described(error)}, so the next boot will not know of it"
+                f"{profile}: done, but {STATE_FILE} {described(error)}, so the next boot will not know;"
+                " repair that, then repeat"
             ) from error
 
     def state_of(self, profile: str) -> dict[str, object]:
@@ -5410,7 +5411,9 @@ def volume_checks(boot: Boot) -> list[Check]:
     checks = [Check("warn", "volume", fault.text, fault.fix) for fault in mount_faults(boot)]
     if space < 64 << 20:
         largest = f"du -xh {quoted(boot.home)} | sort -h | tail | cat -v"
-        checks.append(Check("warn", "volume", f"only {space >> 20} MiB are free", f"free some; the largest: {largest}"))
+        checks.append(
+            Check("warn", "volume", f"only {space >> 20} MiB are free", f"free some; to see the largest: {largest}")
+        )
     if free.f_files and free.f_favail < 1000:
         most = f"du -x --inodes {quoted(boot.home)} | sort -n | tail | cat -v"
         fix = f"remove some; most are where this says: {most}"
