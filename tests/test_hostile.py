@@ -171,7 +171,7 @@ def test_a_naive_boot_fails_the_same_attack(container, hard_links_allowed):
 # A boot that is killed
 
 DRIVER = r"""
-import json, mmap, os, shutil, signal, subprocess, sys
+import json, mmap, os, shutil, signal, subprocess, sys, time
 sys.path.insert(0, "/opt/hermes/docker")
 import hermes_boot
 HOME, SCANDIR, SEEN = "/srv/home", "/srv/scandir", {}
@@ -227,6 +227,7 @@ def boot(limit=0):
         if counter[8]:
             counter[8] = 0
             os.killpg(child, signal.SIGKILL)
+        time.sleep(0.001)
     status = os.waitstatus_to_exitcode(status)
     return status, int.from_bytes(counter[:8], "little")
 
