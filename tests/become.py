@@ -35,7 +35,8 @@ def mount(source: str, target: str, kind: str | None = None, flags: int = 0, opt
     """Mount a file system, or, without a kind, a file or folder at another place."""
     words = options.split(",")
     flags |= (MS_NOEXEC if "noexec" in words else 0) | (MS_BIND if kind is None else 0)
-    call("mount", source, target, kind, ctypes.c_ulong(flags), ",".join(word for word in words if word not in ("exec", "noexec")))
+    others = ",".join(word for word in words if word not in ("exec", "noexec"))
+    call("mount", source, target, kind, ctypes.c_ulong(flags), others)
 
 
 # Outside
