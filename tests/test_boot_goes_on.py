@@ -44,3 +44,20 @@ def test_more_gateways_than_a_small_run_holds_end_no_container_late(container, t
     done = box.exec("hermes-boot", "gateway", "register", "-p", "a59")
     assert done.returncode == 1 and full in done.stderr
     assert box.stop() == 143
+
+
+AGENT = """#!/bin/sh
+case "$1" in gateway) exec sleep infinity ;; chat) ;; *) echo "$1" && exit 0 ;; esac
+id -un && touch "$HERMES_HOME/mine" && s6-svwait -t 5000 -u /run/service/gateway-default && hermes other && exit 3
+"""
+
+
+def test_hermes_as_the_entrypoint_below_an_engines_init(container, tmp_path):
+    """`--init --entrypoint hermes`, on a volume of root's: as where hermes is PID 1. It boots once."""
+    (tmp_path / "volume").mkdir()
+    environment = {"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"}
+    box = container(entrypoint=("/opt/hermes/bin/hermes",), environment=environment)
+    box.put_agent(AGENT)
+    done = box.run("chat")
+    assert (done.returncode, done.stdout) == (3, b"hermes\nother\n"), done
+    assert done.stderr.count(b"s6-svscan runs as") == 1 and (tmp_path / "volume/mine").stat().st_uid == 10000
