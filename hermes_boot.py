@@ -2732,6 +2732,9 @@ def clean_profile(folder: Folder) -> Fault | None:
 BOOT = "/opt/hermes/bin/hermes-boot"
 SLOT_LIMIT = 490  # s6-svscan takes 500 services with loggers, in no order of ours, and the image has some of its own
 FULL = Fault(f"s6-svscan takes no more than {SLOT_LIMIT} gateways", "use another container")
+SLOT_SPACE, SLOT_GROWTH = 40 << 10, 8 << 10  # bytes of memory that a slot comes to take, and of that while it runs
+SPARE_SPACE = 64 << 10  # of it for the container's end: s6-overlay has to write there, or never ends
+NO_SPACE = Fault("the scandir has no room for more gateways", "mount a larger /run: --tmpfs /run:exec,size=64m")
 EX_CONFIG = 78
 ENDING = ".s6-svscan/hermes-ending"  # in the scandir while the container ends
 STOP_TIMEOUT = 30  # seconds until SIGKILL, unless HERMES_GATEWAY_STOP_TIMEOUT says otherwise
@@ -2949,6 +2952,16 @@ def has_reader(fifo: str) -> bool:
 def is_watched(scandir: str) -> bool:
     """Return whether the scandir is an s6-svscan's."""
     return os.path.exists(f"{scandir}/.s6-svscan/control")
+
+
+def slot_limit(scandir: str) -> tuple[int, Fault]:
+    """Return how many slots a scandir can hold, those that are there included, and why no more. Raises OSError."""
+    if not is_watched(scandir):
+        return sys.maxsize, FULL
+    room, count = os.statvfs(scandir), sum(name.startswith(SLOT_PREFIX) for name in os.listdir(scandir))
+    spare = room.f_bavail * room.f_frsize - SPARE_SPACE - count * SLOT_GROWTH
+    limit = count + max(0, spare) // SLOT_SPACE
+    return (SLOT_LIMIT, FULL) if limit >= SLOT_LIMIT else (limit, NO_SPACE)
 
 
 def rescan(scandir: str, letters: bytes = b"a") -> None:
@@ -3312,14 +3325,14 @@ def reconcile(boot: Boot, command: list[str], output: int | None = None) -> int:
                 verb = "skip" if profile.action == "skipped" else "publish"
                 boot.announce(f"{verb}: {profile.line().split(' ', 1)[1].rstrip()}")
             return 0
-        lines, chosen = [], most_wanted(boot, home, running)
+        lines, (chosen, full) = [], most_wanted(boot, home, running)
         with Folder(boot.scandir, follow=True) as scandir:
             timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
             for profile, folder in open_profiles(boot, home, running):
                 if folder and (chosen is None or profile.name in chosen):
                     register(home, folder, scandir, profile, timeout, output)
                 elif folder:
-                    profile.action, profile.fault = "skipped", FULL
+                    profile.action, profile.fault = "skipped", full
                 lines.append(profile.line())
         log_boot(boot, home, lines)
         if output is None and not is_cont_init(boot):  # else root does, or the service hermes-gateways, after cont-init
@@ -3327,20 +3340,20 @@ def reconcile(boot: Boot, command: list[str], output: int | None = None) -> int:
     return 0
 
 
-def most_wanted(boot: Boot, home: Folder, running: str | None) -> set[str] | None:
-    """Return the profiles that have a gateway where there are more than s6-svscan takes: default, those that start,
-    then the others in name order. None when there is room for all."""
-    if not is_watched(boot.scandir):
-        return None
+def most_wanted(boot: Boot, home: Folder, running: str | None) -> tuple[set[str] | None, Fault]:
+    """Return the profiles that have a gateway where there are more than fit, and why no more do: default, those that
+    start, then the others in name order, after those that have their slot. None when there is room for all."""
+    limit, full = slot_limit(boot.scandir)
     try:
         with home.folder("profiles") as profiles:
-            if len(profile_names(profiles)) < SLOT_LIMIT:
-                return None
+            if len(profile_names(profiles)) < limit:
+                return None, full
     except OSError:
-        return None
+        return None, full
     found = [profile for profile in list_profiles(boot, home, running) if profile.action != "skipped"]
-    found.sort(key=lambda profile: (profile.name != "default", profile.action != "started"))
-    return {profile.name for profile in found[:SLOT_LIMIT]}
+    slots = {name.removeprefix(SLOT_PREFIX) for name in os.listdir(boot.scandir)}
+    found.sort(key=lambda each: (each.name != "default", each.name not in slots, each.action != "started"))
+    return {profile.name for profile in found[:limit]}, full
 
 
 def register(
@@ -3998,8 +4011,9 @@ class S6ServiceManager:
         """Put a profile's slot into the scandir and wait until s6 supervises it. group is for root, see build. Raises
         AlreadyRegistered, CommandFailed."""
         name = SLOT_PREFIX + profile
-        if is_watched(self.scandir) and len(self.list_profile_gateways()) >= SLOT_LIMIT:
-            raise CommandFailed(f"{profile}: {FULL}")
+        limit, full = slot_limit(self.scandir)
+        if len(self.list_profile_gateways()) >= limit:
+            raise CommandFailed(f"{profile}: {full}")
         if not os.path.lexists(f"{self.scandir}/{name}"):
             self.end_strays(name)
         try:
@@ -5023,7 +5037,7 @@ def wanted_without_slot(boot: Boot, registered: dict[str, SlotStatus | None]) ->
             except OSError:
                 names = {"default"}
             missing = names - set(registered)
-            if not missing or len(registered) >= SLOT_LIMIT or no_gateways(boot, container_words()):
+            if not missing or len(registered) >= slot_limit(boot.scandir)[0] or no_gateways(boot, container_words()):
                 return []
             found = [profile for profile in list_profiles(boot, home, None) if profile.name in missing]
     except Fatal:
@@ -5299,7 +5313,8 @@ def all_checks(boot: Boot) -> list[Check]:
             checks += dashboard_checks(boot)
             if why := no_gateways(boot, container_words()):
                 return [*checks, Check("pass", "gateways", f"none here, since {why}")]
-            full = sum(row.state != "no slot" for row in rows) >= SLOT_LIMIT
+            limit, fault = slot_limit(boot.scandir)
+            full = fault if sum(row.state != "no slot" for row in rows) >= limit else None
             checks += stray_checks(boot)
             for row in rows:
                 checks += [gateway_check(boot, home, row, full), *logger_checks(boot, home, row.name)]
@@ -5533,14 +5548,14 @@ CAUSES = (  # words of a log in small letters, what they mean, and what to do
 )
 
 
-def gateway_check(boot: Boot, home: Folder, row: Row, full: bool) -> Check:
-    """Return what a gateway's state means, and the way out of it; full: there is no room for another slot."""
+def gateway_check(boot: Boot, home: Folder, row: Row, full: Fault | None) -> Check:
+    """Return what a gateway's state means, and the way out of it; full: why there is no room for another slot."""
     name, start = row.name, f"`hermes -p {row.name} gateway start`"
     if row.why == "no such profile":
         fix, found = f"`hermes-boot gateway unregister -p {name}`", "has a slot, but its profile is gone"
         return Check("warn", name, found, fix, lambda: unregister_gone(boot, name))
     if row.state == "no slot" and full:
-        return Check("warn", name, f"has no slot, since {FULL.text}", FULL.fix)
+        return Check("warn", name, f"has no slot, since {full.text}", full.fix)
     if row.state in ("no slot", "no supervisor"):
         found = "it has no slot" if row.state == "no slot" else "s6-supervise is not running for it"
         return Check("fail", name, found, "hermes-boot doctor --fix", lambda: repair_slot(boot, name))

@@ -210,6 +210,7 @@ WRAPPER = "/opt/hermes/docker/main-wrapper.sh"
 S6_INIT = "/init.s6-overlay"
 SUEXEC = "/command/s6-overlay-suexec"
 TINI = ("tini", "/usr/bin/tini")
+ENGINES_INITS = (b"docker-init\n", b"podman-init\n", b"catatonit\n", b"tini\n")  # what --init is to the kernel
 LAUNCHERS = ("/init", WRAPPER, "/opt/hermes/docker/entrypoint.sh", *TINI)
 SUBCOMMANDS = frozenset(  # of hermes, by hermes-agent's parser: programs of these names are run by their path
     "acp auth backup bundles chat checkpoints claw completion computer-use config console cron curator dashboard debug"
@@ -399,13 +400,20 @@ def init(words: list[str]) -> int:
     return execute([S6_INIT, *words], environment)
 
 
+def is_below_engines_init() -> bool:
+    """Return whether this is the process that `--init` runs, in a container that nobody has booted; `docker exec` has
+    no parent there."""
+    return os.getppid() == 1 and content("/proc/1/comm") in ENGINES_INITS and not supervised()
+
+
 def main(argv: list[str]) -> int:
     """Run as the name we were called by: `init`, `tini`, `hermes`, else the container command; the latter two as PID 1,
-    as a pod's `command:` makes them, are /init with these words. Returns when the program cannot be run."""
+    as a pod's `command:` makes them, are /init with these words, and `hermes` so below --init. Returns when the program
+    cannot be run."""
     name, words = os.path.basename(argv[0]), argv[1:]
     if name in ("init", "tini"):
         return init(words if name == "init" else [name, *words])
-    if os.getpid() == 1:
+    if os.getpid() == 1 or (name == USER and is_below_engines_init()):
         return init([WRAPPER, *([USER] if name == USER else []), *words])
     return hermes_command(words) if name == USER else container_command(words)
 

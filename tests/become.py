@@ -12,6 +12,7 @@ import os
 import signal
 
 NAMESPACES = 0x00020000 | 0x20000000 | 0x04000000 | 0x08000000  # CLONE_NEWNS, _NEWPID, _NEWUTS, _NEWIPC
+PR_SET_NAME = 15
 MS_NOSUID, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 8, 1 << 12, 1 << 14, 1 << 18, 2
 PR_SET_PDEATHSIG, SYS_PIVOT_ROOT = 1, {"x86_64": 155, "aarch64": 41}
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -35,7 +36,8 @@ def mount(source: str, target: str, kind: str | None = None, flags: int = 0, opt
     """Mount a file system, or, without a kind, a file or folder at another place."""
     words = options.split(",")
     flags |= (MS_NOEXEC if "noexec" in words else 0) | (MS_BIND if kind is None else 0)
-    call("mount", source, target, kind, ctypes.c_ulong(flags), ",".join(word for word in words if word != "noexec"))
+    others = ",".join(word for word in words if word not in ("exec", "noexec"))
+    call("mount", source, target, kind, ctypes.c_ulong(flags), others)
 
 
 # Outside
@@ -151,6 +153,7 @@ def take_terminal() -> None:
 
 def be_another_init(words: list[bytes], environment: dict[bytes, bytes]) -> None:
     """Be the PID 1 of a platform: run the entrypoint below, pass SIGTERM and SIGINT on, reap, end with its code."""
+    call("prctl", PR_SET_NAME, b"docker-init", 0, 0, 0)
     child = os.fork()
     if child == 0:
         os.execve(words[0], words, environment)

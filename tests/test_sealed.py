@@ -305,7 +305,10 @@ for top in (*tops, "/etc"):
         for name in [path, *(os.path.join(path, entry) for entry in files + folders)]:
             changing = name.rpartition("/")[2] in ("status", "death_tally", "lock", "state", "down")
             if not changing and not os.path.basename(path).startswith("."):
-                look(name)
+                try:
+                    look(name)
+                except FileNotFoundError:
+                    pass  # s6-supervise's, for as long as it writes a file anew
 print(json.dumps(seen))
 """
 ROOT_AT_WORK = (
@@ -343,6 +346,8 @@ def test_hermes_at_its_worst_gets_nothing_of_roots(gateways, entrypoint):
     os.set_blocking(agent.stdout.fileno(), True)
     said, errors = agent.communicate(timeout=60)
     assert (said.splitlines()[-1:], errors) == (["[]"], "")
+    done = box.exec("hermes-boot", "gateway", "unregister", "-p", "other")  # which hermes may have kept from it in time
+    assert done.returncode in (0, 4), done
     after = json.loads(box.exec("/usr/bin/python3", "-IBSc", WATCH).stdout)
     assert {
         path: (before.get(path), after.get(path))
