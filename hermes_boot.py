@@ -1399,13 +1399,11 @@ class Sweep:
     to put it by links on the volume: of its entries, too, only those of the former UIDs change, unless it is empty.
     """
 
-    COUNTS = tuple("changed checked linked failed kept deep strangers left_behind".split())
-    WORDS = tuple("first failure first_kept first_stranger first_left_behind".split())
-    __slots__ = (
-        *"uid gid by_group dry_run former mounted home held path progress counts index".split(),
-        *COUNTS,
-        *WORDS,
+    COUNTED = (
+        *"changed checked linked failed kept deep strangers left_behind".split(),  # numbers, then words
+        *"first failure first_kept first_stranger first_left_behind".split(),
     )
+    __slots__ = (*"uid gid by_group dry_run former mounted home held path progress counts index".split(), *COUNTED)
 
     def __init__(self, boot: Boot, *, former: int = -1, mounted: bool = False) -> None:
         """former is the UID that hermes had before, -1 for none; mounted says whether there are other file systems
@@ -1549,7 +1547,7 @@ class Sweep:
                 elif self.may_change(status):
                     self.change(entry.name, fd, status, True)
         self.checked += checked
-        self.counts[self.index] = self.checked
+        self.counts[self.index] += checked
         if not self.index:
             self.progress.tell(self.so_far)
         if (own.st_uid != uid or own.st_gid != gid) and not (theirs and self.keep(".", fd, own)):
@@ -1740,11 +1738,12 @@ class Sweep:
         import select
 
         self.counts = memoryview(mmap.mmap(-1, 8 * MOST_SWEEPERS)).cast("q")
+        self.counts[0] = self.checked
         workers = min(MOST_SWEEPERS, len(os.sched_getaffinity(0)))
         children = [self.fork(work, index) for index in range(1, workers)]
         work()
         os.close(tokens)
-        for child, result in children:
+        for index, (child, result) in enumerate(children, 1):
             while not select.select([result], [], [], 1)[0]:
                 self.progress.tell(self.so_far)
             with open(result, "rb") as file:
@@ -1753,11 +1752,14 @@ class Sweep:
                 self.add(data)
                 continue
             warn("a process that checked owners was ended, most likely for want of memory; its work is done again")
+            self.counts[index] = 0
             for path, place in folders:
                 self.below(home, path, place, self.tree)
 
     def fork(self, work: Callable[[], int], index: int) -> tuple[int, int]:
         """Start a process, the index-th, that works and writes what it counted; return its pid and where to read."""
+        import marshal
+
         result, output = os.pipe()
         sys.stderr.flush()
         child = os.fork()
@@ -1765,19 +1767,18 @@ class Sweep:
             self.index = index
             self.reset()
             code = guarded(work)
-            values = [str(getattr(self, name)) for name in self.COUNTS + self.WORDS]
-            os.write(output, os.fsencode("\0".join(values)))
+            os.write(output, marshal.dumps([getattr(self, name) for name in self.COUNTED]))
             os._exit(code)
         os.close(output)
         return child, result
 
     def add(self, data: bytes) -> None:
         """Add what another process counted."""
-        values = os.fsdecode(data).split("\0")
-        for name, value in zip(self.COUNTS, values[: len(self.COUNTS)], strict=True):
-            setattr(self, name, getattr(self, name) + int(value))
-        for name, value in zip(self.WORDS, values[len(self.COUNTS) :], strict=True):
-            setattr(self, name, getattr(self, name) or value)
+        import marshal
+
+        for name, value in zip(self.COUNTED, marshal.loads(data), strict=True):
+            ours = getattr(self, name)
+            setattr(self, name, ours or value if isinstance(value, str) else ours + value)
 
     def report(self, boot: Boot) -> None:
         """Say what was changed, what could not be, and what was left alone for safety."""
