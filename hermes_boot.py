@@ -344,6 +344,8 @@ def guarded(action: Callable[..., int], *arguments: object) -> int:
         return code
     except Fatal as error:
         say("fatal", str(error))
+    except GatewayError as error:
+        return report_failures({"": error})
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -4091,7 +4093,7 @@ def command_timeout(environment: dict[str, str], *, waits: bool) -> int:
 def control(action: str, profile: str | None, every: bool, environment: dict[str, str]) -> int:
     """Start, stop or restart one gateway or all. Where root alone can give a profile its slot, that comes first."""
     if action != "stop" and not every and os.geteuid() == 0 and is_sealed(environment):
-        if code := register_as_root(Boot(environment), profile, missing=True):
+        if code := control_as_root(Boot(environment), action, profile):
             return code
     return by_hermes(command_timeout(environment, waits=True), control_as_hermes, action, profile, every, environment)
 
@@ -4107,57 +4109,35 @@ def control_as_hermes(action: str, profile: str | None, every: bool, environment
     return report_failures(failures)
 
 
-def register_as_root(boot: Boot, profile: str | None, *, missing: bool) -> int:
-    """In sealed mode: give a profile its slot, after hermes has looked at it; with missing, only if it has none."""
-    code, wanted = asked_by_hermes(boot, ask_for_profile, profile, missing)
+def control_as_root(boot: Boot, action: str, profile: str | None) -> int:
+    """In sealed mode: give a profile its slot, for `start` and `restart` only if it has none, or with `unregister`
+    remove it, after hermes has looked at it."""
+    code, wanted = asked_by_hermes(boot, ask_for_profile, action, profile)
     manager = S6ServiceManager(environment=boot.environment)
     for name, (start, to_folder) in wanted.items():
-        try:
-            files = slot_files(name, manager.stop_timeout, None, to_folder=to_folder)
-            manager.publish(name, files, start=start, group=boot.owner[1])
-        except GatewayError as error:
-            return report_failures({"": error})
+        if action == "unregister":
+            manager.withdraw(name)
+            print(f"{name}: unregistered")
+            continue
+        files = slot_files(name, manager.stop_timeout, None, to_folder=to_folder)
+        manager.publish(name, files, start=start, group=boot.owner[1])
         print(f"{name}: registered{', started' if start else ''}", flush=True)
     return 1 if code == OVERDUE else code
 
 
-def ask_for_profile(boot: Boot, option: str | None, missing: bool, output: int) -> int:
-    """As hermes: ask root for one profile's slot."""
+def ask_for_profile(boot: Boot, action: str, option: str | None, output: int) -> int:
+    """As hermes: ask root for one profile's slot, or to remove it once its gateway has ended."""
     manager = S6ServiceManager(environment=boot.environment)
-    profile = named_profile(manager, option)
-    try:
-        if missing and profile in manager.list_profile_gateways():
-            return 0
-        start = starts_by_itself(manager, profile)
-        to_folder = manager.made_ready(profile)
-    except GatewayError as error:
-        return report_failures({"": error})
-    ask_for(output, profile, start=start and not missing, to_folder=to_folder)
-    return 0
-
-
-def unregister_as_root(boot: Boot, profile: str | None) -> int:
-    """In sealed mode: stop a gateway as hermes, and remove its slot."""
-    manager = S6ServiceManager(environment=boot.environment)
-    code, wanted = asked_by_hermes(boot, end_profile, profile)
-    for name in wanted:
-        try:
-            manager.withdraw(name)
-        except GatewayError as error:
-            return report_failures({"": error})
-        print(f"{name}: unregistered")
-    return 1 if code == OVERDUE else code
-
-
-def end_profile(boot: Boot, option: str | None, output: int) -> int:
-    """As hermes: stop a gateway, and ask root to remove its slot."""
-    manager = S6ServiceManager(environment=boot.environment)
-    try:
-        profile = manager.valid(named_profile(manager, option))
+    profile, start, to_folder = named_profile(manager, option), False, False
+    if action == "unregister":
+        profile = manager.valid(profile)
         manager.end(profile)
-    except GatewayError as error:
-        return report_failures({"": error})
-    ask_for(output, profile, start=False, to_folder=False)
+    elif action in DONE and profile in manager.list_profile_gateways():
+        return 0
+    else:
+        start = starts_by_itself(manager, profile) and action not in DONE
+        to_folder = manager.made_ready(profile)
+    ask_for(output, profile, start=start, to_folder=to_folder)
     return 0
 
 
@@ -4190,52 +4170,38 @@ def starts_by_itself(manager: S6ServiceManager, profile: str) -> bool:
         raise NotRegistered(f"no such profile: {profile}; make it with `hermes profile create {profile}`") from None
 
 
-def gateway_command(boot: Boot, action: str, profile: str | None, every: bool, as_json: bool) -> int:
+def gateway_command(boot: Boot, action: str, profile: str | None, every: bool) -> int:
     """Run `hermes_boot.py gateway ...`; return the exit code."""
     if action in DONE:
         return control(action, profile, every, boot.environment)
-    manager = S6ServiceManager(environment=boot.environment)
     if action.endswith("register") and os.geteuid() == 0 and is_sealed(boot.environment):
-        return (
-            unregister_as_root(boot, profile)
-            if action == "unregister"
-            else register_as_root(boot, profile, missing=False)
-        )
+        return control_as_root(boot, action, profile)
     timeout = command_timeout(boot.environment, waits=action == "unregister")
-    return by_hermes(timeout, gateway_as_hermes, boot, manager, action, profile, every, as_json)
+    return by_hermes(timeout, gateway_as_hermes, boot, action, profile, every)
 
 
-def gateway_as_hermes(
-    boot: Boot, manager: S6ServiceManager, action: str, profile: str | None, every: bool, as_json: bool
-) -> int:
-    """As hermes: run what of `gateway` is neither start, stop nor restart."""
-    try:
-        if action == "list":
-            names = manager.list_profile_gateways()
-            print(to_json(names) if as_json else "".join(f"{name}\n" for name in names), end="\n" if as_json else "")
-            return 0
-        name = named_profile(manager, profile)
-        if action == "status":
-            return gateway_status(boot, manager, [] if every or profile is None else [name], as_json)
-        if action == "register":  # as the next boot would: started if its state says so
-            start = starts_by_itself(manager, name)
-            manager.register_profile_gateway(name, start_now=start)
-            print(f"{name}: registered{', started' if start else ''}")
-        else:
-            manager.unregister_profile_gateway(name)
-            print(f"{name}: unregistered")
+def gateway_as_hermes(boot: Boot, action: str, profile: str | None, every: bool) -> int:
+    """As hermes: run what of `gateway` is neither start, stop nor restart. `status` is about all gateways that have a
+    slot, unless a profile is given; it returns 0 when they are up, else 3. Raises GatewayError."""
+    manager = S6ServiceManager(environment=boot.environment)
+    if action == "list":
+        print("".join(f"{name}\n" for name in manager.list_profile_gateways()), end="")
         return 0
-    except GatewayError as error:
-        return report_failures({"": error})
-
-
-def gateway_status(boot: Boot, manager: S6ServiceManager, names: list[str], as_json: bool) -> int:
-    """Print the rows of some gateways, or of all that have a slot; return 0 when they are all up, else 3."""
-    names = [os.path.basename(manager.slot(name)).removeprefix(SLOT_PREFIX) for name in names]
-    with open_home(boot) as home:
-        rows = [row_of(boot, home, name) for name in in_order(names or manager.list_profile_gateways())]
-    print(to_json([row.as_dict() for row in rows]) if as_json else table(rows, []))
-    return 0 if all(row.state in ("up", "starting") for row in rows) else 3
+    name = named_profile(manager, profile)
+    if action == "status":
+        one = [] if every or profile is None else [os.path.basename(manager.slot(name)).removeprefix(SLOT_PREFIX)]
+        with open_home(boot) as home:
+            rows = [row_of(boot, home, name) for name in in_order(one or manager.list_profile_gateways())]
+        print(table(rows, []))
+        return 0 if all(row.state in ("up", "starting") for row in rows) else 3
+    if action == "register":  # as the next boot would: started if its state says so
+        start = starts_by_itself(manager, name)
+        manager.register_profile_gateway(name, start_now=start)
+        print(f"{name}: registered{', started' if start else ''}")
+    else:
+        manager.unregister_profile_gateway(name)
+        print(f"{name}: unregistered")
+    return 0
 
 
 def to_json(value: object) -> str:
@@ -4940,9 +4906,7 @@ def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | N
     while True:
         rows = rows_of(boot, profile)
         if not rows:
-            return report_failures(
-                {"": NotRegistered(f"no such profile: {shown(profile or '')}; `hermes-boot status` lists them")}
-            )
+            raise NotRegistered(f"no such profile: {shown(profile or '')}; `hermes-boot status` lists them")
         if not as_json and (why := no_gateways(boot, container_words())):
             warn(f"this container has no gateways, since {why}")
         elif not as_json and not supervisor_answers(boot.scandir):
@@ -5141,7 +5105,9 @@ def last_lines(home: Folder, profile: str, count: int) -> list[str]:
 
 
 def since_when(text: str) -> str:
-    """Return the timestamp, as s6-log writes it, that 30s, 10m, 2h, 1d or a date stands for. Raises ValueError."""
+    """Return the timestamp, as s6-log writes it, that 30s, 10m, 2h, 1d or a date is. Raises argparse's error."""
+    import argparse
+
     size = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
     if size and (number := number_in(text[:-1], 0, 10**9)) is not None:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(0, time.time() - number * size)))
@@ -5150,7 +5116,8 @@ def since_when(text: str) -> str:
             return time.strftime(layout, time.strptime(text.replace("T", " "), layout))
         except ValueError:
             continue
-    raise ValueError(f"{text!r} is neither a time span (30s, 10m, 2h, 1d) nor a date (2026-05-21, 2026-05-21T06:18)")
+    kinds = "a time span (30s, 10m, 2h, 1d) nor a date (2026-05-21, 2026-05-21T06:18)"
+    raise argparse.ArgumentTypeError(f"{text!r} is neither {kinds}")
 
 
 def show_logs(
@@ -5172,15 +5139,11 @@ def show_logs(
             for line in lines:
                 write_lines([line], harmless) if line else time.sleep(0.2)
     except FileNotFoundError:
-        return report_failures({"": NotRegistered(f"{name}: no log here; `hermes-boot status` lists the gateways")})
-    except GatewayError as error:
-        return report_failures({"": error})
+        raise NotRegistered(f"{name}: no log here; `hermes-boot status` lists the gateways") from None
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise
-        return report_failures(
-            {"": CommandFailed(f"logs/gateways/{name} {described(error)}; `hermes-boot doctor` looks further")}
-        )
+        raise CommandFailed(f"logs/gateways/{name} {described(error)}; `hermes-boot doctor` looks further") from error
     return 0
 
 
@@ -5756,8 +5719,6 @@ def dispatch(words: list[str]) -> int:
     command, rest = words[0] if words else "", words[1:]
     if words in ([], ["setup"], ["reconcile"], ["shutdown"]):
         return run_phases(command, dry_run=False)
-    if words in (["health"], ["health", "--live"]):
-        return by_hermes(HEALTH_TIMEOUT, health, exec_environment(), bool(rest))
     if words == ["migrate"]:
         return migrate_config(Boot(process_environment()))
     if command == "finish" and len(rest) >= 2:
@@ -5770,22 +5731,24 @@ def dispatch(words: list[str]) -> int:
         return gateway_run(rest, process_environment())
     if command == "dashboard" and not rest:
         return dashboard(process_environment())
-    if command == "gateway" and rest[:1] and rest[0] in DONE and (rest[1:] in ([], ["--all"]) or rest[1:-1] == ["-p"]):
-        return control(rest[0], rest[2] if rest[2:] else None, rest[1:] == ["--all"], exec_environment())
     return run_command(without_parser(words) or parse(words))
 
 
 def without_parser(words: list[str]) -> Any:
     """Return what the parser makes of the most used forms, None for others: it takes as long as all the rest."""
-    command, *rest = words[1:] if words[:2] == ["gateway", "status"] else words
-    found: Any = type(sys.implementation)(**dict.fromkeys("profile lines all json watch since follow raw".split()))
-    found.command, found.action = words[0], "status"
-    if command == "status" and (not rest or rest[:-1] == ["-p"]):
-        found.profile = rest[-1] if rest else None
+    found: Any = type(sys.implementation)(
+        **dict.fromkeys("action profile lines all json watch since follow raw".split())
+    )
+    found.command, *rest = words
+    found.live, found.lines = words == ["health", "--live"], number_in(words[-1], 1, 10**9)
+    if (found.command == "health" and (found.live or not rest)) or (found.lines and words[:-1] == ["logs", "-n"]):
         return found
-    if command == "logs" and rest[:-1] == ["-n"]:
-        found.lines = number_in(rest[1], 1, 10**9)
-    return found if found.lines else None
+    if found.command == "gateway" and rest and rest[0] in (*DONE, "status"):
+        found.action = rest.pop(0)
+    found.all = found.action in DONE and rest == ["--all"]
+    found.profile = rest[1] if rest[:-1] == ["-p"] else None
+    usual = found.command == "status" or found.action
+    return found if usual and (not rest or found.all or found.profile) else None
 
 
 def exec_environment() -> dict[str, str]:
@@ -5812,7 +5775,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         return by_hermes(HEALTH_TIMEOUT, health, exec_environment(), arguments.live)
     boot = Boot(exec_environment())
     if command == "gateway":
-        return gateway_command(boot, arguments.action, arguments.profile, arguments.all, arguments.json)
+        return gateway_command(boot, arguments.action, arguments.profile, arguments.all)
     if command == "status":
         if arguments.watch:
             become_hermes()
@@ -5823,117 +5786,89 @@ def run_command(arguments: argparse.Namespace) -> int:
     return doctor(boot, as_json=arguments.json, fix=arguments.fix)
 
 
+COMMANDS = {  # what it does, and examples
+    "status": ("show every gateway in a table", "status", "status -p coder --json", "status --watch 5"),
+    "doctor": ("look for everything that goes wrong in such a container", "doctor", "doctor --fix"),
+    "health": ("tell whether every gateway that should be up is, for health checks", "health", "health --live"),
+    "logs": ("print a gateway's log", "logs -p coder -f", "logs -p coder --since 10m", "logs -n 50"),
+    "gateway": (
+        "start, stop, publish or remove gateways",
+        *("gateway start -p coder", "gateway restart --all", "gateway list"),
+    ),
+    "setup": (
+        "remap the hermes user, fix ownership on the volume, seed it, migrate its configuration",
+        "setup --dry-run",
+    ),
+    "reconcile": ("give every profile on the volume a gateway slot", "reconcile --dry-run"),
+    "shutdown": ("end every gateway and the container's command, as at the container's end",),
+}
+
+
 def parse(words: list[str]) -> argparse.Namespace:
     """Return the parsed command line; wrong usage ends the process with code 2."""
     import argparse
 
     program = os.path.basename(sys.argv[0])
+    layout: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+
+    def epilog(*examples: str) -> str:
+        lines = "".join(f"  {program} {example}\n" for example in examples)
+        return f"examples:\n{lines}\n{EXIT_CODES}" if examples else EXIT_CODES
+
     parser = argparse.ArgumentParser(
         prog=program,
         description="Boot the container, manage its gateways, say how they are."
         " Without a command, hermes_boot.py runs setup and reconcile.",
-        epilog=f"examples:\n  {program} status\n  {program} doctor\n  {program} gateway restart -p coder\n\n"
-        + EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        epilog=epilog("status", "doctor", "gateway restart -p coder"),
+        **layout,
     )
-    parser.add_argument(
-        "--version", action="version", version=f"%(prog)s {VERSION}, hermes-agent {image_version() or 'missing'}"
-    )
+    version = f"%(prog)s {VERSION}, hermes-agent {image_version() or 'missing'}"
+    parser.add_argument("--version", action="version", version=version)
     parser.add_argument("--dry-run", action="store_true", help="list what would change, change nothing")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    gateway = add_operators_commands(commands)
-    for name, text in PHASES.items():
-        phase = add_command(commands, name, text, f"{name} --dry-run")
-        phase.add_argument(
-            "--dry-run", action="store_true", default=argparse.SUPPRESS, help="list what would change, change nothing"
-        )
-    add_command(commands, "shutdown", "end every gateway and the container's command, as at the container's end")
+    for name, (text, *examples) in COMMANDS.items():
+        description = f"{text[0].upper()}{text[1:]}."
+        command = commands.add_parser(name, help=text, description=description, epilog=epilog(*examples), **layout)
+        add_options(command, name)
     arguments = parser.parse_args(words)
-    if arguments.dry_run and arguments.command not in (None, *PHASES):
+    if arguments.dry_run and arguments.command not in (None, "setup", "reconcile"):
         parser.error("--dry-run is for setup and reconcile")
-    if arguments.command == "gateway":
-        check_gateway_words(gateway, arguments)
+    if arguments.command == "gateway" and arguments.all and arguments.profile is not None:
+        parser.error("-p NAME or --all, not both")
+    if arguments.command == "gateway" and arguments.all and arguments.action.endswith("register"):
+        parser.error("register and unregister take one profile")
     return arguments
 
 
-def check_gateway_words(gateway: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """End with code 2 when options of `gateway` do not go together."""
-    if arguments.all and (arguments.profile is not None or arguments.action.endswith("register")):
-        gateway.error("-p NAME or --all, not both; register and unregister take one")
-    if arguments.action == "list" and arguments.profile is not None:
-        gateway.error("list takes no -p; `gateway status -p NAME` asks for one")
-    if arguments.json and arguments.action not in ("status", "list"):
-        gateway.error("--json is for status and list")
-
-
-PHASES = {
-    "setup": "remap the hermes user, fix ownership on the volume, seed it, migrate its configuration",
-    "reconcile": "give every profile on the volume a gateway slot",
-}
-
-
-def add_operators_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Add status, doctor, health, logs and gateway; return the last one's parser."""
-    status = add_command(
-        commands, "status", "show every gateway in a table", "status", "status -p coder --json", "status --watch 5"
-    )
-    diagnosis = add_command(
-        commands, "doctor", "look for everything that goes wrong in such a container", "doctor", "doctor --fix"
-    )
-    probe = add_command(
-        commands,
-        "health",
-        "tell whether every gateway that should be up is, for health checks",
-        "health",
-        "health --live",
-    )
-    probe.add_argument(
-        "--live", action="store_true", help="only whether the supervisor answers: for what restarts the container"
-    )
-    logs = add_command(
-        commands, "logs", "print a gateway's log", "logs -p coder -f", "logs -p coder --since 10m", "logs -n 50"
-    )
-    examples = "gateway start -p coder", "gateway restart --all", "gateway list"
-    gateway = add_command(commands, "gateway", "start, stop, publish or remove gateways", *examples)
-    actions = [*DONE, "status", "list", "register", "unregister"]
-    gateway.add_argument(
-        "action", choices=actions, help="start, stop and restart wait, and are remembered; restart starts what is down"
-    )
-    gateway.add_argument(
-        "--all", action="store_true", help="every registered gateway, whatever its state; goes on past a failure"
-    )
-    status.add_argument("-p", "--profile", metavar="NAME", help="this profile alone")
-    for chosen in (logs, gateway):
-        chosen.add_argument(
-            "-p", "--profile", metavar="NAME", help="the profile; unless given, the active one (status: all)"
-        )
-    for reporting in (status, diagnosis, gateway):
-        reporting.add_argument("--json", action="store_true", help="for programs")
-    status.add_argument(
-        "-w", "--watch", nargs="?", type=whole, const=2, metavar="SECONDS", help="again and again, every 2 seconds"
-    )
-    diagnosis.add_argument("--fix", action="store_true", help="fix what is safe to fix, saying each step")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on as the log grows")
-    logs.add_argument("-n", "--lines", type=whole, metavar="N", help="the last N lines")
-    logs.add_argument("--raw", action="store_true", help="as it was written, control characters too, on a terminal")
-    logs.add_argument("--since", type=moment, metavar="TIME", help="30s, 10m, 2h, 1d ago, or a date")
-    return gateway
-
-
-def add_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, *examples: str
-) -> argparse.ArgumentParser:
-    """Add a command with its help and examples; return its parser."""
+def add_options(command: argparse.ArgumentParser, name: str) -> None:
+    """Add the options of the command of this name."""
     import argparse
 
-    shown_examples = "".join(f"  {os.path.basename(sys.argv[0])} {example}\n" for example in examples)
-    epilog = (f"examples:\n{shown_examples}\n" if examples else "") + EXIT_CODES
-    kind = argparse.RawDescriptionHelpFormatter
-    description = f"{text[0].upper()}{text[1:]}."
-    return commands.add_parser(
-        name, help=text, description=description, epilog=epilog, formatter_class=kind, allow_abbrev=False
-    )
+    add = command.add_argument
+    if name in ("setup", "reconcile"):
+        default = argparse.SUPPRESS  # else this one would undo --dry-run in front of the command
+        add("--dry-run", action="store_true", default=default, help="list what would change, change nothing")
+    elif name == "health":
+        add("--live", action="store_true", help="only whether the supervisor answers: for what restarts the container")
+    elif name == "gateway":
+        actions = [*DONE, "status", "list", "register", "unregister"]
+        help_text = "start, stop and restart wait, and are remembered; restart starts what is down"
+        add("action", choices=actions, help=help_text)
+        add("--all", action="store_true", help="every registered gateway, whatever its state; goes on past a failure")
+    if name in ("status", "logs", "gateway"):
+        add("-p", "--profile", metavar="NAME", help="the profile; unless given, the active one (status: all)")
+    if name in ("status", "doctor"):
+        add("--json", action="store_true", help="for programs")
+    if name == "status":
+        help_text = "again and again, every 2 seconds"
+        add("-w", "--watch", nargs="?", type=whole, const=2, metavar="SECONDS", help=help_text)
+    elif name == "doctor":
+        add("--fix", action="store_true", help="fix what is safe to fix, saying each step")
+    elif name == "logs":
+        add("-f", "--follow", action="store_true", help="go on as the log grows")
+        add("-n", "--lines", type=whole, metavar="N", help="the last N lines")
+        add("--raw", action="store_true", help="as it was written, control characters too, on a terminal")
+        add("--since", type=since_when, metavar="TIME", help="30s, 10m, 2h, 1d ago, or a date")
 
 
 def whole(text: str) -> int:
@@ -5943,16 +5878,6 @@ def whole(text: str) -> int:
     if (number := number_in(text, 1, 10**9)) is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
     return number
-
-
-def moment(text: str) -> str:
-    """Return the timestamp of --since. Raises argparse's error."""
-    import argparse
-
-    try:
-        return since_when(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == "__main__":
