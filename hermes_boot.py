@@ -3886,7 +3886,8 @@ class S6ServiceManager:
                 continue  # it takes its time, which is no failure
             unwatched = f"no supervisor answers within {timeout:g} s; run `hermes-boot doctor`"
             overdue = f"did not {aim} within {timeout:g} s"
-            failures[name] = CommandFailed(f"{name}: {unwatched if name in untold else overdue}")
+            lost = name in untold or slot_status(waiting[name]) is None
+            failures[name] = CommandFailed(f"{name}: {unwatched if lost else overdue}")
         return failures
 
     def told(self, slot: str, up: bool) -> bool:
@@ -3906,10 +3907,12 @@ class S6ServiceManager:
         """Return whether a slot is where it was told to be, or will not get there, which is a failure; began is when
         it was told, in seconds since 1970. A gateway is up once it says so, or has been up for START_SECONDS."""
         try:
-            slot, status = self.slot(name), self.status(name)
+            slot = self.slot(name)
         except GatewayError as error:
             failures[name] = error
             return True
+        if (status := slot_status(slot)) is None:
+            return False  # s6-supervise can be told before it has said anything
         if not up:
             return status.pid == 0
         ends = [ended for when, ended in deaths(slot) if when >= began]
