@@ -2663,26 +2663,20 @@ def open_profiles(boot: Boot, home: Folder, running: str | None) -> Iterator[tup
 
 
 def profile_names(profiles: Folder) -> list[str]:
-    """Return the entries of profiles/ that could be profiles, in name order; of more than MOST_PROFILES only those that
-    are, up to that number, since hermes can make millions."""
+    """Return the entries of profiles/ that could be profiles, in name order. hermes can make millions: of more than
+    MOST_PROFILES only those with a SOUL.md, and twice as many at most."""
     names: list[str] = []
-    many = False
     with os.scandir(profiles.fd) as listing:
         for entry in listing:
-            if entry.is_symlink() or entry.is_dir(follow_symlinks=False):
+            if not (entry.is_symlink() or entry.is_dir(follow_symlinks=False)):
+                continue
+            if len(names) < MOST_PROFILES or os.access(f"{entry.name}/SOUL.md", os.F_OK, dir_fd=profiles.fd):
                 names.append(entry.name)
-            if len(names) > 2 * MOST_PROFILES:
-                many, names = True, real_profiles(profiles, names)
-    if many:
-        names = real_profiles(profiles, names)
-        warn(f"profiles on the volume has over {MOST_PROFILES} entries; those without SOUL.md are not looked at")
+            if len(names) == 2 * MOST_PROFILES:
+                break
+    if len(names) >= MOST_PROFILES:
+        warn(f"profiles on the volume has over {MOST_PROFILES} entries; not all without SOUL.md are looked at")
     return sorted(names, key=os.fsencode)
-
-
-def real_profiles(profiles: Folder, names: list[str]) -> list[str]:
-    """Return the first MOST_PROFILES names, in order, of folders that have a SOUL.md."""
-    found = [name for name in names if os.access(f"{name}/SOUL.md", os.F_OK, dir_fd=profiles.fd)]
-    return sorted(found, key=os.fsencode)[:MOST_PROFILES]
 
 
 def inspect(boot: Boot, profiles: Folder, name: str, running: str | None) -> tuple[Profile, Folder | None] | None:
@@ -5252,7 +5246,7 @@ def doctor_as_hermes(boot: Boot, owners: list[Check], as_json: bool, fix: bool) 
 
 def all_checks(boot: Boot) -> list[Check]:
     """Return the checks that need no root."""
-    checks = [*volume_checks(boot), *version_checks(boot), *path_checks(), *group_checks(boot)]
+    checks = [*volume_checks(boot), *version_checks(boot), *group_checks(boot)]
     try:
         with Folder(boot.home, follow=True) as home:
             rows = rows_of(boot)
@@ -5373,12 +5367,9 @@ def volume_checks(boot: Boot) -> list[Check]:
     space, kind = free.f_bavail * free.f_frsize, holding_mount(boot.home, mount_points())[1]
     checks = [Check("warn", "volume", fault.text, fault.fix) for fault in mount_faults(boot)]
     if space < 64 << 20:
-        largest = f"du -xh {quoted(boot.home)} | sort -h | tail | cat -v"
-        checks.append(Check("warn", "volume", f"only {space >> 20} MiB are free", f"free some; the largest: {largest}"))
+        checks.append(Check("warn", "volume", f"only {space >> 20} MiB are free", "free some space"))
     if free.f_files and free.f_favail < 1000:
-        most = f"du -x --inodes {quoted(boot.home)} | sort -n | tail | cat -v"
-        fix = f"remove some; most are where this says: {most}"
-        checks.append(Check("warn", "volume", f"only {free.f_favail} more files fit (inodes)", fix))
+        checks.append(Check("warn", "volume", f"only {free.f_favail} more files fit (inodes)", "remove some"))
     started = time.monotonic()
     try:
         with Folder(boot.home, follow=True) as home:
@@ -5419,19 +5410,6 @@ def version_checks(boot: Boot) -> list[Check]:
         return [Check("warn", "versions", found, fix)]
     found = f"hermes-agent {image or 'missing'} in the image, {shown(volume) if volume else 'none'} on the volume"
     return [Check("pass", "versions", found)]
-
-
-def path_checks() -> list[Check]:
-    """Look for the s6 programs, ours and people's."""
-    program = s6_program("s6-svc")
-    folder = os.path.dirname(program)
-    if not os.access(program, os.X_OK):
-        return [
-            Check("fail", "s6 programs", "s6-svc is neither in /command nor on PATH", "use the image as it was built")
-        ]
-    if folder not in os.environ.get("PATH", "").split(":"):
-        return [Check("warn", "s6 programs", f"{folder} is not on PATH", f"export PATH=$PATH:{folder}")]
-    return [Check("pass", "s6 programs", f"in {folder}")]
 
 
 def profile_checks(boot: Boot, home: Folder) -> list[Check]:

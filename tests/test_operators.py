@@ -291,7 +291,7 @@ def test_doctor_finds_what_is_wrong_on_the_volume_and_fixes_what_is_safe(gateway
         (host.volume / "profiles" / folder).mkdir()
     (host.volume / ".hermes-agent-version").write_text("99.0\n")
     box.path("/opt/hermes/.venv/lib/python3.11/site-packages/hermes_agent-0.19.0.dist-info").mkdir(parents=True)
-    code, found = diagnosis(host, environment={"PATH": "/usr/bin:/bin"})
+    code, found = diagnosis(host)
     assert code == 1
     assert re.match(r"4 of \d+ entries are not hermes's, the first: ", found["owners"][0]["found"])
     assert (found["a"][0]["level"], found["a"][0]["fix"]) == ("warn", "hermes-boot doctor --fix")
@@ -301,7 +301,6 @@ def test_doctor_finds_what_is_wrong_on_the_volume_and_fixes_what_is_safe(gateway
     )
     assert "no SOUL.md" in found["profiles/nosoul"][0]["found"]
     assert "99.0 has run on this volume, the image has 0.19.0" in found["versions"][0]["found"]
-    assert found["s6 programs"][0]["fix"] == "export PATH=$PATH:/command"
     assert "s3cr3t" not in json.dumps(found)
     fixed = box.exec(MANAGER, "doctor", "--fix")
     assert (
