@@ -2736,14 +2736,6 @@ BACK_OFF_LIMIT = 60  # seconds
 LOGGER_MEMORY = 16 << 10  # KiB of address space; s6-log keeps all that the container's stderr does not take
 
 
-def shell_word(path: str) -> str:
-    """Return a path as one word of a shell, to paste: what may mean something there or to a terminal is escaped."""
-    if path.isascii() and path.isprintable():
-        return quoted(path)
-    plain = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-")
-    return "$'" + "".join(chr(byte) if byte in plain else f"\\x{byte:02x}" for byte in os.fsencode(path)) + "'"
-
-
 def quoted(text: str) -> str:
     """Return text as one word of a shell script."""
     return "'" + text.replace("'", "'\"'\"'") + "'"
@@ -4617,10 +4609,6 @@ class Row:
     """What `status` says of one gateway; times are seconds since 1970, restarts those of the last minute, and
     waits_until is when a crash loop's next start is."""
 
-    __slots__ = (
-        *"name state since pid restarts wanted last_exit autostart why last_line".split(),
-        *"waits_until restarts_since_boot memory platforms".split(),
-    )
     name: str
     state: str
     since: float | None
@@ -4638,7 +4626,7 @@ class Row:
 
     def as_dict(self) -> dict[str, object]:
         """Return the row for JSON."""
-        return {field: getattr(self, field) for field in self.__slots__}
+        return {field: getattr(self, field) for field in Row.__annotations__}
 
 
 START_SECONDS = 3  # a gateway up for less is still starting, unless it has said more
@@ -5419,14 +5407,13 @@ def profile_checks(boot: Boot, home: Folder) -> list[Check]:
 
 
 def skipped_fix(boot: Boot, profile: Profile) -> tuple[str, str]:
-    """Return why a folder is no profile, and the command that fixes it."""
-    fault = profile.fault or Fault("")
-    path = shell_word(f"{boot.home}/profiles/{profile.name}")
+    """Return why a folder is no profile, and what fixes it: a command, where the name is fit for one."""
+    fault, path = profile.fault or Fault(""), f"{boot.home}/profiles/{profile.name}"
     drop = f"{s6_program('s6-setuidgid')} {USER} " if boot.by_root else ""  # root acts on nothing there, see README
-    if fault.fix == "rename the folder":
-        return fault.text, f"{drop}mv {path} {shell_word(f'{boot.home}/profiles/NEW-NAME')}"
-    if "no SOUL.md" in fault.text:
-        return fault.text, f"{drop}touch {path}/SOUL.md to make it one, else {drop}rm -r {path}"
+    if fault.fix == "rename the folder" and path.isprintable():
+        return fault.text, f"{drop}mv {quoted(path)} {quoted(f'{boot.home}/profiles/NEW-NAME')}"
+    if "no SOUL.md" in fault.text and path.isprintable():
+        return fault.text, f"{drop}touch {quoted(f'{path}/SOUL.md')} to make it one, else {drop}rm -r {quoted(path)}"
     return fault.text, fault.fix
 
 

@@ -373,7 +373,7 @@ def test_no_advice_lets_root_act_on_the_volume(container, tmp_path):
     (line,) = [line for line in done.stdout.splitlines() if " mv " in line]
     assert box.exec("sh", "-c", line.partition("; ")[2]).returncode == 0 and (volume / "profiles/NEW-NAME").is_dir()
     as_hermes = box.exec(OURS, "doctor", user="hermes").stdout
-    assert "; touch '/opt/data/profiles/nosoul'/SOUL.md" in as_hermes
+    assert "; touch '/opt/data/profiles/nosoul/SOUL.md'" in as_hermes
 
 
 HOSTILE = r"""
