@@ -73,10 +73,7 @@ def content(path: str) -> bytes:
 
 def process_environment() -> dict[str, str]:
     """Return the environment as it was handed over: Python itself may have added LC_CTYPE to os.environ (PEP 538)."""
-    try:
-        pairs = content("/proc/self/environ").split(b"\0")
-    except OSError:
-        return dict(os.environ)
+    pairs = content("/proc/self/environ").split(b"\0")
     return dict(os.fsdecode(pair).split("=", 1) for pair in pairs if b"=" in pair)
 
 
@@ -192,8 +189,6 @@ def write_pid_file(path: str) -> None:
     may be everybody's to write, so no file that is there already is written to."""
     try:
         new = f"{path}.{os.getpid()}"
-        if os.path.lexists(new):
-            os.unlink(new)
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         os.write(fd, f"{os.getpid()} {start_time(os.getpid())}".encode())
         os.close(fd)
@@ -2489,15 +2484,6 @@ def prior_exit(folder: Folder, state: dict[str, object]) -> str:
         return "unknown"
 
 
-def mode_of(folder: Folder, name: str) -> str:
-    """Return an entry's mode and owner, to follow what is wrong with it."""
-    try:
-        status = folder.stat(name)
-    except OSError:
-        return ""
-    return f", mode {stat.S_IMODE(status.st_mode):04o}, owner {status.st_uid}:{status.st_gid}" if status else ""
-
-
 def soul_fault(folder: Folder) -> Fault | None:
     """Return why a folder is not a profile by its SOUL.md."""
     status = folder.stat("SOUL.md")
@@ -2694,7 +2680,9 @@ def inspect(boot: Boot, profiles: Folder, name: str, running: str | None) -> tup
             if not fault:
                 return decide(boot, folder, name, running), folder
     except OSError as error:
-        fault = Fault(f"profiles/{shown(name)} {described(error)}{mode_of(profiles, name)}", "fix or remove it")
+        fault = Fault(
+            f"profiles/{shown(name)} {described(error)}: it {owner_and_mode(name, profiles.fd)}", "fix or remove it"
+        )
     if folder:
         os.close(folder.fd)
     return Profile(name, None, "skipped", fault), None
@@ -4042,7 +4030,10 @@ class S6ServiceManager:
                 path = f"{self.scandir}/{removed}"
                 if not let_go(self.scandir, lambda: is_supervised(path), lambda: is_supervised(f"{path}/log"), 10):
                     raise CommandFailed(f"{profile}: its supervisors did not end within 10 s")
-                scandir.remove(removed)
+                try:
+                    scandir.remove(removed)
+                except PermissionError:
+                    pass  # some of it is root's; s6-svscan does not look at its name
         except FileNotFoundError:
             raise NotRegistered(f"no such gateway: {profile}; somebody else has just removed it") from None
         except OSError as error:
@@ -4683,7 +4674,7 @@ def row_of(boot: Boot, home: Folder, name: str) -> Row:
     except FileNotFoundError:
         pass  # a slot whose profile is gone
     except OSError as error:
-        row.why = f"profiles/{name} {described(error)}{mode_of(home, f'profiles/{name}')}"
+        row.why = f"profiles/{name} {described(error)}: it {owner_and_mode(f'profiles/{name}', home.fd)}"
     add_what_s6_says(row, slot, state)
     row.last_line = (last_lines(home, name, 1) or [""])[0]
     return row
@@ -5224,6 +5215,8 @@ def doctor_as_hermes(boot: Boot, owners: list[Check], as_json: bool, fix: bool) 
             say("fixed", f"{what}: {repair()}")
         except OSError as error:
             say("error", f"{what}: could not be fixed: {reason(error)}")
+        except GatewayError as error:
+            say("error", f"{what}: could not be fixed: {error}")
     checks = [*supervisor_checks(boot), *owners, *(all_checks(boot) if repairs else checks)]
     if as_json:
         print(to_json([check.as_dict() for check in checks]))
@@ -5238,7 +5231,7 @@ def all_checks(boot: Boot) -> list[Check]:
     try:
         with Folder(boot.home, follow=True) as home:
             rows = rows_of(boot)
-            checks += [*profile_checks(boot, home), *secret_checks(home, rows)]
+            checks += [*profile_checks(boot, home), *secret_checks(boot, home, rows)]
             if not supervisor_answers(boot.scandir):
                 return checks  # the supervisor's own check says it all
             checks += dashboard_checks(boot)
@@ -5250,14 +5243,8 @@ def all_checks(boot: Boot) -> list[Check]:
                 checks += [gateway_check(boot, home, row, full), *logger_checks(boot, home, row.name)]
                 checks += [*platform_checks(row, rows), *foreign_checks(boot, row.name)]
     except OSError as error:
-        checks.append(
-            Check(
-                "fail",
-                "volume",
-                f"{shown(boot.home)} cannot be read: {reason(error)}",
-                "mount it, or set HERMES_HOME right",
-            )
-        )
+        found = f"{shown(boot.home)} cannot be read: {reason(error)}"
+        checks.append(Check("fail", "volume", found, "mount it, or set HERMES_HOME right"))
     return checks
 
 
@@ -5277,15 +5264,10 @@ def supervisor_checks(boot: Boot) -> list[Check]:
         return [Check("pass", "supervisor", "s6 is PID 1")]
     if read_pid_file(SUPERVISOR_PROCESS) == 1:
         return [Check("pass", "supervisor", "s6-svscan runs below our own PID 1")]
-    try:
-        with open("/proc/1/comm") as file:
-            first = file.read().strip()
-    except OSError:
-        first = "something else"
-    found = f"s6-svscan answers on {boot.scandir}, below another PID 1 ({shown(first)}), which works too"
-    return [
-        Check("warn", "supervisor", found, "drop `--init` (compose: `init: true`) where you can, so that s6 is PID 1")
-    ]
+    first = shown(os.fsdecode(content("/proc/1/comm")).strip())
+    found = f"s6-svscan answers on {boot.scandir}, below another PID 1 ({first}), which works too"
+    fix = "drop `--init` (compose: `init: true`) where you can, so that s6 is PID 1"
+    return [Check("warn", "supervisor", found, fix)]
 
 
 def fix_owners(boot: Boot) -> None:
@@ -5341,42 +5323,30 @@ def owner_checks(boot: Boot) -> list[Check]:
 
 def volume_checks(boot: Boot) -> list[Check]:
     """Look at the volume: space, inodes, whether and how fast it takes a write."""
+    checks = [Check("warn", "volume", fault.text, fault.fix) for fault in mount_faults(boot)]
+    kind = holding_mount(boot.home, mount_points())[1]
     try:
         free = os.statvfs(boot.home)
-    except OSError as error:
-        return [
-            Check(
-                "fail",
-                "volume",
-                f"{shown(boot.home)}: {reason(error)}",
-                "mount a volume there, or set HERMES_HOME right",
-            )
-        ]
-    space, kind = free.f_bavail * free.f_frsize, holding_mount(boot.home, mount_points())[1]
-    checks = [Check("warn", "volume", fault.text, fault.fix) for fault in mount_faults(boot)]
-    if space < 64 << 20:
-        checks.append(Check("warn", "volume", f"only {space >> 20} MiB are free", "free some space"))
-    if free.f_files and free.f_favail < 1000:
-        checks.append(Check("warn", "volume", f"only {free.f_favail} more files fit (inodes)", "remove some"))
-    started = time.monotonic()
-    try:
+        space = free.f_bavail * free.f_frsize
+        if space < 64 << 20:
+            checks.append(Check("warn", "volume", f"only {space >> 20} MiB are free", "free some space"))
+        if free.f_files and free.f_favail < 1000:
+            checks.append(Check("warn", "volume", f"only {free.f_favail} more files fit (inodes)", "remove some"))
+        started = time.monotonic()
         with Folder(boot.home, follow=True) as home:
             probe(home)
     except OSError as error:
-        fix = {errno.EROFS: "mount it writable", errno.ENOSPC: "free some space"}.get(
-            error.errno or 0, "`hermes-boot doctor --fix` as root"
-        )
-        return [
-            *checks,
-            Check("fail", "volume", f"{shown(boot.home)} ({kind}) cannot be written: {reason(error)}", fix),
-        ]
+        known = {errno.EROFS: "mount it writable", errno.ENOSPC: "free some space"}
+        known[errno.ENOENT] = "mount a volume there, or set HERMES_HOME right"
+        found = f"{shown(boot.home)} ({kind}) cannot be written: {reason(error)}"
+        fix = known.get(error.errno or 0, "`hermes-boot doctor --fix` as root")
+        return [*checks, Check("fail", "volume", found, fix)]
     took = time.monotonic() - started
     if took > SLOW_WRITE:
         fix = "keep HERMES_HOME on a local volume; SQLite and logs suffer on a slow one"
         checks.append(Check("warn", "volume", f"writing a file took {took * 1000:.0f} ms ({kind})", fix))
-    return checks or [
-        Check("pass", "volume", f"{kind}, {space >> 20} MiB free, a file written in {took * 1000:.0f} ms")
-    ]
+    found = f"{kind}, {space >> 20} MiB free, a file written in {took * 1000:.0f} ms"
+    return checks or [Check("pass", "volume", found)]
 
 
 def version_checks(boot: Boot) -> list[Check]:
@@ -5417,34 +5387,32 @@ def skipped_fix(boot: Boot, profile: Profile) -> tuple[str, str]:
     return fault.text, fault.fix
 
 
-def secret_checks(home: Folder, rows: list[Row]) -> list[Check]:
+def secret_checks(boot: Boot, home: Folder, rows: list[Row]) -> list[Check]:
     """Look for secrets that others can read."""
-    checks = []
-    for row in rows:
-        for name in (".env", "auth.json"):
-            try:
-                with profile_folder(home, row.name) as folder:
-                    status = folder.stat(name)
-                    if status and stat.S_ISREG(status.st_mode) and status.st_mode & 0o004:
-                        checks.append(secret_check(home, row.name, name))
-            except OSError:
-                continue  # a slot without a profile
-    return checks
+    return [
+        Check("warn", row.name, f"{name} can be read by everyone", "hermes-boot doctor --fix", fix)
+        for row in rows
+        for name in (".env", "auth.json")
+        if (fix := closing(boot, home, row.name, name))
+    ]
 
 
-def secret_check(home: Folder, profile: str, name: str) -> Check:
-    """Return the check for one readable secret."""
-    path = os.path.normpath(
-        f"{os.readlink(f'/proc/self/fd/{home.fd}')}/{'' if profile == 'default' else f'profiles/{profile}'}/{name}"
-    )
+def closing(boot: Boot, home: Folder, profile: str, name: str) -> Callable[[], str] | None:
+    """Return what keeps others from reading a profile's file, None where they cannot."""
 
     def fix() -> str:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with Folder(boot.home, follow=True) as volume, profile_folder(volume, profile) as folder:
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder.fd)
         os.fchmod(fd, 0o600)
         os.close(fd)
-        return f"chmod 600 {shown(path)}"
+        return f"chmod 600 {name}"
 
-    return Check("warn", profile, f"{name} can be read by everyone", "hermes-boot doctor --fix", fix)
+    try:
+        with profile_folder(home, profile) as folder:
+            status = folder.stat(name)
+    except OSError:
+        return None  # a slot without a profile
+    return fix if status and stat.S_ISREG(status.st_mode) and status.st_mode & 0o004 else None
 
 
 CAUSES = (  # words of a log in small letters, what they mean, and what to do
@@ -5490,11 +5458,8 @@ def gateway_check(boot: Boot, home: Folder, row: Row, full: bool) -> Check:
 
 
 def unregister_gone(boot: Boot, name: str) -> str:
-    """Remove the slot of a profile that is gone."""
-    try:
-        S6ServiceManager(environment=boot.environment).unregister_profile_gateway(name)
-    except GatewayError as error:
-        raise OSError(errno.EBUSY, str(error)) from error
+    """Remove the slot of a profile that is gone. Raises GatewayError."""
+    S6ServiceManager(environment=boot.environment).unregister_profile_gateway(name)
     return "removed its slot"
 
 
@@ -5503,13 +5468,8 @@ def stray_checks(boot: Boot) -> list[Check]:
     names = stray_supervisors(boot.scandir)
 
     def fix() -> str:
-        patience = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1) + 5
-
-        def left(logger: bool) -> bool:
-            return any(name.endswith("/log") is logger for name in stray_supervisors(boot.scandir))
-
-        if not let_go(boot.scandir, lambda: left(False), lambda: left(True), patience):
-            raise OSError(errno.EBUSY, "they do not end")
+        for name in {name.removesuffix("/log") for name in names}:
+            S6ServiceManager(environment=boot.environment).end_strays(name)
         return "ended them"
 
     found = f"{' '.join(names)}: supervised, and perhaps running, though their slots are gone"
@@ -5568,28 +5528,17 @@ def dashboard_checks(boot: Boot) -> list[Check]:
 
 
 def repair_slot(boot: Boot, name: str) -> str:
-    """Have s6-svscan look again; where that does not help, publish the slot anew, as the next boot would."""
-    slot = SLOT_PREFIX + name
+    """Have s6-svscan look again; where that does not help, publish the slot anew, as the next boot would. Raises
+    GatewayError."""
+    slot, manager = f"{boot.scandir}/{SLOT_PREFIX}{name}", S6ServiceManager(environment=boot.environment)
     rescan(boot.scandir)
-    if until(lambda: is_supervised(f"{boot.scandir}/{slot}"), 1):
+    if until(lambda: is_supervised(slot), 1):
         return "s6-svscan has taken up its slot"
-    old = f".{slot}"[:230] + f".{time.time_ns():x}"
-    with open_home(boot) as home, Folder(boot.scandir, follow=True) as scandir, profile_folder(home, name) as folder:
-        if scandir.stat(slot):
-            os.rename(slot, old, src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
-        profile = decide(boot, folder, name, None)
-        timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
-        register(home, folder, scandir, profile, timeout)
-        path = f"{boot.scandir}/{old}"
-        let_go(boot.scandir, lambda: is_supervised(path), lambda: is_supervised(f"{path}/log"), 5)
-        try:
-            scandir.remove(old)
-        except OSError:
-            pass  # some of it is root's; s6-svscan does not look at its name
-    if profile.action == "skipped":
-        raise OSError(errno.EIO, str(profile.fault))
-    until(lambda: is_supervised(f"{boot.scandir}/{slot}"), 5)
-    return f"published its slot ({profile.action})"
+    if os.path.lexists(slot):
+        manager.withdraw(name)
+    start = starts_by_itself(manager, name)
+    manager.register_profile_gateway(name, start_now=start)
+    return f"published its slot ({'started' if start else 'registered'})"
 
 
 def logger_checks(boot: Boot, home: Folder, name: str) -> list[Check]:

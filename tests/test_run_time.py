@@ -55,7 +55,7 @@ def test_one_profile_that_cannot_be_read_is_its_own_failure(gateways, make):
         assert action != "stop" or not host.up("b")
     (row,) = json.loads(host.box.exec(MANAGER, "status", "-p", "b", "--json").stdout)
     if not gone:
-        assert row["why"].startswith("profiles/b ") and ", mode 0" in row["why"] and ", owner " in row["why"]
+        assert row["why"].startswith("profiles/b ") and ", mode 0" in row["why"] and ": it belongs to " in row["why"]
     assert not any("unregister" in check["fix"] for check in doctor(host) if check["check"] == "b")
 
 
