@@ -380,9 +380,7 @@ class Boot:
         self.dry_run, self.by_root = dry_run, os.geteuid() == 0
         self.multiplexes: bool | None = None  # see is_multiplexed; None: not looked up yet
         if not self.home.startswith("/") or os.path.realpath(self.home) == "/":
-            raise Fatal(
-                f"HERMES_HOME={self.home!r} is not a folder of its own; set it to an absolute path such as {HOME}"
-            )
+            raise Fatal(f"HERMES_HOME={self.home!r} is no folder of its own; set it to an absolute path such as {HOME}")
 
     def setting(self, name: str) -> str:
         """Return a variable that is addressed to us, "" when unset."""
@@ -448,8 +446,7 @@ def check_switches(boot: Boot) -> None:
         value = boot.setting(name)
         if value.strip() and switch(value) is None:
             warn(
-                f"{name}={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off),"
-                " so it is as if it were not set"
+                f"{name}={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off), so it counts as unset"
             )
 
 
@@ -708,9 +705,8 @@ def trusted_folder(path: str, *, make: bool = False) -> Folder:
             child = folder.made(name) if missing else Folder(name, folder.fd)
         except OSError as error:
             links += 1
-            target = (
-                folder.link_of_root(name) if safe and links < 40 and error.errno in (errno.ELOOP, errno.ENOTDIR) else ""
-            )
+            is_link = safe and links < 40 and error.errno in (errno.ELOOP, errno.ENOTDIR)
+            target = folder.link_of_root(name) if is_link else ""
             if not target:
                 os.close(folder.fd)
                 raise
@@ -1212,9 +1208,8 @@ def remap(boot: Boot) -> None:
     for line in content(PASSWD).split(b"\n"):
         fields = line.split(b":")
         if len(fields) > 3 and fields[0] != USER.encode() and fields[2] == str(wanted[0]).encode():
-            raise Fatal(
-                f"UID {wanted[0]} belongs to the user {os.fsdecode(fields[0])} in this image; choose another HERMES_UID"
-            )
+            user = os.fsdecode(fields[0])
+            raise Fatal(f"UID {wanted[0]} belongs to the user {user} in this image; choose another HERMES_UID")
     if boot.announce(f"remap {USER} from {boot.owner[0]}:{boot.owner[1]} to {wanted[0]}:{wanted[1]}"):
         try:
             rewrite(GROUP, lambda lines: with_field(lines, USER.encode(), {2: wanted[1]}))
@@ -1304,7 +1299,7 @@ def read_secrets(boot: Boot) -> None:
             value = secret_file(path, 131_000 - len(name)).rstrip(b"\r\n")  # Linux takes 128 KiB a variable
         except OSError as error:
             raise Fatal(
-                f"{variable}={path!r} {described(error)}; mount it as a file, such as /run/secrets/NAME"
+                f"{variable}={path!r} {described(error)}; mount a file there, such as /run/secrets/NAME"
             ) from error
         if not value or b"\0" in value:
             why = "has a NUL byte, which no variable can hold" if value else "is empty"
@@ -1780,9 +1775,8 @@ class Sweep:
     def report(self, boot: Boot) -> None:
         """Say what was changed, what could not be, and what was left alone for safety."""
         if self.changed:
-            boot.announce(
-                f"give {self.changed} of {self.checked} entries on {shown(boot.home)} to {self.uid}:{self.gid}"
-            )
+            total = f"{self.changed} of {self.checked} entries"
+            boot.announce(f"give {total} on {shown(boot.home)} to {self.uid}:{self.gid}")
         if self.failed:
             warn(
                 f"{self.failed} entries on {shown(boot.home)} could not be given to {self.uid}:{self.gid},"
@@ -1793,7 +1787,7 @@ class Sweep:
             warn(self.kept_fault(boot))
         if self.deep:
             warn(
-                f"{self.deep} folders on {shown(boot.home)} are over {MOST_LEVELS} levels down, so they were left alone"
+                f"{self.deep} folders on {shown(boot.home)} are over {MOST_LEVELS} levels down, so they stay as they are"
             )
         if self.left_behind:
             warn(
@@ -1895,7 +1889,7 @@ def mount_faults(boot: Boot) -> list[Fault]:
     if loses_wal(kind := holding_mount(boot.home, mounts)[1]):
         text = f"{shown(boot.home)} is on {kind}, where SQLite's WAL is not safe, so state.db may be damaged"
         fix = (
-            "keep it on a disk of the engine's own, such as a named volume; hermes-agent 0.19 has no setting that helps"
+            "keep it on a disk of the engine's own, such as a named volume; hermes-agent 0.19 has no setting against it"
         )
         faults.append(Fault(text, fix))
     return faults
@@ -1914,14 +1908,9 @@ def own_volume(boot: Boot) -> None:
     try:
         sweep = sweep_volume(boot)
     except PermissionError as error:
-        warn(
-            f"{shown(boot.home)} cannot be looked into by root here ({reason(error)}), so owners stay as they are;"
-            " hermes may be able to"
-        )
+        warn(f"{shown(boot.home)} cannot be looked into by root ({reason(error)}), so owners stay as they are")
     except OSError as error:
-        raise Fatal(
-            f"HERMES_HOME={boot.home!r} {described(error)}; every folder on the way to it must be a plain one"
-        ) from error
+        raise Fatal(f"HERMES_HOME={boot.home!r} {described(error)}; make all on the way to it plain folders") from error
     else:
         sweep.report(boot)
 
@@ -1960,9 +1949,7 @@ def make_home(boot: Boot) -> None:
     try:
         os.close(trusted_folder(boot.home, make=True).fd)
     except OSError as error:
-        raise Fatal(
-            f"HERMES_HOME={boot.home!r} cannot be made a folder: {reason(error)}; mount a volume there"
-        ) from error
+        raise Fatal(f"HERMES_HOME={boot.home!r} cannot be made: {reason(error)}; mount a volume there") from error
 
 
 def is_managed_file(name: str) -> bool:
@@ -2021,9 +2008,8 @@ def open_home(boot: Boot) -> Folder:
         raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; mount a volume there, or set it right") from None
     except OSError as error:
         where = barred(boot.home)
-        about = (
-            "it" if where == os.path.realpath(boot.home) else f"{shown(where)} on the way, which hermes may not enter,"
-        )
+        on_the_way = f"{shown(where)} on the way, which hermes may not enter,"
+        about = "it" if where == os.path.realpath(boot.home) else on_the_way
         raise Fatal(
             f"{shown(boot.home)} cannot be read by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)};"
             f" {about} {owner_and_mode(where)}; let hermes in, or set HERMES_HOME to a folder elsewhere"
@@ -2119,11 +2105,9 @@ def try_volume(boot: Boot, home: Folder) -> None:
             warn(f"{shown(boot.home)}: {reason(error)}; free some space, or gateways will not start well")
             return
         status = os.fstat(home.fd)
-        advice = (
-            f"start with HERMES_UID={status.st_uid} HERMES_GID={status.st_gid}"
-            if status.st_uid
-            else "chown it on the host"
-        )
+        advice = "chown it on the host"
+        if status.st_uid:
+            advice = f"start with HERMES_UID={status.st_uid} HERMES_GID={status.st_gid}"
         if os.geteuid() != status.st_uid and boot.by_group:
             advice = "give it to group 0 (chgrp -R 0, chmod -R g+rwX)"
         if error.errno == errno.EROFS:
@@ -2202,14 +2186,8 @@ def sync_skills(boot: Boot) -> None:
     if not os.path.isdir(bundled):
         return
     environment = program_environment(boot.environment) | {"HERMES_BUNDLED_SKILLS": bundled}
-    script = next(
-        (
-            path
-            for path in (f"{IMAGE}/tools/skills_sync.py", *installed("tools/skills_sync.py"))
-            if os.path.exists(path)
-        ),
-        "",
-    )
+    paths = f"{IMAGE}/tools/skills_sync.py", *installed("tools/skills_sync.py")
+    script = next(filter(os.path.exists, paths), "")
     if not script or not boot.announce("sync the bundled skills"):
         return
     if code := run_helper([f"{VENV}/bin/python", script], environment):
@@ -2218,14 +2196,9 @@ def sync_skills(boot: Boot) -> None:
 
 def installed(pattern: str) -> list[str]:
     """Return a path in each site-packages of the venv."""
-    try:
-        return [
-            f"{VENV}/lib/{name}/site-packages/{pattern}"
-            for name in os.listdir(f"{VENV}/lib")
-            if name.startswith("python3")
-        ]
-    except OSError:
-        return []
+    folder = f"{VENV}/lib"
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return [f"{folder}/{name}/site-packages/{pattern}" for name in names if name.startswith("python3")]
 
 
 def image_version() -> str:
@@ -2338,11 +2311,8 @@ def migration_failure(boot: Boot, folder: Folder, profile: str, log: int) -> str
         done = subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     except OSError as error:
         return f"not migrated: {HERMES}: {reason(error)}"
-    return (
-        f"migration ended with code {shell_code(done.returncode)}; logs/{MIGRATION_LOG} says why"
-        if done.returncode
-        else ""
-    )
+    failed = f"migration ended with code {shell_code(done.returncode)}; logs/{MIGRATION_LOG} says why"
+    return failed if done.returncode else ""
 
 
 def back_up_config(folder: Folder) -> None:
@@ -2419,9 +2389,7 @@ def profile_folder(home: Folder, profile: str) -> Folder:
 def name_fault(name: str) -> Fault | None:
     """Return what keeps a name from being a profile's."""
     if not set(name) <= PROFILE_NAME or name[:1] in ("", "-", "_"):
-        return Fault(
-            "a profile's name has only a-z 0-9 _ and -, and begins with a letter or digit", "rename the folder"
-        )
+        return Fault("a profile's name has only a-z 0-9 _ -, and begins with a letter or digit", "rename the folder")
     if len(SLOT_PREFIX + name) > SLOT_NAME_LIMIT:
         return Fault(f"the name is longer than {SLOT_NAME_LIMIT - len(SLOT_PREFIX)} characters", "rename the folder")
     return None
@@ -2642,10 +2610,7 @@ def open_profiles(boot: Boot, home: Folder, running: str | None) -> Iterator[tup
     except FileNotFoundError:
         pass
     except OSError as error:
-        warn(
-            f"profiles on the volume {described(error)}, so no profile but default has a gateway;"
-            " put a plain folder there"
-        )
+        warn(f"profiles on the volume {described(error)}, so default alone has a gateway; put a plain folder there")
 
 
 def profile_names(profiles: Folder) -> list[str]:
@@ -2680,9 +2645,8 @@ def inspect(boot: Boot, profiles: Folder, name: str, running: str | None) -> tup
             if not fault:
                 return decide(boot, folder, name, running), folder
     except OSError as error:
-        fault = Fault(
-            f"profiles/{shown(name)} {described(error)}: it {owner_and_mode(name, profiles.fd)}", "fix or remove it"
-        )
+        found = f"profiles/{shown(name)} {described(error)}: it {owner_and_mode(name, profiles.fd)}"
+        fault = Fault(found, "fix or remove it")
     if folder:
         os.close(folder.fd)
     return Profile(name, None, "skipped", fault), None
@@ -2977,10 +2941,8 @@ def setup(boot: Boot) -> int:
     """Remap, own, seed and migrate. Raises Fatal for what the boot cannot work around."""
     euid, image_owner = os.geteuid(), boot.owner
     if euid == 0 and (missing := missing_capabilities()):
-        raise Fatal(
-            f"root lacks {' and '.join(missing)}; add with --cap-add,"
-            f" or start with `--user {boot.owner[0]}:{boot.owner[1]}`"
-        )
+        them = " and ".join(missing)
+        raise Fatal(f"root lacks {them}; add with --cap-add, or start with `--user {boot.owner[0]}:{boot.owner[1]}`")
     if euid not in (0, boot.owner[0]):
         raise Fatal(
             f"started as UID {euid}, which is not {USER}'s; drop `--user` and set HERMES_UID={euid}"
@@ -3138,10 +3100,7 @@ def reconcile_phase(boot: Boot) -> int:
     """Give every profile a slot, as hermes, after handing it the scandir."""
     if supervised() and os.path.exists(SETUP_FAILED):
         if os.path.basename(sys.argv[0]) not in ROLES:  # at a boot the setup has just said why
-            say(
-                "error",
-                f"the last setup has failed ({SETUP_FAILED}); run `hermes-boot setup`, or restart the container",
-            )
+            say("error", f"the last setup failed ({SETUP_FAILED}); run `hermes-boot setup`, or restart the container")
         return 1
     command = container_words()
     if why := no_gateways(boot, command):
@@ -3210,9 +3169,8 @@ def own_services(boot: Boot) -> None:
     try:
         folder = trusted_folder(boot.scandir, make=True)
     except OSError as error:
-        raise Fatal(
-            f"the scandir {shown(boot.scandir)} {described(error)}, so no gateway can run; make it a writable folder"
-        ) from error
+        text = f"the scandir {shown(boot.scandir)} {described(error)}, so no gateway can run"
+        raise Fatal(f"{text}; make it a writable folder") from error
     with folder as scandir:
         if os.geteuid() != 0:
             return
@@ -3226,10 +3184,8 @@ def own_services(boot: Boot) -> None:
         except FileNotFoundError:
             pass  # no s6-svscan watches it
         except OSError as error:
-            warn(
-                f"the scandir {shown(boot.scandir)} {described(error)}, so no gateway can be added;"
-                " restart the container"
-            )
+            text = f"the scandir {shown(boot.scandir)} {described(error)}"
+            warn(f"{text}, so no gateway can be added; restart the container")
         own_static_services(boot, scandir, whole=not boot.sealed)
 
 
@@ -3340,9 +3296,8 @@ def register(
         publish(scandir, name, found, slot_files(profile.name, timeout, None, to_folder=not log_fault), start=start)
     except OSError as error:
         profile.action = "skipped"
-        profile.fault = Fault(
-            f"its slot could not be made ({reason(error)})", "make the scandir writable for hermes, with space left"
-        )
+        fix = "make the scandir writable for hermes, with space left"
+        profile.fault = Fault(f"its slot could not be made ({reason(error)})", fix)
 
 
 def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
@@ -3685,10 +3640,8 @@ class S6ServiceManager:
                 state = load_state(data) if data else {}
             except ValueError:
                 folder.replace(f"{STATE_FILE}.bad", data or b"", 0o600)
-                warn(
-                    f"{STATE_FILE} of {profile} was no JSON object that can be read and starts anew;"
-                    f" the old one is {STATE_FILE}.bad"
-                )
+                what = f"{STATE_FILE} of {profile} was no JSON object that can be read"
+                warn(f"{what} and starts anew; the old one is {STATE_FILE}.bad")
                 state = {}
             if state.get("desired_state") == desired and data:
                 return data
@@ -3703,9 +3656,8 @@ class S6ServiceManager:
         except FileNotFoundError:
             return  # a slot whose profile is gone has no intent to keep
         except OSError as error:
-            raise CommandFailed(
-                f"{profile}: done, but {STATE_FILE} {described(error)}, so the next boot will not know of it"
-            ) from error
+            what = f"{STATE_FILE} {described(error)}, so the next boot will not know of it"
+            raise CommandFailed(f"{profile}: done, but {what}") from error
 
     def state_of(self, profile: str) -> dict[str, object]:
         """Return a profile's state, empty where it has none that can be read."""
@@ -3805,9 +3757,8 @@ class S6ServiceManager:
                 failures[name] = CommandFailed(f"{name}: its slot cannot be used: {error}")
                 continue
             if not locks[-1].held:
-                failures[name] = CommandFailed(
-                    f"{name}: another command has been at work on it for {timeout:g} s; try again"
-                )
+                busy = f"another command has been at work on it for {timeout:g} s; try again"
+                failures[name] = CommandFailed(f"{name}: {busy}")
         return locks
 
     def tried(
@@ -4002,9 +3953,7 @@ class S6ServiceManager:
 
         patience = self.default_timeout(None)
         if strays() and not let_go(self.scandir, lambda: name in strays(), lambda: f"{name}/log" in strays(), patience):
-            raise CommandFailed(
-                f"{name}: a gateway without a slot has not ended within {patience:g} s; end it by its pid"
-            )
+            raise CommandFailed(f"{name}: a gateway without a slot runs on after {patience:g} s; end it by its pid")
 
     def unregister_profile_gateway(self, profile: str, *, timeout: float | None = None) -> None:
         """Stop a gateway within timeout seconds and remove its slot, supervisors and logger included.
@@ -4343,10 +4292,8 @@ def lay_out_run(boot: Boot) -> None:
         with trusted_folder(boot.scandir, make=True) as scandir:
             empty_scandir(boot, scandir)
     except OSError as error:
-        raise Fatal(
-            f"/run cannot be written ({reason(error)}); give it a tmpfs (--tmpfs /run:exec),"
-            " with `--user` one of that UID"
-        ) from error
+        advice = "give it a tmpfs (--tmpfs /run:exec), with `--user` one of that UID"
+        raise Fatal(f"/run cannot be written ({reason(error)}); {advice}") from error
     write_pid_file(SUPERVISOR_PROCESS)
 
 
@@ -4821,11 +4768,8 @@ def terminal_width() -> int:
 
 def coloured(text: str, word: str) -> str:
     """Return text with the first of a word in its colour, on a terminal, unless NO_COLOR is set."""
-    colour = (
-        COLOURS.get(word, YELLOW if ", " in word else None)
-        if terminal_width() and not os.environ.get("NO_COLOR")
-        else None
-    )
+    plain = not terminal_width() or os.environ.get("NO_COLOR")
+    colour = None if plain else COLOURS.get(word, YELLOW if ", " in word else None)
     return text.replace(word, f"\033[{colour}m{word}\033[0m", 1) if colour else text
 
 
@@ -4855,9 +4799,8 @@ def table(rows: list[Row], services: list[Row]) -> str:
 def summary(rows: list[Row]) -> str:
     """Return how many gateways there are, and how many are in each state."""
     states = [row.state for row in rows]
-    counts = ", ".join(
-        f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states, key=states.count)[::-1])
-    )
+    by_number = dict.fromkeys(sorted(states, key=states.count, reverse=True))
+    counts = ", ".join(f"{states.count(state)} {state}" for state in by_number)
     return f"{len(rows)} gateway{'s' * (len(rows) != 1)}: {counts}"
 
 
@@ -4918,14 +4861,10 @@ def health(environment: dict[str, str], live: bool) -> int:
         print("live: the supervisor answers")
         return 0
     manager = S6ServiceManager(environment=environment)
-    statuses = {
-        profile: slot_status(f"{boot.scandir}/{SLOT_PREFIX}{profile}") for profile in manager.list_profile_gateways()
-    }
-    ill = [
-        f"{profile}: {why}"
-        for profile, status in statuses.items()
-        if (why := unhealthy_reason(manager, profile, status))
-    ]
+    slots = {profile: f"{boot.scandir}/{SLOT_PREFIX}{profile}" for profile in manager.list_profile_gateways()}
+    statuses = {profile: slot_status(slot) for profile, slot in slots.items()}
+    reasons = {profile: unhealthy_reason(manager, profile, status) for profile, status in statuses.items()}
+    ill = [f"{profile}: {why}" for profile, why in reasons.items() if why]
     ill += [f"{profile}: no slot" for profile in wanted_without_slot(boot, statuses)]
     wanted = sum(1 for status in statuses.values() if status and status.wanted)
     print(f"unhealthy: {'; '.join(ill)}" if ill else f"healthy: {wanted} up, {len(statuses) - wanted} not wanted")
@@ -5201,9 +5140,8 @@ def doctor(boot: Boot, *, as_json: bool, fix: bool) -> int:
         fix_owners(boot)
         if is_sealed(boot.environment) and not no_gateways(boot, container_words()):
             reconcile_phase(boot)
-    return by_hermes(
-        command_timeout(boot.environment, waits=False), doctor_as_hermes, boot, owner_checks(boot), as_json, fix
-    )
+    timeout = command_timeout(boot.environment, waits=False)
+    return by_hermes(timeout, doctor_as_hermes, boot, owner_checks(boot), as_json, fix)
 
 
 def doctor_as_hermes(boot: Boot, owners: list[Check], as_json: bool, fix: bool) -> int:
@@ -5277,10 +5215,8 @@ def fix_owners(boot: Boot) -> None:
     except OSError:
         return
     if sweep.changed:
-        say(
-            "fixed",
-            f"owners: gave {sweep.changed} entries to {boot.owner[0]}:{boot.owner[1]}, the first: {sweep.first}",
-        )
+        given = f"gave {sweep.changed} entries to {boot.owner[0]}:{boot.owner[1]}"
+        say("fixed", f"owners: {given}, the first: {sweep.first}")
 
 
 def owner_checks(boot: Boot) -> list[Check]:
@@ -5313,12 +5249,10 @@ def owner_checks(boot: Boot) -> list[Check]:
         found = f"{sweep.changed} of {sweep.checked} entries are not hermes's, the first: {sweep.first}"
         checks.append(Check("fail", "owners", found, fix))
     if sweep.failed:
-        checks.append(
-            Check("fail", "owners", f"{sweep.failed} folders cannot be read, the first: {sweep.failure}", fix)
-        )
-    return checks or [
-        Check("pass", "owners", f"{sweep.checked} entries are {ours}'s{', or for its group' if shared else ''}")
-    ]
+        found = f"{sweep.failed} folders cannot be read, the first: {sweep.failure}"
+        checks.append(Check("fail", "owners", found, fix))
+    group = ", or for its group" if shared else ""
+    return checks or [Check("pass", "owners", f"{sweep.checked} entries are {ours}'s{group}")]
 
 
 def volume_checks(boot: Boot) -> list[Check]:

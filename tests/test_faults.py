@@ -343,7 +343,7 @@ def test_profiles_that_are_no_folder_cost_only_themselves(container, home, make)
     done = container().run("ls", "/run/service")
     assert done.returncode == 0 and b"gateway-default" in done.stdout
     assert (
-        b"profiles on the volume is a link, or not of the kind it should be, so no profile but default has a gateway"
+        b"profiles on the volume is a link, or not of the kind it should be, so default alone has a gateway"
         in done.stderr
     )
 

@@ -294,7 +294,7 @@ def test_a_setup_that_was_killed_counts_as_failed(container, needs_strace, tmp_p
     kill = ["strace", "-f", "-o", "/dev/null", "-e", "inject=chown,fchown,fchownat,lchown:signal=KILL", OURS, "setup"]
     assert box.exec(*kill).returncode != 0 and box.path("/run/hermes-setup.failed").exists()
     done = box.exec(OURS, "reconcile")
-    assert done.returncode == 1 and "the last setup has failed (/run/hermes-setup.failed)" in done.stderr
+    assert done.returncode == 1 and "the last setup failed (/run/hermes-setup.failed)" in done.stderr
     assert box.exec(OURS, "setup").returncode == 0 and not box.path("/run/hermes-setup.failed").exists()
 
 
