@@ -1786,9 +1786,7 @@ class Sweep:
         if self.kept:
             warn(self.kept_fault(boot))
         if self.deep:
-            warn(
-                f"{self.deep} folders on {shown(boot.home)} are over {MOST_LEVELS} levels down, so they stay as they are"
-            )
+            warn(f"{self.deep} folders on {shown(boot.home)} are over {MOST_LEVELS} levels down and were left alone")
         if self.left_behind:
             warn(
                 f"{USER} was another user before; {self.left_behind} entries at the top of {shown(boot.home)} that are"
