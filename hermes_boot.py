@@ -73,7 +73,10 @@ def content(path: str) -> bytes:
 
 def process_environment() -> dict[str, str]:
     """Return the environment as it was handed over: Python itself may have added LC_CTYPE to os.environ (PEP 538)."""
-    pairs = content("/proc/self/environ").split(b"\0")
+    try:
+        pairs = content("/proc/self/environ").split(b"\0")
+    except PermissionError:  # a process that has dropped root may not
+        return dict(os.environ)
     return dict(os.fsdecode(pair).split("=", 1) for pair in pairs if b"=" in pair)
 
 
@@ -445,9 +448,8 @@ def check_switches(boot: Boot) -> None:
     for name in SWITCHES:
         value = boot.setting(name)
         if value.strip() and switch(value) is None:
-            warn(
-                f"{name}={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off), so it counts as unset"
-            )
+            known = "on (1, true, yes, on) nor off (0, false, no, off)"
+            warn(f"{name}={value!r} is neither {known}, so it counts as unset")
 
 
 def seconds(environment: dict[str, str], name: str, default: int, least: int) -> int:
@@ -517,9 +519,13 @@ class Folder:
         except FileNotFoundError:
             return None
 
+    def open(self, name: str, flags: int, mode: int = 0o600) -> int:
+        """Open an entry that is not a link, without waiting for anything; return its descriptor."""
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, mode, dir_fd=self.fd)
+
     def read(self, name: str, limit: int) -> bytes:
         """Return a regular file's content; OSError when it is anything else or longer than limit bytes."""
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=self.fd)
+        fd = self.open(name, os.O_RDONLY)
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
@@ -1124,10 +1130,8 @@ def wanted_id(boot: Boot, *names: str) -> int | None:
             continue
         if (number := number_in(value, 1, MAX_ID)) is None:
             root = "0 is root, as which the agent never runs; " if value == "0" else ""
-            raise Fatal(
-                f"{name}={value!r} is not a number from 1 to {MAX_ID};"
-                f" {root}unset it or give your host's (id -u, id -g)"
-            )
+            which = f"a number from 1 to {MAX_ID}; {root}unset it or give your host's (id -u, id -g)"
+            raise Fatal(f"{name}={value!r} is not {which}")
         return number
     return None
 
@@ -1201,10 +1205,8 @@ def remap(boot: Boot) -> None:
     if wanted == boot.owner:
         return
     if os.geteuid() != 0:
-        raise Fatal(
-            f"started as UID {os.geteuid()}, so hermes cannot become {wanted[0]}:{wanted[1]};"
-            " drop `--user` or the HERMES_UID/HERMES_GID"
-        )
+        text = f"started as UID {os.geteuid()}, so hermes cannot become {wanted[0]}:{wanted[1]}"
+        raise Fatal(f"{text}; drop `--user` or the HERMES_UID/HERMES_GID")
     for line in content(PASSWD).split(b"\n"):
         fields = line.split(b":")
         if len(fields) > 3 and fields[0] != USER.encode() and fields[2] == str(wanted[0]).encode():
@@ -1215,10 +1217,8 @@ def remap(boot: Boot) -> None:
             rewrite(GROUP, lambda lines: with_field(lines, USER.encode(), {2: wanted[1]}))
             rewrite(PASSWD, lambda lines: with_field(lines, USER.encode(), {2: wanted[0], 3: wanted[1]}))
         except OSError as error:
-            raise Fatal(
-                f"cannot write /etc/passwd and /etc/group ({reason(error)}), which the remap needs; make /etc writable,"
-                " or drop HERMES_UID/HERMES_GID"
-            ) from error
+            text = f"cannot write /etc/passwd and /etc/group ({reason(error)}), which the remap needs"
+            raise Fatal(f"{text}; make /etc writable, or drop HERMES_UID/HERMES_GID") from error
     boot.owner = wanted
 
 
@@ -1298,9 +1298,8 @@ def read_secrets(boot: Boot) -> None:
         try:
             value = secret_file(path, 131_000 - len(name)).rstrip(b"\r\n")  # Linux takes 128 KiB a variable
         except OSError as error:
-            raise Fatal(
-                f"{variable}={path!r} {described(error)}; mount a file there, such as /run/secrets/NAME"
-            ) from error
+            text = f"{variable}={path!r} {described(error)}"
+            raise Fatal(f"{text}; mount it as a file, such as /run/secrets/NAME") from error
         if not value or b"\0" in value:
             why = "has a NUL byte, which no variable can hold" if value else "is empty"
             raise Fatal(f"{variable}={path!r} {why}; give it the secret alone")
@@ -1470,11 +1469,9 @@ class Sweep:
     def kept_fault(self, boot: Boot) -> Fault:
         """Return what there is to say of mounts whose entries stay whose they are."""
         mount = holding_mount(self.first_kept, mount_points())[0].rstrip("/")
-        return Fault(
-            f"{self.kept} entries of mounts below {shown(boot.home)} are not {USER}'s and stay so,"
-            f" the first in {shown(mount)}",
-            f"if {USER} is to write there: chown -hR {self.uid}:{self.gid} on the host, in what is mounted",
-        )
+        found = f"{self.kept} entries of mounts below {shown(boot.home)} are not {USER}'s and stay so"
+        fix = f"if {USER} is to write there: chown -hR {self.uid}:{self.gid} on the host, in what is mounted"
+        return Fault(f"{found}, the first in {shown(mount)}", fix)
 
     def may_change(self, status: os.stat_result) -> bool:
         """Return whether root may act on an entry, by its descriptor's status."""
@@ -1778,11 +1775,9 @@ class Sweep:
             total = f"{self.changed} of {self.checked} entries"
             boot.announce(f"give {total} on {shown(boot.home)} to {self.uid}:{self.gid}")
         if self.failed:
-            warn(
-                f"{self.failed} entries on {shown(boot.home)} could not be given to {self.uid}:{self.gid},"
-                f" the first: {self.failure};"
-                " going on, since a rootless engine, NFS, a NAS or a read-only mount may refuse that and still work"
-            )
+            text = f"{self.failed} entries on {shown(boot.home)} could not be given to {self.uid}:{self.gid}"
+            why = "since a rootless engine, NFS, a NAS or a read-only mount may refuse that and still work"
+            warn(f"{text}, the first: {self.failure}; going on, {why}")
         if self.kept:
             warn(self.kept_fault(boot))
         if self.deep:
@@ -1886,9 +1881,7 @@ def mount_faults(boot: Boot) -> list[Fault]:
         faults.append(Fault(text, f"take it away; what is to stay belongs on {HOME}"))
     if loses_wal(kind := holding_mount(boot.home, mounts)[1]):
         text = f"{shown(boot.home)} is on {kind}, where SQLite's WAL is not safe, so state.db may be damaged"
-        fix = (
-            "keep it on a disk of the engine's own, such as a named volume; hermes-agent 0.19 has no setting against it"
-        )
+        fix = "keep it on a disk of the engine's own, such as a named volume; no setting of hermes-agent 0.19 helps"
         faults.append(Fault(text, fix))
     return faults
 
@@ -2070,9 +2063,8 @@ def check_files(home: Folder) -> None:
         if not found or not stat.S_ISREG(found.st_mode):
             continue
         if not os.access(name, os.R_OK, dir_fd=home.fd):
-            warn(
-                f"{name} on the volume cannot be read by hermes: it {owner_and_mode(name, home.fd)}; give it to hermes"
-            )
+            whose = owner_and_mode(name, home.fd)
+            warn(f"{name} on the volume cannot be read by hermes: it {whose}; give it to hermes")
         elif found.st_mode & 0o004 and name == ".env":
             mode = stat.S_IMODE(found.st_mode)
             warn(f"{name} on the volume can be read by everyone (mode {mode:04o}); `hermes-boot doctor --fix`")
@@ -2262,9 +2254,7 @@ def migrate_config(boot: Boot) -> int:
     when one was not migrated, which is tried again at the next boot. What the agent says is in logs/."""
     version, code = image_version(), 0
     with open_home(boot) as home, home.make("logs") as logs:
-        fd = os.open(
-            MIGRATION_LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=logs.fd
-        )
+        fd = logs.open(MIGRATION_LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for profile, folder in open_profiles(boot, home, None):
             if folder and is_older_config(folder):
                 failure = migration_failure(boot, folder, profile.name, fd)
@@ -3307,10 +3297,7 @@ def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
             found = logs.stat(BOOT_LOG)
             if found and stat.S_ISREG(found.st_mode) and found.st_size >= BOOT_LOG_LIMIT:
                 os.rename(BOOT_LOG, f"{BOOT_LOG}.1", src_dir_fd=logs.fd, dst_dir_fd=logs.fd)
-            fd = os.open(
-                BOOT_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644, dir_fd=logs.fd
-            )
-            with open(fd, "wb") as file:
+            with open(logs.open(BOOT_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), "wb") as file:
                 file.write("".join(lines).encode())
     except OSError as error:
         warn(f"logs/{BOOT_LOG} {described(error)}; this boot is only on stderr")
@@ -4351,9 +4338,8 @@ class Service:
     def names(self, what: str) -> list[str]:
         """Return the names in a folder of it, or in the file of its older form."""
         paths = names_in(f"{self.folder}/{what}.d")
-        return [os.path.basename(path) for path in paths] or [
-            line for line in self.word(what).split("\n") if line and not line.startswith("#")
-        ]
+        lines = [line for line in self.word(what).split("\n") if line and not line.startswith("#")]
+        return [os.path.basename(path) for path in paths] or lines
 
 
 def static_services(boot: Boot) -> list[Service]:
@@ -4379,10 +4365,8 @@ def static_services(boot: Boot) -> list[Service]:
         visit(bundle)
     if lost:
         warn(f"without s6-overlay these have no effect: {', '.join(map(shown, lost))}")
-    return [
-        *order.values(),
-        *(Service(os.path.basename(path), "/etc/services.d", "legacy") for path in names_in("/etc/services.d")),
-    ]
+    legacy = [Service(os.path.basename(path), "/etc/services.d", "legacy") for path in names_in("/etc/services.d")]
+    return [*order.values(), *legacy]
 
 
 def publish_services(boot: Boot, children: Children, environment: dict[str, str], services: list[Service]) -> None:
@@ -4915,7 +4899,7 @@ MOST_ARCHIVES = 100  # files; s6-log keeps ten
 def open_log(logs: Folder, name: str) -> BinaryIO | None:
     """Open a log file of s6-log's, None when it is not there or is no plain file."""
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=logs.fd)
+        fd = logs.open(name, os.O_RDONLY)
     except OSError:
         return None
     if stat.S_ISREG(os.fstat(fd).st_mode):
@@ -5334,7 +5318,7 @@ def closing(boot: Boot, home: Folder, profile: str, name: str) -> Callable[[], s
 
     def fix() -> str:
         with Folder(boot.home, follow=True) as volume, profile_folder(volume, profile) as folder:
-            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder.fd)
+            fd = folder.open(name, os.O_RDONLY)
         os.fchmod(fd, 0o600)
         os.close(fd)
         return f"chmod 600 {name}"
@@ -5373,11 +5357,9 @@ def gateway_check(boot: Boot, home: Folder, row: Row, full: bool) -> Check:
     if row.state in ("crash loop", "parked"):
         lines = last_lines(home, name, 20)
         cause, fix = likely_cause(row, lines)
-        state = (
-            f"crash loop, {row.restarts} restarts in the last minute, last"
-            if row.state == "crash loop"
-            else "parked for good"
-        )
+        state = "parked for good"
+        if row.state == "crash loop":
+            state = f"crash loop, {row.restarts} restarts in the last minute, last"
         said = "".join(f"\n      | {line}" for line in lines[-3:])
         return Check("fail", name, f"{state} after {row.last_exit}; {cause}", f"{fix}, then {start}{said}")
     if row.state == "down" and row.autostart:
@@ -5490,15 +5472,8 @@ def logger_checks(boot: Boot, home: Folder, name: str) -> list[Check]:
         return [Check("fail", name, "its logger dies again and again", fix)]
 
     why = f"{folder} is locked by a logger without a supervisor (PID {holder})" if holder else f"{folder} is not used"
-    return [
-        Check(
-            "fail",
-            name,
-            f"{why}, so its log goes to the container's alone",
-            "hermes-boot doctor --fix",
-            lambda: renew_logger(boot, name),
-        )
-    ]
+    found, fix = f"{why}, so its log goes to the container's alone", "hermes-boot doctor --fix"
+    return [Check("fail", name, found, fix, lambda: renew_logger(boot, name))]
 
 
 def renew_logger(boot: Boot, name: str) -> str:
@@ -5521,7 +5496,7 @@ def lock_holder(home: Folder, folder: str) -> int | None:
 
     try:
         with home.folder(folder) as logs:
-            fd = os.open("lock", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=logs.fd)
+            fd = logs.open("lock", os.O_RDWR)
     except OSError:
         return None
     try:

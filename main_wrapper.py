@@ -44,7 +44,10 @@ def content(path: str) -> bytes:
 
 def process_environment() -> dict[str, str]:
     """Return the environment as it was handed over: Python itself may have added LC_CTYPE to os.environ (PEP 538)."""
-    pairs = content("/proc/self/environ").split(b"\0")
+    try:
+        pairs = content("/proc/self/environ").split(b"\0")
+    except PermissionError:  # a process that has dropped root may not
+        return dict(os.environ)
     return dict(os.fsdecode(pair).split("=", 1) for pair in pairs if b"=" in pair)
 
 
