@@ -244,8 +244,6 @@ class Fatal(Exception):
 class Fault:
     """What is wrong, and what to do about it."""
 
-    __slots__ = ("fix", "text")
-
     def __init__(self, text: str, fix: str = "") -> None:
         self.text, self.fix = text, fix
 
@@ -278,8 +276,6 @@ def warn(text: object) -> None:
 
 class Progress:
     """Says on stderr what a long operation waits for: a line that counts on a terminal, else one every 10 seconds."""
-
-    __slots__ = ("due", "terminal", "written")
 
     def __init__(self, *, first: float = 10, quiet: bool = False) -> None:
         """first is when the first line is due elsewhere than on a terminal, in seconds."""
@@ -369,8 +365,6 @@ SWITCHES = (
 
 class Boot:
     """What every step needs to know: environment, root HERMES_HOME, who hermes is, whether to change anything."""
-
-    __slots__ = ("by_root", "dry_run", "environment", "home", "multiplexes", "owner", "scandir")
 
     def __init__(self, environment: dict[str, str], *, dry_run: bool = False) -> None:
         """Raise Fatal when HERMES_HOME is nothing to boot on."""
@@ -467,8 +461,6 @@ def seconds(environment: dict[str, str], name: str, default: int, least: int) ->
 
 class Folder:
     """An open directory. Its entries are reached by descriptor, never through a link, never blocking; or OSError."""
-
-    __slots__ = ("fd", "roots_way")
 
     def __init__(self, path: str, at: int | None = None, *, follow: bool = False) -> None:
         self.roots_way = False  # whether nobody but root can put another folder in its place, see trusted_folder
@@ -748,8 +740,6 @@ class Lock:
     Once it is held, what killed writers of the given names left is removed.
     """
 
-    __slots__ = ("fd", "folder", "held", "names", "timeout")
-
     def __init__(self, folder: Folder, *names: str, timeout: float = 1) -> None:
         self.folder, self.names, self.timeout, self.fd, self.held = folder, names, timeout, -1, False
 
@@ -806,8 +796,6 @@ class TimeLimit:
     """Raises TimeoutError in its block after so many seconds (0: never), out of a system call too; one within another
     holds no longer than that has left. In another thread than the main one, which alone gets signals, it limits
     nothing."""
-
-    __slots__ = ("before", "outer", "seconds", "started")
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -1029,8 +1017,6 @@ def until(condition: Callable[[], bool], timeout: float) -> bool:
 class Children:
     """Our child processes, the container's orphans among them, reaped as they end; the codes of those that we
     started; and whether somebody has asked for the end, by SIGTERM."""
-
-    __slots__ = ("asked_to_end", "codes", "signals")
 
     def __init__(self) -> None:
         """Make this process the one that orphans come to, and take signals one by one from here on."""
@@ -1394,7 +1380,6 @@ class Sweep:
         *"changed checked linked failed kept deep strangers left_behind".split(),  # numbers, then words
         *"first failure first_kept first_stranger first_left_behind".split(),
     )
-    __slots__ = (*"uid gid by_group dry_run former mounted home held path progress counts index".split(), *COUNTED)
 
     def __init__(self, boot: Boot, *, former: int = -1, mounted: bool = False) -> None:
         """former is the UID that hermes had before, -1 for none; mounted says whether there are other file systems
@@ -1797,8 +1782,6 @@ class Sweep:
 
 class Level:
     """A folder on the way down through a tree: which it is, and which of its folders are still to be checked."""
-
-    __slots__ = ("cut", "inode", "listed", "names")
 
     def __init__(self, sweep: Sweep, fd: int, place: MountId, names: list[str] | None = None) -> None:
         room = sweep.room() if names is None else len(names)
@@ -2352,8 +2335,6 @@ MOST_PROFILES = 20_000
 class Profile:
     """What the reconciler found of one profile, and what it makes of that."""
 
-    __slots__ = ("action", "fault", "name", "prior_exit", "prior_state")
-
     def __init__(
         self, name: str, prior_state: str | None, action: str, fault: Fault | None = None, prior_exit: str = ""
     ) -> None:
@@ -2461,7 +2442,7 @@ def container_words() -> list[str]:
     runs the wrapper, or of the fallback init.
     """
     fallback = read_pid_file(SUPERVISOR_PROCESS)  # among others' processes, in a shared PID namespace
-    for process in [fallback] if fallback else first_processes():
+    for process in [fallback] if fallback else [1, *families().get(1, [])]:
         try:
             line = [os.fsdecode(word) for word in content(f"/proc/{process}/cmdline").split(b"\0")[:-1]]
         except OSError:
@@ -2469,16 +2450,6 @@ def container_words() -> list[str]:
         if words := wrapped_words(line, process in (1, fallback)):
             return words[2:] if words[1:2] == [USER] else words[1:]
     return []
-
-
-def first_processes() -> Iterator[int]:
-    """Yield PID 1 and its children; those that the kernel lists first: hundreds of others are s6's supervisors."""
-    yield 1
-    try:
-        yield from map(int, content("/proc/1/task/1/children").split())
-    except OSError:
-        pass  # not every kernel has that, and it may miss one while another ends
-    yield from families().get(1, [])
 
 
 def wrapped_words(line: list[str], is_init: bool) -> list[str]:
@@ -3346,8 +3317,6 @@ def end_back_off(slot: str) -> None:
 class SlotStatus:
     """What s6-supervise says of a slot: the process (0: none), whether that is finish, whether s6 wants it up, since
     when (seconds since 1970), and, while it is not up, how it ended (a wait status, see wait(2))."""
-
-    __slots__ = ("ended", "finishing", "pid", "since", "wanted")
 
     def __init__(self, pid: int, finishing: bool, wanted: bool, since: float, ended: int) -> None:
         self.pid, self.finishing, self.wanted, self.since, self.ended = pid, finishing, wanted, since, ended
@@ -4308,8 +4277,6 @@ class Service:
     """A service of the image's or of a derived one's: its name, kind, folder and what it needs, in the way of s6-rc's
     source definition directories (see s6-rc-compile); kind is `legacy` for one of /etc/services.d."""
 
-    __slots__ = ("copy", "folder", "kind", "name", "needs")
-
     def __init__(self, name: str, folder: str, kind: str = "") -> None:
         self.name, self.folder = name, f"{folder}/{name}"
         self.kind = kind or ("bundle" if name in BUNDLES else self.word("type"))
@@ -5069,8 +5036,6 @@ SLOW_WRITE = 0.5  # seconds for a small file, synced
 
 class Check:
     """One line of `doctor`: pass, warn or fail, what was looked at, what was found, and the command that fixes it."""
-
-    __slots__ = ("fix", "found", "level", "repair", "what")
 
     def __init__(
         self, level: str, what: str, found: str, fix: str = "", repair: Callable[[], str] | None = None
