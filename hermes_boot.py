@@ -1143,12 +1143,12 @@ def rewrite(path: str, edit: Callable[[list[bytes]], list[bytes]], *, dry_run: b
     return True
 
 
-def with_field(lines: list[bytes], name: bytes, changes: dict[int, int | str]) -> list[bytes]:
+def with_field(lines: list[bytes], name: bytes, values: dict[int, int | str]) -> list[bytes]:
     """Return the lines of an account file with some fields of one entry set; every other line stays byte for byte."""
 
     def edited(line: bytes) -> bytes:
         fields = line.split(b":")
-        for index, value in changes.items():
+        for index, value in values.items():
             fields[index] = os.fsencode(str(value))
         return b":".join(fields)
 
@@ -1960,10 +1960,10 @@ def seeds(boot: Boot) -> list[tuple[str, int, bytes]]:
     for name, mode, template in TEMPLATES:
         try:
             with open(f"{IMAGE}/{template}", "rb") as file:
-                content = file.read()
+                data = file.read()
         except OSError:
-            content = BUILT_IN[name].encode()
-        result.append((name, mode, content))
+            data = BUILT_IN[name].encode()
+        result.append((name, mode, data))
     if auth := boot.environment.get("HERMES_AUTH_JSON_BOOTSTRAP"):
         result.append(("auth.json", 0o600, os.fsencode(auth)))
     if state := boot.setting("HERMES_GATEWAY_BOOTSTRAP_STATE"):
@@ -2020,8 +2020,8 @@ def seed(boot: Boot) -> int:
         fresh = home.stat("config.yaml") is None
         for path in MANAGED_FOLDERS:
             seed_folder(boot, home, path)
-        for name, mode, content in seeds(boot):
-            seed_file(boot, home, name, mode & ~umask, content)
+        for name, mode, data in seeds(boot):
+            seed_file(boot, home, name, mode & ~umask, data)
         check_files(home)
         check_packages(boot)
         remove_install_method(boot, home)
@@ -2139,7 +2139,7 @@ def seed_folder(boot: Boot, home: Folder, path: str) -> None:
         warn(f"{path} on the volume {described(error)}; put a plain folder there")
 
 
-def seed_file(boot: Boot, home: Folder, name: str, mode: int, content: bytes) -> None:
+def seed_file(boot: Boot, home: Folder, name: str, mode: int, data: bytes) -> None:
     """Put a file in place unless something has its name, be that a dangling link."""
     if found := home.stat(name):
         if name in BOOTSTRAPS and not stat.S_ISREG(found.st_mode):
@@ -2148,7 +2148,7 @@ def seed_file(boot: Boot, home: Folder, name: str, mode: int, content: bytes) ->
     if not boot.announce(f"seed {name}"):
         return
     try:
-        home.write(name, content, mode, replace=False)
+        home.write(name, data, mode, replace=False)
     except OSError as error:
         warn(f"{name} could not be seeded: {reason(error)}")
 
@@ -2483,8 +2483,8 @@ def descendants(process: int) -> list[int]:
 def run_profile(boot: Boot, command: list[str], home: Folder) -> str | None:
     """Return the profile that the container was started to run, as it was done before there was a supervisor."""
     option, words = profile_option(command)
-    supervised = "--no-supervise" not in words and not switch(boot.setting("HERMES_GATEWAY_NO_SUPERVISE"))
-    if words[:2] != ["gateway", "run"] or not supervised:
+    in_foreground = "--no-supervise" in words or switch(boot.setting("HERMES_GATEWAY_NO_SUPERVISE"))
+    if words[:2] != ["gateway", "run"] or in_foreground:
         return None
     return chosen_profile(option, boot.environment, None if is_multiplexed(boot) else home)
 
@@ -2732,10 +2732,10 @@ def slot_files(
     }
 
 
-def put(folder: Folder, name: str, content: str, mode: int) -> None:
+def put(folder: Folder, name: str, text: str, mode: int) -> None:
     """Write a file of a slot that nobody reads yet."""
     fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode, dir_fd=folder.fd)
-    os.write(fd, os.fsencode(content))
+    os.write(fd, os.fsencode(text))
     os.close(fd)
 
 
@@ -2791,8 +2791,8 @@ def build(
         if "log/run" in files:
             os.mkdir("log", 0o755, dir_fd=slot.fd)
             make_skeleton(slot, "log/", group)
-        for path, (content, mode) in files.items():
-            put(slot, path, content, mode)
+        for path, (text, mode) in files.items():
+            put(slot, path, text, mode)
         make_fifo(slot, "back-off", 0o600, 0o660, group)  # finish reads it
         if not start:
             put(slot, "down", "", 0o644)
@@ -2806,15 +2806,15 @@ def refresh(
     lock: who manages the slot has that."""
     wanted = dict(files) if start else files | {"down": ("", 0o644)}
     with scandir.folder(name) as slot:
-        for path, (content, mode) in wanted.items():
+        for path, (text, mode) in wanted.items():
             with slot.make(os.path.dirname(path) or ".") as folder:
                 file = os.path.basename(path)
                 try:
                     current = folder.read(file, STATE_LIMIT)
                 except OSError:
                     current = None
-                if current != content.encode():
-                    folder.replace(file, content.encode(), mode)
+                if current != text.encode():
+                    folder.replace(file, text.encode(), mode)
         if start and slot.stat("down"):
             slot.remove("down")
         if slot.stat("back-off") is None:
@@ -3413,15 +3413,15 @@ def stray_supervisors(scandir: str) -> list[str]:
     return strays
 
 
-def let_go(scandir: str, supervised: Callable[[], bool], logged: Callable[[], bool], timeout: float) -> bool:
+def let_go(scandir: str, watched: Callable[[], bool], logged: Callable[[], bool], timeout: float) -> bool:
     """Have s6-svscan end the supervisors of slots that are gone; return whether a slot's supervisor ends within timeout
     seconds, and its logger's. That ends with the last writer of its pipe; where a child of the gateway's has kept that,
     a second is enough."""
     rescan(scandir, b"an")
-    until(lambda: not supervised(), timeout)
+    until(lambda: not watched(), timeout)
     if not until(lambda: not logged(), 1):
         rescan(scandir, b"aN")
-    return until(lambda: not supervised() and not logged(), 5)
+    return until(lambda: not watched() and not logged(), 5)
 
 
 def end_group(group: str) -> None:
