@@ -2733,10 +2733,13 @@ def slot_files(
 
 
 def put(folder: Folder, name: str, text: str, mode: int) -> None:
-    """Write a file of a slot that nobody reads yet."""
-    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode, dir_fd=folder.fd)
-    os.write(fd, os.fsencode(text))
-    os.close(fd)
+    """Write a file of a slot that nobody reads yet, whole. Raises OSError."""
+    fd, data = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode, dir_fd=folder.fd), os.fsencode(text)
+    try:
+        if os.write(fd, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(fd)
 
 
 def make_skeleton(folder: Folder, path: str, group: int | None) -> None:
