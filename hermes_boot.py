@@ -443,7 +443,7 @@ def check_switches(boot: Boot) -> None:
         value = boot.setting(name)
         if value.strip() and switch(value) is None:
             known = "on (1, true, yes, on) nor off (0, false, no, off)"
-            warn(f"{name}={value!r} is neither {known}, so it counts as unset")
+            warn(f"{name}={value!r} is neither {known}, so it is ignored; set it to one of these")
 
 
 def seconds(environment: dict[str, str], name: str, default: int, least: int) -> int:
@@ -1308,7 +1308,7 @@ def secret_file(path: str, limit: int) -> bytes:
         parent, _, name = path.rpartition("/")
         with trusted_folder(parent or "/") as folder:
             if os.geteuid() == 0 and not folder.is_roots():
-                raise OSError(errno.EPERM, "is in a folder that not only root can write")
+                raise OSError(errno.EPERM, "is in a folder that others than root can write")
             if not (target := folder.link_of_root(name)):
                 return folder.read(name, limit)
         path = os.path.join(parent, target)
@@ -1861,7 +1861,7 @@ def mount_faults(boot: Boot) -> list[Fault]:
     faults, mounts = [], mount_points()
     if any(point == f"{IMAGE}/" for point, _ in mounts):
         text = f"something is mounted over {IMAGE}, so what runs is not what the image has"
-        faults.append(Fault(text, f"take it away; what is to stay belongs on {HOME}"))
+        faults.append(Fault(text, f"remove the mount; put what is to stay on {HOME}"))
     if loses_wal(kind := holding_mount(boot.home, mounts)[1]):
         text = f"{shown(boot.home)} is on {kind}, where SQLite's WAL is not safe, so state.db may be damaged"
         fix = "keep it on a disk of the engine's own, such as a named volume; no setting of hermes-agent 0.19 helps"
@@ -1979,7 +1979,7 @@ def open_home(boot: Boot) -> Folder:
     try:
         return Folder(boot.home, follow=True)
     except FileNotFoundError:
-        raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; mount a volume there, or set it right") from None
+        raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; mount a volume there, or correct it") from None
     except OSError as error:
         where = barred(boot.home)
         on_the_way = f"{shown(where)} on the way, which hermes may not enter,"
@@ -2050,7 +2050,7 @@ def check_files(home: Folder) -> None:
             warn(f"{name} on the volume cannot be read by hermes: it {whose}; give it to hermes")
         elif found.st_mode & 0o004 and name == ".env":
             mode = stat.S_IMODE(found.st_mode)
-            warn(f"{name} on the volume can be read by everyone (mode {mode:04o}); `hermes-boot doctor --fix`")
+            warn(f"{name} on the volume can be read by everyone (mode {mode:04o}); run `hermes-boot doctor --fix`")
 
 
 def remove_install_method(boot: Boot, home: Folder) -> None:
@@ -2150,7 +2150,7 @@ def seed_file(boot: Boot, home: Folder, name: str, mode: int, data: bytes) -> No
     try:
         home.write(name, data, mode, replace=False)
     except OSError as error:
-        warn(f"{name} could not be seeded: {reason(error)}")
+        warn(f"{name} could not be seeded: {reason(error)}; the next boot tries again")
 
 
 def sync_skills(boot: Boot) -> None:
@@ -2319,7 +2319,7 @@ def stamp_version(home: Folder, version: str) -> None:
     try:
         home.write(VERSION_STAMP, f"{version}\n".encode(), 0o644, replace=True)
     except OSError as error:
-        warn(f"{VERSION_STAMP} could not be written: {reason(error)}")
+        warn(f"{VERSION_STAMP} could not be written: {reason(error)}; the next boot tries again")
 
 
 # Profiles and their state
@@ -2915,7 +2915,7 @@ def setup(boot: Boot) -> int:
     if not boot.dry_run:
         close_environment(boot)
     if euid != 0 and switch(boot.setting("HERMES_SEALED")):
-        warn("HERMES_SEALED seals nothing here: without root, all in this container is hermes's, and nothing is root's")
+        warn("HERMES_SEALED seals nothing here: without root, nothing in this container is root's; unset it")
     boot.announce(f"run as {boot.owner[0]}:{boot.owner[1]}")
     if euid == 0:
         follow_home(boot)
@@ -3072,7 +3072,7 @@ def reconcile_phase(boot: Boot) -> int:
     if not os.path.isdir(boot.home):
         if boot.dry_run:
             return 0  # setup would make it first
-        raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; run the setup first, or set it right")
+        raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; run the setup first, or correct it")
     if boot.dry_run:
         return as_owner(boot.owner, reconcile, boot, command)
     if boot.sealed and boot.scandir != SCANDIR:
@@ -3116,7 +3116,7 @@ def publish_for_hermes(boot: Boot, wanted: dict[str, tuple[bool, bool]]) -> None
             try:
                 publish(scandir, name, scandir.stat(name), files, start=start, group=boot.owner[1])
             except OSError as error:
-                say("error", f"{profile}: its slot could not be made ({reason(error)}); see to space in /run")
+                say("error", f"{profile}: its slot could not be made ({reason(error)}); make space in /run")
     if not is_cont_init(boot):
         rescan(boot.scandir)
 
@@ -3554,7 +3554,8 @@ class S6ServiceManager:
         except OSError as error:
             return f"no such gateway: {profile}; it has no slot, and profiles/{profile} {described(error)}"
         near = difflib.get_close_matches(profile, names, 1)
-        advice = f"did you mean {near[0]}?" if near else f"make the profile with `hermes profile create {profile}`"
+        lists = f"`hermes-boot status` lists them, `hermes profile create {profile}` makes a new one"
+        advice = f"did you mean {near[0]}?" if near else lists
         return f"no such gateway: {profile}; {advice}"
 
     def list_profile_gateways(self) -> list[str]:
@@ -3609,7 +3610,7 @@ class S6ServiceManager:
         except FileNotFoundError:
             return  # a slot whose profile is gone has no intent to keep
         except OSError as error:
-            what = f"{STATE_FILE} {described(error)}, so the next boot will not know of it"
+            what = f"{STATE_FILE} {described(error)}, so the next boot will not know; repair that, then repeat"
             raise CommandFailed(f"{profile}: done, but {what}") from error
 
     def state_of(self, profile: str) -> dict[str, object]:
@@ -3797,7 +3798,7 @@ class S6ServiceManager:
         parked = bool(ends) and not status.up and not status.wanted  # else it has not been started yet
         if parked or len(ends) > 1:
             what = f"ended with {ending(ends[-1])} and is parked"
-            what = what if parked else f"is in a crash loop, with {ending(ends[-1])}"
+            what = what if parked else f"is in a crash loop, last end: {ending(ends[-1])}"
             failures[name] = CommandFailed(f"{name}: {what}; `hermes-boot logs -p {name} -n 20` says why")
             return True
         return status.up and state_of(status, self.state_of(self.valid(name)), [], True) == "up"
@@ -4239,7 +4240,9 @@ def lay_out_run(boot: Boot) -> None:
                 os.fchmod(files.fd, 0o750)
                 for name, value in variables.items():
                     if "/" in name or name in (".", "..") or len(os.fsencode(name)) > 255:
-                        warn(f"the variable {shown(name)} cannot be a file's name, so gateways do not have it")
+                        warn(
+                            f"the variable {shown(name)} cannot be a file's name, so gateways do not have it; rename it"
+                        )
                         continue
                     put(files, name, f"{value}\n", 0o640)
         with trusted_folder(boot.scandir, make=True) as scandir:
@@ -5128,7 +5131,7 @@ def all_checks(boot: Boot) -> list[Check]:
                 checks += [*platform_checks(row, rows), *foreign_checks(boot, row.name)]
     except OSError as error:
         found = f"{shown(boot.home)} cannot be read: {reason(error)}"
-        checks.append(Check("fail", "volume", found, "mount it, or set HERMES_HOME right"))
+        checks.append(Check("fail", "volume", found, "mount it, or correct HERMES_HOME"))
     return checks
 
 
@@ -5217,7 +5220,7 @@ def volume_checks(boot: Boot) -> list[Check]:
             probe(home)
     except OSError as error:
         known = {errno.EROFS: "mount it writable", errno.ENOSPC: "free some space"}
-        known[errno.ENOENT] = "mount a volume there, or set HERMES_HOME right"
+        known[errno.ENOENT] = "mount a volume there, or correct HERMES_HOME"
         found = f"{shown(boot.home)} ({kind}) cannot be written: {reason(error)}"
         fix = known.get(error.errno or 0, "`hermes-boot doctor --fix` as root")
         return [*checks, Check("fail", "volume", found, fix)]
@@ -5576,19 +5579,22 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 COMMANDS = {  # what it does, and examples
     "status": ("show every gateway in a table", "status", "status -p coder --json", "status --watch 5"),
-    "doctor": ("look for everything that goes wrong in such a container", "doctor", "doctor --fix"),
-    "health": ("tell whether every gateway that should be up is, for health checks", "health", "health --live"),
+    "doctor": ("say what is wrong, and the command that fixes it", "doctor", "doctor --fix"),
+    "health": (
+        "for health checks: end with 0 when every gateway that should be up is, else with 1",
+        *("health", "health --live"),
+    ),
     "logs": ("print a gateway's log", "logs -p coder -f", "logs -p coder --since 10m", "logs -n 50"),
     "gateway": (
-        "start, stop, publish or remove gateways",
+        "start, stop, restart, list, add (register) or remove gateways",
         *("gateway start -p coder", "gateway restart --all", "gateway list"),
     ),
     "setup": (
-        "remap the hermes user, fix ownership on the volume, seed it, migrate its configuration",
+        "set hermes's UID and GID, give it its files on the volume, add missing files, migrate the configuration",
         "setup --dry-run",
     ),
-    "reconcile": ("give every profile on the volume a gateway slot", "reconcile --dry-run"),
-    "shutdown": ("end every gateway and the container's command, as at the container's end",),
+    "reconcile": ("give every profile a slot, which is where s6 runs its gateway", "reconcile --dry-run"),
+    "shutdown": ("stop all gateways and the container's command, as `docker stop` does",),
 }
 
 
@@ -5605,8 +5611,8 @@ def parse(words: list[str]) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(
         prog=program,
-        description="Boot the container, manage its gateways, say how they are."
-        " Without a command, hermes_boot.py runs setup and reconcile.",
+        description="Show this container's gateways, start and stop them, and find what is wrong."
+        " The image runs setup, reconcile and shutdown itself.",
         epilog=epilog("status", "doctor", "gateway restart -p coder"),
         **layout,
     )
@@ -5637,26 +5643,30 @@ def add_options(command: argparse.ArgumentParser, name: str) -> None:
         default = argparse.SUPPRESS  # else this one would undo --dry-run in front of the command
         add("--dry-run", action="store_true", default=default, help="list what would change, change nothing")
     elif name == "health":
-        add("--live", action="store_true", help="only whether the supervisor answers: for what restarts the container")
+        add(
+            "--live",
+            action="store_true",
+            help="only whether the supervisor answers, for checks that restart the container",
+        )
     elif name == "gateway":
         actions = [*DONE, "status", "list", "register", "unregister"]
-        help_text = "start, stop and restart wait, and are remembered; restart starts what is down"
+        help_text = "start, stop, restart: wait until done, and hold at the next boot; restart starts what is down too"
         add("action", choices=actions, help=help_text)
-        add("--all", action="store_true", help="every registered gateway, whatever its state; goes on past a failure")
+        add("--all", action="store_true", help="all registered gateways; one failure does not stop the others")
     if name in ("status", "logs", "gateway"):
-        add("-p", "--profile", metavar="NAME", help="the profile; unless given, the active one (status: all)")
+        add("-p", "--profile", metavar="NAME", help="the profile; default: the active one (status: all)")
     if name in ("status", "doctor"):
-        add("--json", action="store_true", help="for programs")
+        add("--json", action="store_true", help="print JSON")
     if name == "status":
-        help_text = "again and again, every 2 seconds"
+        help_text = "repeat every SECONDS (2)"
         add("-w", "--watch", nargs="?", type=whole, const=2, metavar="SECONDS", help=help_text)
     elif name == "doctor":
-        add("--fix", action="store_true", help="fix what is safe to fix, saying each step")
+        add("--fix", action="store_true", help="fix what is safe to fix, and say each step")
     elif name == "logs":
-        add("-f", "--follow", action="store_true", help="go on as the log grows")
-        add("-n", "--lines", type=whole, metavar="N", help="the last N lines")
-        add("--raw", action="store_true", help="as it was written, control characters too, on a terminal")
-        add("--since", type=since_when, metavar="TIME", help="30s, 10m, 2h, 1d ago, or a date")
+        add("-f", "--follow", action="store_true", help="print new lines as they come, until Ctrl-C")
+        add("-n", "--lines", type=whole, metavar="N", help="only the last N lines")
+        add("--raw", action="store_true", help="on a terminal too, print control characters as they are")
+        add("--since", type=since_when, metavar="TIME", help="only from then on: 30s, 10m, 2h, 1d (ago) or a date")
 
 
 def whole(text: str) -> int:

@@ -377,7 +377,7 @@ def init(words: list[str]) -> int:
     fault, code = "", 1
     if exposed := ":".join(exposed_folders(environment)):
         fault = f"PATH has {exposed!r} before the system's folders, so hermes could put programs there for root to run;"
-        fault += " put it last, with -e PATH="
+        fault += " give the container a PATH (-e PATH=...) that has it last"
     if is_unusable(environment):
         fault = "/run is mounted noexec, so s6 cannot run anything there; mount it with exec: --tmpfs /run:exec"
         code = NOT_EXECUTABLE

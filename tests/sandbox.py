@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import marshal
 import os
 import shutil
 import signal
@@ -38,6 +39,8 @@ import tempfile
 import time
 from functools import cache
 from pathlib import Path
+
+from become import start_time
 
 PROJECT = Path(__file__).resolve().parent.parent
 CACHE = PROJECT / ".cache"
@@ -49,6 +52,8 @@ PASSWD = (
     "hermes:x:10000:10000::/opt/data:/bin/bash\n"
 )
 GROUP = "root:x:0:\nwww-data:x:33:\nusers:x:100:\nhermes:x:10000:\n"
+# A script that is started by its path would be compiled each time.
+BECOME = f"import sys; sys.path.insert(0, {str(PROJECT / 'tests')!r}); from become import leave; leave(sys.argv[1])"
 READY = 300  # seconds that a container may take to start on a busy machine
 
 
@@ -158,13 +163,13 @@ class Sandbox:
     def make_image(self, passwd: str, group: str) -> None:
         """Lay out the image's files and accounts; s6's programs of the machine's own are hidden."""
         mask = os.umask(0o022)
+        layer = image().layer()  # may take a download, which may be interrupted: nothing is half made then
         layers = self.folder / "layers"
         layers.mkdir(parents=True)
         if on_overlay(layers):
             subprocess.run(["mount", "-t", "tmpfs", "tmpfs", layers], check=True)
         for name in ("work", "root"):
             (layers / name).mkdir()
-        layer = image().layer()
         shutil.copytree(layer, self.upper, symlinks=True, ignore=lambda path, _: fixed(layer, path))
         for name in machines_own() - set(os.listdir(layer / "usr/bin")):
             os.mknod(self.upper / "usr/bin" / name, 0o020000, 0)  # overlayfs takes a device 0:0 for "not there"
@@ -185,26 +190,27 @@ class Sandbox:
 
     def command(self, words: list[str]) -> list[str]:
         """Return the argv that runs this container in the foreground; its exit code is the container's."""
+        self.write_spec(words)
+        return [sys.executable, "-IS", "-c", BECOME, str(self.folder)]
+
+    def write_spec(self, words: list[str]) -> None:
+        """Write down what the container's own processes need to know."""
         self.volume.mkdir(parents=True, exist_ok=True)
-        layer = image().layer()
-        mounts = [(str(layer / name), f"/{name}") for name in FIXED]
-        mounts.append((str(self.volume), "/opt/data"))
-        if self.agent:
-            mounts.append((str(image().agent_venv()), "/opt/hermes/.venv"))
         spec = {
-            "mounts": [*mounts, *self.mounts],
+            "fixed": [(str(image().layer() / name), f"/{name}") for name in FIXED],
+            "volume": str(self.volume),
+            "agent": str(image().agent_venv()) if self.agent else "",
+            "mounts": self.mounts,
             "environment": list(({"HOME": self.home(), "HOSTNAME": self.folder.name} | self.environment).items()),
             "user": self.user,
             "gid": self.gid,
-            "groups": list(self.groups),
+            "groups": self.groups,
             "workdir": self.workdir,
-            "entrypoint": list(self.entrypoint),
-            "first": list(self.first),
+            "has_init": bool(self.entrypoint),
+            "words": [*(self.entrypoint or self.first or ENTRYPOINT), *words],
             "run_options": self.run_options,
-            "words": words,
         }
-        (self.folder / "spec.json").write_text(json.dumps(spec))
-        return [sys.executable, "-IS", str(Path(__file__).resolve()), "unshare", str(self.folder)]
+        (self.folder / "spec").write_bytes(marshal.dumps(spec))
 
     def home(self) -> str:
         """Return the home folder of who runs the container, as an engine finds it in the image's /etc/passwd."""
@@ -318,11 +324,6 @@ def machines_own() -> set[str]:
     return {name for name in names if image().PROGRAMS.fullmatch(name) or name == "execlineb"}
 
 
-def start_time(pid: int | str) -> str:
-    """Return when a process started, in clock ticks since the machine did; see proc(5). Raises OSError."""
-    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
-
-
 def command_runs(root: Path) -> bool:
     """Return whether the command of the container with this root runs, and is no longer the wrapper.
 
@@ -352,115 +353,11 @@ def wait_for(condition, timeout: float = 60) -> bool:
     return True
 
 
-# From the caller's process to the container's PID 1
-
-
-def leave(folder: str) -> None:
-    """Leave word of this process, give the terminal up if it is ours alone, and go on in new namespaces."""
-    Path(folder, "pid").write_text(f"{os.getpid()} {start_time(os.getpid())}")
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd > 2 and os.path.exists(f"/proc/self/fd/{fd}"):  # the listing's own is gone by now
-            os.set_inheritable(fd, False)
-    if os.isatty(0) and os.getsid(0) == os.getpid():
-        import fcntl
-        import termios
-
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        fcntl.ioctl(0, termios.TIOCNOTTY)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    argv = [*NAMESPACES, sys.executable, "-IS", __file__, "become", folder]
-    os.execvp(argv[0], argv)
-
-
-def become_container(folder: str) -> None:
-    """In the new namespaces: mount, take the user's IDs, and become the entrypoint."""
-    with open(f"{folder}/spec.json") as file:
-        spec = json.load(file)
-    mount_root(f"{folder}/layers", spec["mounts"], spec["run_options"])
-    environment = {os.fsencode(name): os.fsencode(value) for name, value in spec["environment"]}
-    if os.isatty(0):
-        take_terminal()
-        environment.setdefault(b"TERM", b"xterm")
-    os.makedirs(spec["workdir"], exist_ok=True)
-    os.chdir(spec["workdir"])
-    os.setgroups(spec["groups"])
-    if spec["user"] is not None:
-        os.chown("/run", spec["user"], spec["gid"])
-        os.setresgid(*[spec["gid"]] * 3)
-        os.setresuid(*[spec["user"]] * 3)
-    for number in range(1, 32):  # as an engine does: what the caller ignores stays outside
-        if number not in (signal.SIGKILL, signal.SIGSTOP):
-            signal.signal(number, signal.SIG_DFL)
-    words = [os.fsencode(word) for word in (*(spec["entrypoint"] or spec["first"] or ENTRYPOINT), *spec["words"])]
-    if spec["entrypoint"]:
-        be_another_init(words, environment)
-    os.execve(words[0], words, environment)
-
-
-def mount_root(layers: str, mounts: list[tuple[str, str]], run_options: str) -> None:
-    """Put the container's root together, and make it this process's."""
-    root = f"{layers}/root"
-    subprocess.run(["sh", "-ec", OVERLAY, "sh", layers], check=True)
-    commands = ['cd "$1"', "mount -n --rbind /dev dev"]
-    for kind, target, options in (
-        ("proc", "proc", "nosuid"),
-        ("tmpfs", "run", run_options),
-        ("tmpfs", "tmp", "mode=1777"),
-    ):
-        os.makedirs(f"{root}/{target}", exist_ok=True)
-        commands.append(f"mount -n -t {kind} -o {options} {kind} {target}")
-    subprocess.run(["sh", "-ec", "\n".join(commands), "sh", root], check=True)
-    for host, guest in mounts:
-        target = root + guest
-        if os.path.isdir(host):
-            os.makedirs(target, exist_ok=True)
-        elif not os.path.exists(target):
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            open(target, "w").close()
-        subprocess.run(["mount", "-n", "--bind", host, target], check=True)
-    os.chdir(root)  # it takes the old one's place: in a mere chroot nobody may make user namespaces
-    subprocess.run(["pivot_root", ".", "."], check=True)
-    subprocess.run(["umount", "-n", "-l", "."], check=True)
-    os.chdir("/")
-    os.umask(0o022)
-
-
-def take_terminal() -> None:
-    """Be the leader of a session whose terminal is the one that we have, unless it is another session's."""
-    import fcntl
-    import termios
-
-    if os.getsid(0) != os.getpid():
-        os.setsid()
-    try:
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    except OSError:
-        pass
-
-
-def be_another_init(words: list[bytes], environment: dict[bytes, bytes]) -> None:
-    """Be the PID 1 of a platform: run the entrypoint below, pass SIGTERM and SIGINT on, reap, end with its code."""
-    child = os.fork()
-    if child == 0:
-        os.execve(words[0], words, environment)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: os.kill(child, received))
-    while True:
-        pid, status = os.wait()
-        if pid == child:
-            code = os.waitstatus_to_exitcode(status)
-            os._exit(code if code >= 0 else 128 - code)
-
-
 # Command line
 
 
 def main() -> int:
     """Run the subcommand of the command line."""
-    if sys.argv[1:2] == ["unshare"]:
-        leave(sys.argv[2])
-    if sys.argv[1:2] == ["become"]:
-        become_container(sys.argv[2])
     parser = argparse.ArgumentParser(description="Run the image's boot without a container engine.")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="as `docker run`")
