@@ -4842,20 +4842,19 @@ def unhealthy_reason(manager: S6ServiceManager, profile: str, status: SlotStatus
 
 def wanted_without_slot(boot: Boot, registered: dict[str, SlotStatus | None]) -> list[str]:
     """Return the profiles that should run and have no slot, with room for one. No other one's files are read."""
+    found = []
     try:
         with open_home(boot) as home:
-            try:
-                with home.folder("profiles") as profiles:
-                    names = {"default", *profile_names(profiles)}
-            except OSError:
-                names = {"default"}
-            missing = names - set(registered)
-            if not missing or len(registered) >= SLOT_LIMIT or no_gateways(boot, container_words()):
+            names = ({"default"} | unregistered(home, set(registered), None)) - set(registered)
+            if not names or len(registered) >= SLOT_LIMIT or no_gateways(boot, container_words()):
                 return []
-            found = [profile for profile in list_profiles(boot, home, None) if profile.name in missing]
-    except Fatal:
-        return []
-    return sorted(profile.name for profile in found if profile.action == "started")
+            for name in sorted(names):
+                with profile_folder(home, name) as folder:
+                    if decide(boot, folder, name, None).action == "started":
+                        found.append(name)
+    except (OSError, Fatal):
+        pass  # gone meanwhile, or the volume cannot be read, which is for doctor to say
+    return found
 
 
 # Logs
