@@ -229,7 +229,7 @@ def test_the_hermes_command_hands_gateway_run_to_s6_below_another_init(gateways)
         host.box.start("sh", "-c", "hermes gateway run; echo ended")
         assert wait_for(lambda: host.up("default"))
         assert wait_for(lambda: "default: started" in host.box.log())
-        assert host.starts("default") == number and "ended" not in host.box.log()
+        assert wait_for(lambda: host.starts("default") == number) and "ended" not in host.box.log()
         host.box.stop()
 
 
