@@ -75,7 +75,7 @@ def process_environment() -> dict[str, str]:
     """Return the environment as it was handed over: Python itself may have added LC_CTYPE to os.environ (PEP 538)."""
     try:
         pairs = content("/proc/self/environ").split(b"\0")
-    except OSError:
+    except PermissionError:  # a process that has dropped root may not
         return dict(os.environ)
     return dict(os.fsdecode(pair).split("=", 1) for pair in pairs if b"=" in pair)
 
@@ -192,8 +192,6 @@ def write_pid_file(path: str) -> None:
     may be everybody's to write, so no file that is there already is written to."""
     try:
         new = f"{path}.{os.getpid()}"
-        if os.path.lexists(new):
-            os.unlink(new)
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         os.write(fd, f"{os.getpid()} {start_time(os.getpid())}".encode())
         os.close(fd)
@@ -246,8 +244,6 @@ class Fatal(Exception):
 class Fault:
     """What is wrong, and what to do about it."""
 
-    __slots__ = ("fix", "text")
-
     def __init__(self, text: str, fix: str = "") -> None:
         self.text, self.fix = text, fix
 
@@ -280,8 +276,6 @@ def warn(text: object) -> None:
 
 class Progress:
     """Says on stderr what a long operation waits for: a line that counts on a terminal, else one every 10 seconds."""
-
-    __slots__ = ("due", "terminal", "written")
 
     def __init__(self, *, first: float = 10, quiet: bool = False) -> None:
         """first is when the first line is due elsewhere than on a terminal, in seconds."""
@@ -344,6 +338,8 @@ def guarded(action: Callable[..., int], *arguments: object) -> int:
         return code
     except Fatal as error:
         say("fatal", str(error))
+    except GatewayError as error:
+        return report_failures({"": error})
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -370,8 +366,6 @@ SWITCHES = (
 class Boot:
     """What every step needs to know: environment, root HERMES_HOME, who hermes is, whether to change anything."""
 
-    __slots__ = ("by_root", "dry_run", "environment", "home", "multiplexes", "owner", "scandir")
-
     def __init__(self, environment: dict[str, str], *, dry_run: bool = False) -> None:
         """Raise Fatal when HERMES_HOME is nothing to boot on."""
         self.environment = environment
@@ -383,9 +377,7 @@ class Boot:
         self.dry_run, self.by_root = dry_run, os.geteuid() == 0
         self.multiplexes: bool | None = None  # see is_multiplexed; None: not looked up yet
         if not self.home.startswith("/") or os.path.realpath(self.home) == "/":
-            raise Fatal(
-                f"HERMES_HOME={self.home!r} is not a folder of its own; set it to an absolute path such as {HOME}"
-            )
+            raise Fatal(f"HERMES_HOME={self.home!r} is no folder of its own; set it to an absolute path such as {HOME}")
 
     def setting(self, name: str) -> str:
         """Return a variable that is addressed to us, "" when unset."""
@@ -450,10 +442,8 @@ def check_switches(boot: Boot) -> None:
     for name in SWITCHES:
         value = boot.setting(name)
         if value.strip() and switch(value) is None:
-            warn(
-                f"{name}={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off), so it is ignored;"
-                " set it to one of these"
-            )
+            known = "on (1, true, yes, on) nor off (0, false, no, off)"
+            warn(f"{name}={value!r} is neither {known}, so it is ignored; set it to one of these")
 
 
 def seconds(environment: dict[str, str], name: str, default: int, least: int) -> int:
@@ -471,8 +461,6 @@ def seconds(environment: dict[str, str], name: str, default: int, least: int) ->
 
 class Folder:
     """An open directory. Its entries are reached by descriptor, never through a link, never blocking; or OSError."""
-
-    __slots__ = ("fd", "roots_way")
 
     def __init__(self, path: str, at: int | None = None, *, follow: bool = False) -> None:
         self.roots_way = False  # whether nobody but root can put another folder in its place, see trusted_folder
@@ -523,9 +511,13 @@ class Folder:
         except FileNotFoundError:
             return None
 
+    def open(self, name: str, flags: int, mode: int = 0o600) -> int:
+        """Open an entry that is not a link, without waiting for anything; return its descriptor."""
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, mode, dir_fd=self.fd)
+
     def read(self, name: str, limit: int) -> bytes:
         """Return a regular file's content; OSError when it is anything else or longer than limit bytes."""
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=self.fd)
+        fd = self.open(name, os.O_RDONLY)
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
@@ -711,9 +703,8 @@ def trusted_folder(path: str, *, make: bool = False) -> Folder:
             child = folder.made(name) if missing else Folder(name, folder.fd)
         except OSError as error:
             links += 1
-            target = (
-                folder.link_of_root(name) if safe and links < 40 and error.errno in (errno.ELOOP, errno.ENOTDIR) else ""
-            )
+            is_link = safe and links < 40 and error.errno in (errno.ELOOP, errno.ENOTDIR)
+            target = folder.link_of_root(name) if is_link else ""
             if not target:
                 os.close(folder.fd)
                 raise
@@ -748,8 +739,6 @@ class Lock:
 
     Once it is held, what killed writers of the given names left is removed.
     """
-
-    __slots__ = ("fd", "folder", "held", "names", "timeout")
 
     def __init__(self, folder: Folder, *names: str, timeout: float = 1) -> None:
         self.folder, self.names, self.timeout, self.fd, self.held = folder, names, timeout, -1, False
@@ -807,8 +796,6 @@ class TimeLimit:
     """Raises TimeoutError in its block after so many seconds (0: never), out of a system call too; one within another
     holds no longer than that has left. In another thread than the main one, which alone gets signals, it limits
     nothing."""
-
-    __slots__ = ("before", "outer", "seconds", "started")
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -1031,8 +1018,6 @@ class Children:
     """Our child processes, the container's orphans among them, reaped as they end; the codes of those that we
     started; and whether somebody has asked for the end, by SIGTERM."""
 
-    __slots__ = ("asked_to_end", "codes", "signals")
-
     def __init__(self) -> None:
         """Make this process the one that orphans come to, and take signals one by one from here on."""
         import signal
@@ -1131,10 +1116,8 @@ def wanted_id(boot: Boot, *names: str) -> int | None:
             continue
         if (number := number_in(value, 1, MAX_ID)) is None:
             root = "0 is root, as which the agent never runs; " if value == "0" else ""
-            raise Fatal(
-                f"{name}={value!r} is not a number from 1 to {MAX_ID};"
-                f" {root}unset it or give your host's (id -u, id -g)"
-            )
+            which = f"a number from 1 to {MAX_ID}; {root}unset it or give your host's (id -u, id -g)"
+            raise Fatal(f"{name}={value!r} is not {which}")
         return number
     return None
 
@@ -1160,12 +1143,12 @@ def rewrite(path: str, edit: Callable[[list[bytes]], list[bytes]], *, dry_run: b
     return True
 
 
-def with_field(lines: list[bytes], name: bytes, changes: dict[int, int | str]) -> list[bytes]:
+def with_field(lines: list[bytes], name: bytes, values: dict[int, int | str]) -> list[bytes]:
     """Return the lines of an account file with some fields of one entry set; every other line stays byte for byte."""
 
     def edited(line: bytes) -> bytes:
         fields = line.split(b":")
-        for index, value in changes.items():
+        for index, value in values.items():
             fields[index] = os.fsencode(str(value))
         return b":".join(fields)
 
@@ -1208,25 +1191,20 @@ def remap(boot: Boot) -> None:
     if wanted == boot.owner:
         return
     if os.geteuid() != 0:
-        raise Fatal(
-            f"started as UID {os.geteuid()}, so hermes cannot become {wanted[0]}:{wanted[1]};"
-            " drop `--user` or the HERMES_UID/HERMES_GID"
-        )
+        text = f"started as UID {os.geteuid()}, so hermes cannot become {wanted[0]}:{wanted[1]}"
+        raise Fatal(f"{text}; drop `--user` or the HERMES_UID/HERMES_GID")
     for line in content(PASSWD).split(b"\n"):
         fields = line.split(b":")
         if len(fields) > 3 and fields[0] != USER.encode() and fields[2] == str(wanted[0]).encode():
-            raise Fatal(
-                f"UID {wanted[0]} belongs to the user {os.fsdecode(fields[0])} in this image; choose another HERMES_UID"
-            )
+            user = os.fsdecode(fields[0])
+            raise Fatal(f"UID {wanted[0]} belongs to the user {user} in this image; choose another HERMES_UID")
     if boot.announce(f"remap {USER} from {boot.owner[0]}:{boot.owner[1]} to {wanted[0]}:{wanted[1]}"):
         try:
             rewrite(GROUP, lambda lines: with_field(lines, USER.encode(), {2: wanted[1]}))
             rewrite(PASSWD, lambda lines: with_field(lines, USER.encode(), {2: wanted[0], 3: wanted[1]}))
         except OSError as error:
-            raise Fatal(
-                f"cannot write /etc/passwd and /etc/group ({reason(error)}), which the remap needs; make /etc writable,"
-                " or drop HERMES_UID/HERMES_GID"
-            ) from error
+            text = f"cannot write /etc/passwd and /etc/group ({reason(error)}), which the remap needs"
+            raise Fatal(f"{text}; make /etc writable, or drop HERMES_UID/HERMES_GID") from error
     boot.owner = wanted
 
 
@@ -1306,9 +1284,8 @@ def read_secrets(boot: Boot) -> None:
         try:
             value = secret_file(path, 131_000 - len(name)).rstrip(b"\r\n")  # Linux takes 128 KiB a variable
         except OSError as error:
-            raise Fatal(
-                f"{variable}={path!r} {described(error)}; mount it as a file, such as /run/secrets/NAME"
-            ) from error
+            text = f"{variable}={path!r} {described(error)}"
+            raise Fatal(f"{text}; mount it as a file, such as /run/secrets/NAME") from error
         if not value or b"\0" in value:
             why = "has a NUL byte, which no variable can hold" if value else "is empty"
             raise Fatal(f"{variable}={path!r} {why}; give it the secret alone")
@@ -1399,12 +1376,9 @@ class Sweep:
     to put it by links on the volume: of its entries, too, only those of the former UIDs change, unless it is empty.
     """
 
-    COUNTS = tuple("changed checked linked failed kept deep strangers left_behind".split())
-    WORDS = tuple("first failure first_kept first_stranger first_left_behind".split())
-    __slots__ = (
-        *"uid gid by_group dry_run former mounted home held path progress counts index".split(),
-        *COUNTS,
-        *WORDS,
+    COUNTED = (
+        *"changed checked linked failed kept deep strangers left_behind".split(),  # numbers, then words
+        *"first failure first_kept first_stranger first_left_behind".split(),
     )
 
     def __init__(self, boot: Boot, *, former: int = -1, mounted: bool = False) -> None:
@@ -1480,11 +1454,9 @@ class Sweep:
     def kept_fault(self, boot: Boot) -> Fault:
         """Return what there is to say of mounts whose entries stay whose they are."""
         mount = holding_mount(self.first_kept, mount_points())[0].rstrip("/")
-        return Fault(
-            f"{self.kept} entries of mounts below {shown(boot.home)} are not {USER}'s and stay so,"
-            f" the first in {shown(mount)}",
-            f"if {USER} is to write there: chown -hR {self.uid}:{self.gid} on the host, in what is mounted",
-        )
+        found = f"{self.kept} entries of mounts below {shown(boot.home)} are not {USER}'s and stay so"
+        fix = f"if {USER} is to write there: chown -hR {self.uid}:{self.gid} on the host, in what is mounted"
+        return Fault(f"{found}, the first in {shown(mount)}", fix)
 
     def may_change(self, status: os.stat_result) -> bool:
         """Return whether root may act on an entry, by its descriptor's status."""
@@ -1549,7 +1521,7 @@ class Sweep:
                 elif self.may_change(status):
                     self.change(entry.name, fd, status, True)
         self.checked += checked
-        self.counts[self.index] = self.checked
+        self.counts[self.index] += checked
         if not self.index:
             self.progress.tell(self.so_far)
         if (own.st_uid != uid or own.st_gid != gid) and not (theirs and self.keep(".", fd, own)):
@@ -1740,11 +1712,12 @@ class Sweep:
         import select
 
         self.counts = memoryview(mmap.mmap(-1, 8 * MOST_SWEEPERS)).cast("q")
+        self.counts[0] = self.checked
         workers = min(MOST_SWEEPERS, len(os.sched_getaffinity(0)))
         children = [self.fork(work, index) for index in range(1, workers)]
         work()
         os.close(tokens)
-        for child, result in children:
+        for index, (child, result) in enumerate(children, 1):
             while not select.select([result], [], [], 1)[0]:
                 self.progress.tell(self.so_far)
             with open(result, "rb") as file:
@@ -1753,11 +1726,14 @@ class Sweep:
                 self.add(data)
                 continue
             warn("a process that checked owners was ended, most likely for want of memory; its work is done again")
+            self.counts[index] = 0
             for path, place in folders:
                 self.below(home, path, place, self.tree)
 
     def fork(self, work: Callable[[], int], index: int) -> tuple[int, int]:
         """Start a process, the index-th, that works and writes what it counted; return its pid and where to read."""
+        import marshal
+
         result, output = os.pipe()
         sys.stderr.flush()
         child = os.fork()
@@ -1765,38 +1741,32 @@ class Sweep:
             self.index = index
             self.reset()
             code = guarded(work)
-            values = [str(getattr(self, name)) for name in self.COUNTS + self.WORDS]
-            os.write(output, os.fsencode("\0".join(values)))
+            os.write(output, marshal.dumps([getattr(self, name) for name in self.COUNTED]))
             os._exit(code)
         os.close(output)
         return child, result
 
     def add(self, data: bytes) -> None:
         """Add what another process counted."""
-        values = os.fsdecode(data).split("\0")
-        for name, value in zip(self.COUNTS, values[: len(self.COUNTS)], strict=True):
-            setattr(self, name, getattr(self, name) + int(value))
-        for name, value in zip(self.WORDS, values[len(self.COUNTS) :], strict=True):
-            setattr(self, name, getattr(self, name) or value)
+        import marshal
+
+        for name, value in zip(self.COUNTED, marshal.loads(data), strict=True):
+            ours = getattr(self, name)
+            setattr(self, name, ours or value if isinstance(value, str) else ours + value)
 
     def report(self, boot: Boot) -> None:
         """Say what was changed, what could not be, and what was left alone for safety."""
         if self.changed:
-            boot.announce(
-                f"give {self.changed} of {self.checked} entries on {shown(boot.home)} to {self.uid}:{self.gid}"
-            )
+            total = f"{self.changed} of {self.checked} entries"
+            boot.announce(f"give {total} on {shown(boot.home)} to {self.uid}:{self.gid}")
         if self.failed:
-            warn(
-                f"{self.failed} entries on {shown(boot.home)} could not be given to {self.uid}:{self.gid},"
-                f" the first: {self.failure};"
-                " going on, since a rootless engine, NFS, a NAS or a read-only mount may refuse that and still work"
-            )
+            text = f"{self.failed} entries on {shown(boot.home)} could not be given to {self.uid}:{self.gid}"
+            why = "since a rootless engine, NFS, a NAS or a read-only mount may refuse that and still work"
+            warn(f"{text}, the first: {self.failure}; going on, {why}")
         if self.kept:
             warn(self.kept_fault(boot))
         if self.deep:
-            warn(
-                f"{self.deep} folders on {shown(boot.home)} are over {MOST_LEVELS} levels down, so they were left alone"
-            )
+            warn(f"{self.deep} folders on {shown(boot.home)} are over {MOST_LEVELS} levels down and were left alone")
         if self.left_behind:
             warn(
                 f"{USER} was another user before; {self.left_behind} entries at the top of {shown(boot.home)} that are"
@@ -1812,8 +1782,6 @@ class Sweep:
 
 class Level:
     """A folder on the way down through a tree: which it is, and which of its folders are still to be checked."""
-
-    __slots__ = ("cut", "inode", "listed", "names")
 
     def __init__(self, sweep: Sweep, fd: int, place: MountId, names: list[str] | None = None) -> None:
         room = sweep.room() if names is None else len(names)
@@ -1896,9 +1864,7 @@ def mount_faults(boot: Boot) -> list[Fault]:
         faults.append(Fault(text, f"remove the mount; put what is to stay on {HOME}"))
     if loses_wal(kind := holding_mount(boot.home, mounts)[1]):
         text = f"{shown(boot.home)} is on {kind}, where SQLite's WAL is not safe, so state.db may be damaged"
-        fix = (
-            "keep it on a disk of the engine's own, such as a named volume; hermes-agent 0.19 has no setting that helps"
-        )
+        fix = "keep it on a disk of the engine's own, such as a named volume; no setting of hermes-agent 0.19 helps"
         faults.append(Fault(text, fix))
     return faults
 
@@ -1916,14 +1882,9 @@ def own_volume(boot: Boot) -> None:
     try:
         sweep = sweep_volume(boot)
     except PermissionError as error:
-        warn(
-            f"{shown(boot.home)} cannot be looked into by root here ({reason(error)}), so owners stay as they are;"
-            " hermes may be able to"
-        )
+        warn(f"{shown(boot.home)} cannot be looked into by root ({reason(error)}), so owners stay as they are")
     except OSError as error:
-        raise Fatal(
-            f"HERMES_HOME={boot.home!r} {described(error)}; every folder on the way to it must be a plain one"
-        ) from error
+        raise Fatal(f"HERMES_HOME={boot.home!r} {described(error)}; make all on the way to it plain folders") from error
     else:
         sweep.report(boot)
 
@@ -1962,9 +1923,7 @@ def make_home(boot: Boot) -> None:
     try:
         os.close(trusted_folder(boot.home, make=True).fd)
     except OSError as error:
-        raise Fatal(
-            f"HERMES_HOME={boot.home!r} cannot be made a folder: {reason(error)}; mount a volume there"
-        ) from error
+        raise Fatal(f"HERMES_HOME={boot.home!r} cannot be made: {reason(error)}; mount a volume there") from error
 
 
 def is_managed_file(name: str) -> bool:
@@ -2001,10 +1960,10 @@ def seeds(boot: Boot) -> list[tuple[str, int, bytes]]:
     for name, mode, template in TEMPLATES:
         try:
             with open(f"{IMAGE}/{template}", "rb") as file:
-                content = file.read()
+                data = file.read()
         except OSError:
-            content = BUILT_IN[name].encode()
-        result.append((name, mode, content))
+            data = BUILT_IN[name].encode()
+        result.append((name, mode, data))
     if auth := boot.environment.get("HERMES_AUTH_JSON_BOOTSTRAP"):
         result.append(("auth.json", 0o600, os.fsencode(auth)))
     if state := boot.setting("HERMES_GATEWAY_BOOTSTRAP_STATE"):
@@ -2023,9 +1982,8 @@ def open_home(boot: Boot) -> Folder:
         raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; mount a volume there, or correct it") from None
     except OSError as error:
         where = barred(boot.home)
-        about = (
-            "it" if where == os.path.realpath(boot.home) else f"{shown(where)} on the way, which hermes may not enter,"
-        )
+        on_the_way = f"{shown(where)} on the way, which hermes may not enter,"
+        about = "it" if where == os.path.realpath(boot.home) else on_the_way
         raise Fatal(
             f"{shown(boot.home)} cannot be read by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)};"
             f" {about} {owner_and_mode(where)}; let hermes in, or set HERMES_HOME to a folder elsewhere"
@@ -2062,8 +2020,8 @@ def seed(boot: Boot) -> int:
         fresh = home.stat("config.yaml") is None
         for path in MANAGED_FOLDERS:
             seed_folder(boot, home, path)
-        for name, mode, content in seeds(boot):
-            seed_file(boot, home, name, mode & ~umask, content)
+        for name, mode, data in seeds(boot):
+            seed_file(boot, home, name, mode & ~umask, data)
         check_files(home)
         check_packages(boot)
         remove_install_method(boot, home)
@@ -2088,9 +2046,8 @@ def check_files(home: Folder) -> None:
         if not found or not stat.S_ISREG(found.st_mode):
             continue
         if not os.access(name, os.R_OK, dir_fd=home.fd):
-            warn(
-                f"{name} on the volume cannot be read by hermes: it {owner_and_mode(name, home.fd)}; give it to hermes"
-            )
+            whose = owner_and_mode(name, home.fd)
+            warn(f"{name} on the volume cannot be read by hermes: it {whose}; give it to hermes")
         elif found.st_mode & 0o004 and name == ".env":
             mode = stat.S_IMODE(found.st_mode)
             warn(f"{name} on the volume can be read by everyone (mode {mode:04o}); run `hermes-boot doctor --fix`")
@@ -2121,11 +2078,9 @@ def try_volume(boot: Boot, home: Folder) -> None:
             warn(f"{shown(boot.home)}: {reason(error)}; free some space, or gateways will not start well")
             return
         status = os.fstat(home.fd)
-        advice = (
-            f"start with HERMES_UID={status.st_uid} HERMES_GID={status.st_gid}"
-            if status.st_uid
-            else "chown it on the host"
-        )
+        advice = "chown it on the host"
+        if status.st_uid:
+            advice = f"start with HERMES_UID={status.st_uid} HERMES_GID={status.st_gid}"
         if os.geteuid() != status.st_uid and boot.by_group:
             advice = "give it to group 0 (chgrp -R 0, chmod -R g+rwX)"
         if error.errno == errno.EROFS:
@@ -2184,7 +2139,7 @@ def seed_folder(boot: Boot, home: Folder, path: str) -> None:
         warn(f"{path} on the volume {described(error)}; put a plain folder there")
 
 
-def seed_file(boot: Boot, home: Folder, name: str, mode: int, content: bytes) -> None:
+def seed_file(boot: Boot, home: Folder, name: str, mode: int, data: bytes) -> None:
     """Put a file in place unless something has its name, be that a dangling link."""
     if found := home.stat(name):
         if name in BOOTSTRAPS and not stat.S_ISREG(found.st_mode):
@@ -2193,7 +2148,7 @@ def seed_file(boot: Boot, home: Folder, name: str, mode: int, content: bytes) ->
     if not boot.announce(f"seed {name}"):
         return
     try:
-        home.write(name, content, mode, replace=False)
+        home.write(name, data, mode, replace=False)
     except OSError as error:
         warn(f"{name} could not be seeded: {reason(error)}; the next boot tries again")
 
@@ -2204,14 +2159,8 @@ def sync_skills(boot: Boot) -> None:
     if not os.path.isdir(bundled):
         return
     environment = program_environment(boot.environment) | {"HERMES_BUNDLED_SKILLS": bundled}
-    script = next(
-        (
-            path
-            for path in (f"{IMAGE}/tools/skills_sync.py", *installed("tools/skills_sync.py"))
-            if os.path.exists(path)
-        ),
-        "",
-    )
+    paths = f"{IMAGE}/tools/skills_sync.py", *installed("tools/skills_sync.py")
+    script = next(filter(os.path.exists, paths), "")
     if not script or not boot.announce("sync the bundled skills"):
         return
     if code := run_helper([f"{VENV}/bin/python", script], environment):
@@ -2220,14 +2169,9 @@ def sync_skills(boot: Boot) -> None:
 
 def installed(pattern: str) -> list[str]:
     """Return a path in each site-packages of the venv."""
-    try:
-        return [
-            f"{VENV}/lib/{name}/site-packages/{pattern}"
-            for name in os.listdir(f"{VENV}/lib")
-            if name.startswith("python3")
-        ]
-    except OSError:
-        return []
+    folder = f"{VENV}/lib"
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return [f"{folder}/{name}/site-packages/{pattern}" for name in names if name.startswith("python3")]
 
 
 def image_version() -> str:
@@ -2247,25 +2191,25 @@ def volume_version(home: Folder) -> str:
         return ""
 
 
-VERSION_SCHEME = r"""v?(?:(\d+)!)?(\d+(?:\.\d+)*)(?:[-_.]?(alpha|a|beta|b|preview|pre|c|rc)[-_.]?(\d*))?
-(?:-(\d+)|[-_.]?(post|rev|r)[-_.]?(\d*))?(?:[-_.]?(dev)[-_.]?(\d*))?(?:\+[a-z0-9._-]+)?"""
+VERSION_WORDS = ("dev", "a", "b", "rc", "", "post")  # in PEP 440's order; "" is a version's end; numbers come last
 
 
-def version_key(version: str) -> tuple[Any, ...]:
-    """Return what sorts versions in PEP 440's order, but for local ones; what is no version comes first."""
+def version_key(version: str) -> list[tuple[int, int]]:
+    """Return what sorts versions, in their normal form or with a v, as PEP 440 does; what is none comes first."""
     import re  # 8 ms, so only where two versions differ
 
-    match = re.fullmatch(VERSION_SCHEME.replace("\n", ""), version.strip().lower(), re.ASCII)
-    if not match:
-        return (-1,)
-    epoch, release, pre, pre_number, post, post_word, post_number, dev, dev_number = match.groups()
-    numbers = [int(number) for number in release.split(".")]
-    while numbers and numbers[-1] == 0:
-        numbers.pop()
-    # alpha, beta and candidate come by their letter, before a final release; one that is only in development before all
-    stage = {"p": "r", "c": "r"}.get(pre[0], pre[0]) if pre else "" if dev and post is post_word is None else "z"
-    after = int(post or post_number or 0) if post or post_word else -1
-    return int(epoch or 0), numbers, stage, int(pre_number or 0), after, not dev, int(dev_number or 0)
+    epoch, _, public = version.strip().removeprefix("v").partition("+")[0].rpartition("!")
+    key: list[tuple[int, int]] = []
+    for part in [epoch or "0", *re.findall(r"[0-9]+|[^0-9.]+", public), ""] if public else []:
+        if part.isascii() and part.isdecimal():
+            key.append((len(VERSION_WORDS), int(part)))
+        elif part not in VERSION_WORDS:
+            return []
+        else:
+            while key and key[-1][1] == 0:
+                key.pop()  # 1.0 is 1
+            key.append((VERSION_WORDS.index(part), 1))
+    return key
 
 
 def is_newer(version: str, than: str) -> bool:
@@ -2293,9 +2237,7 @@ def migrate_config(boot: Boot) -> int:
     when one was not migrated, which is tried again at the next boot. What the agent says is in logs/."""
     version, code = image_version(), 0
     with open_home(boot) as home, home.make("logs") as logs:
-        fd = os.open(
-            MIGRATION_LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=logs.fd
-        )
+        fd = logs.open(MIGRATION_LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for profile, folder in open_profiles(boot, home, None):
             if folder and is_older_config(folder):
                 failure = migration_failure(boot, folder, profile.name, fd)
@@ -2340,11 +2282,8 @@ def migration_failure(boot: Boot, folder: Folder, profile: str, log: int) -> str
         done = subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     except OSError as error:
         return f"not migrated: {HERMES}: {reason(error)}"
-    return (
-        f"migration ended with code {shell_code(done.returncode)}; logs/{MIGRATION_LOG} says why"
-        if done.returncode
-        else ""
-    )
+    failed = f"migration ended with code {shell_code(done.returncode)}; logs/{MIGRATION_LOG} says why"
+    return failed if done.returncode else ""
 
 
 def back_up_config(folder: Folder) -> None:
@@ -2396,8 +2335,6 @@ MOST_PROFILES = 20_000
 class Profile:
     """What the reconciler found of one profile, and what it makes of that."""
 
-    __slots__ = ("action", "fault", "name", "prior_exit", "prior_state")
-
     def __init__(
         self, name: str, prior_state: str | None, action: str, fault: Fault | None = None, prior_exit: str = ""
     ) -> None:
@@ -2421,9 +2358,7 @@ def profile_folder(home: Folder, profile: str) -> Folder:
 def name_fault(name: str) -> Fault | None:
     """Return what keeps a name from being a profile's."""
     if not set(name) <= PROFILE_NAME or name[:1] in ("", "-", "_"):
-        return Fault(
-            "a profile's name has only a-z 0-9 _ and -, and begins with a letter or digit", "rename the folder"
-        )
+        return Fault("a profile's name has only a-z 0-9 _ -, and begins with a letter or digit", "rename the folder")
     if len(SLOT_PREFIX + name) > SLOT_NAME_LIMIT:
         return Fault(f"the name is longer than {SLOT_NAME_LIMIT - len(SLOT_PREFIX)} characters", "rename the folder")
     return None
@@ -2486,15 +2421,6 @@ def prior_exit(folder: Folder, state: dict[str, object]) -> str:
         return "unknown"
 
 
-def mode_of(folder: Folder, name: str) -> str:
-    """Return an entry's mode and owner, to follow what is wrong with it."""
-    try:
-        status = folder.stat(name)
-    except OSError:
-        return ""
-    return f", mode {stat.S_IMODE(status.st_mode):04o}, owner {status.st_uid}:{status.st_gid}" if status else ""
-
-
 def soul_fault(folder: Folder) -> Fault | None:
     """Return why a folder is not a profile by its SOUL.md."""
     status = folder.stat("SOUL.md")
@@ -2516,7 +2442,7 @@ def container_words() -> list[str]:
     runs the wrapper, or of the fallback init.
     """
     fallback = read_pid_file(SUPERVISOR_PROCESS)  # among others' processes, in a shared PID namespace
-    for process in [fallback] if fallback else first_processes():
+    for process in [fallback] if fallback else [1, *families().get(1, [])]:
         try:
             line = [os.fsdecode(word) for word in content(f"/proc/{process}/cmdline").split(b"\0")[:-1]]
         except OSError:
@@ -2524,16 +2450,6 @@ def container_words() -> list[str]:
         if words := wrapped_words(line, process in (1, fallback)):
             return words[2:] if words[1:2] == [USER] else words[1:]
     return []
-
-
-def first_processes() -> Iterator[int]:
-    """Yield PID 1 and its children; those that the kernel lists first: hundreds of others are s6's supervisors."""
-    yield 1
-    try:
-        yield from map(int, content("/proc/1/task/1/children").split())
-    except OSError:
-        pass  # not every kernel has that, and it may miss one while another ends
-    yield from families().get(1, [])
 
 
 def wrapped_words(line: list[str], is_init: bool) -> list[str]:
@@ -2567,8 +2483,8 @@ def descendants(process: int) -> list[int]:
 def run_profile(boot: Boot, command: list[str], home: Folder) -> str | None:
     """Return the profile that the container was started to run, as it was done before there was a supervisor."""
     option, words = profile_option(command)
-    supervised = "--no-supervise" not in words and not switch(boot.setting("HERMES_GATEWAY_NO_SUPERVISE"))
-    if words[:2] != ["gateway", "run"] or not supervised:
+    in_foreground = "--no-supervise" in words or switch(boot.setting("HERMES_GATEWAY_NO_SUPERVISE"))
+    if words[:2] != ["gateway", "run"] or in_foreground:
         return None
     return chosen_profile(option, boot.environment, None if is_multiplexed(boot) else home)
 
@@ -2608,27 +2524,23 @@ def is_multiplexed(boot: Boot, name: str = "") -> bool:
 
 def yaml_value(text: str, key: str, section: str) -> str:
     """Return what a YAML file has for a key at the top or, unless it is there, in a section, "" for nothing. No more of
-    YAML is understood than people write for such a key: block style, a section in braces, quotes and comments."""
+    YAML is understood than the agent and most people write for such a key: block style, quotes and comments."""
     top = nested = None
     inside, indent = False, 0
     for line in text.splitlines() if key in text else ():
         bare = line.strip()
         depth = len(line) - len(line.lstrip(" "))
         name, _, value = f"{bare} ".partition(": ")
-        name, value = name.strip("\"' "), value.partition(" #")[0].strip()
+        name, value = name.strip("\"' "), value.partition(" #")[0].strip("\"' ")
         if not bare or bare.startswith("#"):
             continue
         if depth == 0:
             inside, indent = name == section, 0
             top = value if name == key else top
-            pairs = value.strip("{}").split(",") if inside and value.startswith("{") else []
-        else:
+        elif inside:
             indent = indent or depth
-            pairs = [bare] if inside and depth == indent else []
-        for pair in pairs:
-            name, _, value = f"{pair} ".partition(": ")
-            nested = value.partition(" #")[0] if name.strip("\"' ") == key else nested
-    return (top if top is not None else nested or "").strip("\"' ")
+            nested = value if name == key and depth == indent else nested
+    return top if top is not None else nested or ""
 
 
 def list_profiles(boot: Boot, home: Folder, running: str | None) -> list[Profile]:
@@ -2653,33 +2565,24 @@ def open_profiles(boot: Boot, home: Folder, running: str | None) -> Iterator[tup
     except FileNotFoundError:
         pass
     except OSError as error:
-        warn(
-            f"profiles on the volume {described(error)}, so no profile but default has a gateway;"
-            " put a plain folder there"
-        )
+        warn(f"profiles on the volume {described(error)}, so default alone has a gateway; put a plain folder there")
 
 
 def profile_names(profiles: Folder) -> list[str]:
-    """Return the entries of profiles/ that could be profiles, in name order; of more than MOST_PROFILES only those that
-    are, up to that number, since hermes can make millions."""
+    """Return the entries of profiles/ that could be profiles, in name order. hermes can make millions: of more than
+    MOST_PROFILES only those with a SOUL.md, and twice as many at most."""
     names: list[str] = []
-    many = False
     with os.scandir(profiles.fd) as listing:
         for entry in listing:
-            if entry.is_symlink() or entry.is_dir(follow_symlinks=False):
+            if not (entry.is_symlink() or entry.is_dir(follow_symlinks=False)):
+                continue
+            if len(names) < MOST_PROFILES or os.access(f"{entry.name}/SOUL.md", os.F_OK, dir_fd=profiles.fd):
                 names.append(entry.name)
-            if len(names) > 2 * MOST_PROFILES:
-                many, names = True, real_profiles(profiles, names)
-    if many:
-        names = real_profiles(profiles, names)
-        warn(f"profiles on the volume has over {MOST_PROFILES} entries; those without SOUL.md are not looked at")
+            if len(names) == 2 * MOST_PROFILES:
+                break
+    if len(names) >= MOST_PROFILES:
+        warn(f"profiles on the volume has over {MOST_PROFILES} entries; not all without SOUL.md are looked at")
     return sorted(names, key=os.fsencode)
-
-
-def real_profiles(profiles: Folder, names: list[str]) -> list[str]:
-    """Return the first MOST_PROFILES names, in order, of folders that have a SOUL.md."""
-    found = [name for name in names if os.access(f"{name}/SOUL.md", os.F_OK, dir_fd=profiles.fd)]
-    return sorted(found, key=os.fsencode)[:MOST_PROFILES]
 
 
 def inspect(boot: Boot, profiles: Folder, name: str, running: str | None) -> tuple[Profile, Folder | None] | None:
@@ -2697,7 +2600,8 @@ def inspect(boot: Boot, profiles: Folder, name: str, running: str | None) -> tup
             if not fault:
                 return decide(boot, folder, name, running), folder
     except OSError as error:
-        fault = Fault(f"profiles/{shown(name)} {described(error)}{mode_of(profiles, name)}", "fix or remove it")
+        found = f"profiles/{shown(name)} {described(error)}: it {owner_and_mode(name, profiles.fd)}"
+        fault = Fault(found, "fix or remove it")
     if folder:
         os.close(folder.fd)
     return Profile(name, None, "skipped", fault), None
@@ -2740,14 +2644,6 @@ ENDING = ".s6-svscan/hermes-ending"  # in the scandir while the container ends
 STOP_TIMEOUT = 30  # seconds until SIGKILL, unless HERMES_GATEWAY_STOP_TIMEOUT says otherwise
 BACK_OFF_LIMIT = 60  # seconds
 LOGGER_MEMORY = 16 << 10  # KiB of address space; s6-log keeps all that the container's stderr does not take
-
-
-def shell_word(path: str) -> str:
-    """Return a path as one word of a shell, to paste: what may mean something there or to a terminal is escaped."""
-    if path.isascii() and path.isprintable():
-        return quoted(path)
-    plain = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-")
-    return "$'" + "".join(chr(byte) if byte in plain else f"\\x{byte:02x}" for byte in os.fsencode(path)) + "'"
 
 
 def quoted(text: str) -> str:
@@ -2839,11 +2735,14 @@ def slot_files(
     }
 
 
-def put(folder: Folder, name: str, content: str, mode: int) -> None:
-    """Write a file of a slot that nobody reads yet."""
-    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode, dir_fd=folder.fd)
-    os.write(fd, os.fsencode(content))
-    os.close(fd)
+def put(folder: Folder, name: str, text: str, mode: int) -> None:
+    """Write a file of a slot that nobody reads yet, whole. Raises OSError."""
+    fd, data = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode, dir_fd=folder.fd), os.fsencode(text)
+    try:
+        if os.write(fd, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(fd)
 
 
 def make_skeleton(folder: Folder, path: str, group: int | None) -> None:
@@ -2898,8 +2797,8 @@ def build(
         if "log/run" in files:
             os.mkdir("log", 0o755, dir_fd=slot.fd)
             make_skeleton(slot, "log/", group)
-        for path, (content, mode) in files.items():
-            put(slot, path, content, mode)
+        for path, (text, mode) in files.items():
+            put(slot, path, text, mode)
         make_fifo(slot, "back-off", 0o600, 0o660, group)  # finish reads it
         if not start:
             put(slot, "down", "", 0o644)
@@ -2913,15 +2812,15 @@ def refresh(
     lock: who manages the slot has that."""
     wanted = dict(files) if start else files | {"down": ("", 0o644)}
     with scandir.folder(name) as slot:
-        for path, (content, mode) in wanted.items():
+        for path, (text, mode) in wanted.items():
             with slot.make(os.path.dirname(path) or ".") as folder:
                 file = os.path.basename(path)
                 try:
                     current = folder.read(file, STATE_LIMIT)
                 except OSError:
                     current = None
-                if current != content.encode():
-                    folder.replace(file, content.encode(), mode)
+                if current != text.encode():
+                    folder.replace(file, text.encode(), mode)
         if start and slot.stat("down"):
             slot.remove("down")
         if slot.stat("back-off") is None:
@@ -2960,7 +2859,7 @@ def slot_limit(scandir: str) -> tuple[int, Fault]:
         return sys.maxsize, FULL
     room, count = os.statvfs(scandir), sum(name.startswith(SLOT_PREFIX) for name in os.listdir(scandir))
     spare = room.f_bavail * room.f_frsize - SPARE_SPACE - count * SLOT_GROWTH
-    limit = count + max(0, spare) // SLOT_SPACE
+    limit = count + max(0, spare) // SLOT_SPACE if room.f_blocks else SLOT_LIMIT  # ramfs tells nothing
     return (SLOT_LIMIT, FULL) if limit >= SLOT_LIMIT else (limit, NO_SPACE)
 
 
@@ -3013,10 +2912,8 @@ def setup(boot: Boot) -> int:
     """Remap, own, seed and migrate. Raises Fatal for what the boot cannot work around."""
     euid, image_owner = os.geteuid(), boot.owner
     if euid == 0 and (missing := missing_capabilities()):
-        raise Fatal(
-            f"root lacks {' and '.join(missing)}; add with --cap-add,"
-            f" or start with `--user {boot.owner[0]}:{boot.owner[1]}`"
-        )
+        them = " and ".join(missing)
+        raise Fatal(f"root lacks {them}; add with --cap-add, or start with `--user {boot.owner[0]}:{boot.owner[1]}`")
     if euid not in (0, boot.owner[0]):
         raise Fatal(
             f"started as UID {euid}, which is not {USER}'s; drop `--user` and set HERMES_UID={euid}"
@@ -3174,10 +3071,7 @@ def reconcile_phase(boot: Boot) -> int:
     """Give every profile a slot, as hermes, after handing it the scandir."""
     if supervised() and os.path.exists(SETUP_FAILED):
         if os.path.basename(sys.argv[0]) not in ROLES:  # at a boot the setup has just said why
-            say(
-                "error",
-                f"the last setup has failed ({SETUP_FAILED}); run `hermes-boot setup`, or restart the container",
-            )
+            say("error", f"the last setup failed ({SETUP_FAILED}); run `hermes-boot setup`, or restart the container")
         return 1
     command = container_words()
     if why := no_gateways(boot, command):
@@ -3246,9 +3140,8 @@ def own_services(boot: Boot) -> None:
     try:
         folder = trusted_folder(boot.scandir, make=True)
     except OSError as error:
-        raise Fatal(
-            f"the scandir {shown(boot.scandir)} {described(error)}, so no gateway can run; make it a writable folder"
-        ) from error
+        text = f"the scandir {shown(boot.scandir)} {described(error)}, so no gateway can run"
+        raise Fatal(f"{text}; make it a writable folder") from error
     with folder as scandir:
         if os.geteuid() != 0:
             return
@@ -3262,10 +3155,8 @@ def own_services(boot: Boot) -> None:
         except FileNotFoundError:
             pass  # no s6-svscan watches it
         except OSError as error:
-            warn(
-                f"the scandir {shown(boot.scandir)} {described(error)}, so no gateway can be added;"
-                " restart the container"
-            )
+            text = f"the scandir {shown(boot.scandir)} {described(error)}"
+            warn(f"{text}, so no gateway can be added; restart the container")
         own_static_services(boot, scandir, whole=not boot.sealed)
 
 
@@ -3376,9 +3267,8 @@ def register(
         publish(scandir, name, found, slot_files(profile.name, timeout, None, to_folder=not log_fault), start=start)
     except OSError as error:
         profile.action = "skipped"
-        profile.fault = Fault(
-            f"its slot could not be made ({reason(error)})", "make the scandir writable for hermes, with space left"
-        )
+        fix = "make the scandir writable for hermes, with space left"
+        profile.fault = Fault(f"its slot could not be made ({reason(error)})", fix)
 
 
 def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
@@ -3390,10 +3280,7 @@ def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
             found = logs.stat(BOOT_LOG)
             if found and stat.S_ISREG(found.st_mode) and found.st_size >= BOOT_LOG_LIMIT:
                 os.rename(BOOT_LOG, f"{BOOT_LOG}.1", src_dir_fd=logs.fd, dst_dir_fd=logs.fd)
-            fd = os.open(
-                BOOT_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644, dir_fd=logs.fd
-            )
-            with open(fd, "wb") as file:
+            with open(logs.open(BOOT_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), "wb") as file:
                 file.write("".join(lines).encode())
     except OSError as error:
         warn(f"logs/{BOOT_LOG} {described(error)}; this boot is only on stderr")
@@ -3446,8 +3333,6 @@ def end_back_off(slot: str) -> None:
 class SlotStatus:
     """What s6-supervise says of a slot: the process (0: none), whether that is finish, whether s6 wants it up, since
     when (seconds since 1970), and, while it is not up, how it ended (a wait status, see wait(2))."""
-
-    __slots__ = ("ended", "finishing", "pid", "since", "wanted")
 
     def __init__(self, pid: int, finishing: bool, wanted: bool, since: float, ended: int) -> None:
         self.pid, self.finishing, self.wanted, self.since, self.ended = pid, finishing, wanted, since, ended
@@ -3544,15 +3429,15 @@ def stray_supervisors(scandir: str) -> list[str]:
     return strays
 
 
-def let_go(scandir: str, supervised: Callable[[], bool], logged: Callable[[], bool], timeout: float) -> bool:
+def let_go(scandir: str, watched: Callable[[], bool], logged: Callable[[], bool], timeout: float) -> bool:
     """Have s6-svscan end the supervisors of slots that are gone; return whether a slot's supervisor ends within timeout
     seconds, and its logger's. That ends with the last writer of its pipe; where a child of the gateway's has kept that,
     a second is enough."""
     rescan(scandir, b"an")
-    until(lambda: not supervised(), timeout)
+    until(lambda: not watched(), timeout)
     if not until(lambda: not logged(), 1):
         rescan(scandir, b"aN")
-    return until(lambda: not supervised() and not logged(), 5)
+    return until(lambda: not watched() and not logged(), 5)
 
 
 def end_group(group: str) -> None:
@@ -3722,10 +3607,8 @@ class S6ServiceManager:
                 state = load_state(data) if data else {}
             except ValueError:
                 folder.replace(f"{STATE_FILE}.bad", data or b"", 0o600)
-                warn(
-                    f"{STATE_FILE} of {profile} was no JSON object that can be read and starts anew;"
-                    f" the old one is {STATE_FILE}.bad"
-                )
+                what = f"{STATE_FILE} of {profile} was no JSON object that can be read"
+                warn(f"{what} and starts anew; the old one is {STATE_FILE}.bad")
                 state = {}
             if state.get("desired_state") == desired and data:
                 return data
@@ -3740,10 +3623,8 @@ class S6ServiceManager:
         except FileNotFoundError:
             return  # a slot whose profile is gone has no intent to keep
         except OSError as error:
-            raise CommandFailed(
-                f"{profile}: done, but {STATE_FILE} {described(error)}, so the next boot will not know;"
-                " repair that, then repeat"
-            ) from error
+            what = f"{STATE_FILE} {described(error)}, so the next boot will not know; repair that, then repeat"
+            raise CommandFailed(f"{profile}: done, but {what}") from error
 
     def state_of(self, profile: str) -> dict[str, object]:
         """Return a profile's state, empty where it has none that can be read."""
@@ -3843,9 +3724,8 @@ class S6ServiceManager:
                 failures[name] = CommandFailed(f"{name}: its slot cannot be used: {error}")
                 continue
             if not locks[-1].held:
-                failures[name] = CommandFailed(
-                    f"{name}: another command has been at work on it for {timeout:g} s; try again"
-                )
+                busy = f"another command has been at work on it for {timeout:g} s; try again"
+                failures[name] = CommandFailed(f"{name}: {busy}")
         return locks
 
     def tried(
@@ -3898,7 +3778,8 @@ class S6ServiceManager:
                 continue  # it takes its time, which is no failure
             unwatched = f"no supervisor answers within {timeout:g} s; run `hermes-boot doctor`"
             overdue = f"did not {aim} within {timeout:g} s"
-            failures[name] = CommandFailed(f"{name}: {unwatched if name in untold else overdue}")
+            lost = name in untold or slot_status(waiting[name]) is None
+            failures[name] = CommandFailed(f"{name}: {unwatched if lost else overdue}")
         return failures
 
     def told(self, slot: str, up: bool) -> bool:
@@ -3918,10 +3799,12 @@ class S6ServiceManager:
         """Return whether a slot is where it was told to be, or will not get there, which is a failure; began is when
         it was told, in seconds since 1970. A gateway is up once it says so, or has been up for START_SECONDS."""
         try:
-            slot, status = self.slot(name), self.status(name)
+            slot = self.slot(name)
         except GatewayError as error:
             failures[name] = error
             return True
+        if (status := slot_status(slot)) is None:
+            return False  # s6-supervise can be told before it has said anything
         if not up:
             return status.pid == 0
         ends = [ended for when, ended in deaths(slot) if when >= began]
@@ -4038,9 +3921,7 @@ class S6ServiceManager:
 
         patience = self.default_timeout(None)
         if strays() and not let_go(self.scandir, lambda: name in strays(), lambda: f"{name}/log" in strays(), patience):
-            raise CommandFailed(
-                f"{name}: a gateway without a slot has not ended within {patience:g} s; end it by its pid"
-            )
+            raise CommandFailed(f"{name}: a gateway without a slot runs on after {patience:g} s; end it by its pid")
 
     def unregister_profile_gateway(self, profile: str, *, timeout: float | None = None) -> None:
         """Stop a gateway within timeout seconds and remove its slot, supervisors and logger included.
@@ -4066,7 +3947,10 @@ class S6ServiceManager:
                 path = f"{self.scandir}/{removed}"
                 if not let_go(self.scandir, lambda: is_supervised(path), lambda: is_supervised(f"{path}/log"), 10):
                     raise CommandFailed(f"{profile}: its supervisors did not end within 10 s")
-                scandir.remove(removed)
+                try:
+                    scandir.remove(removed)
+                except PermissionError:
+                    pass  # some of it is root's; s6-svscan does not look at its name
         except FileNotFoundError:
             raise NotRegistered(f"no such gateway: {profile}; somebody else has just removed it") from None
         except OSError as error:
@@ -4106,7 +3990,7 @@ def command_timeout(environment: dict[str, str], *, waits: bool) -> int:
 def control(action: str, profile: str | None, every: bool, environment: dict[str, str]) -> int:
     """Start, stop or restart one gateway or all. Where root alone can give a profile its slot, that comes first."""
     if action != "stop" and not every and os.geteuid() == 0 and is_sealed(environment):
-        if code := register_as_root(Boot(environment), profile, missing=True):
+        if code := control_as_root(Boot(environment), action, profile):
             return code
     return by_hermes(command_timeout(environment, waits=True), control_as_hermes, action, profile, every, environment)
 
@@ -4122,57 +4006,35 @@ def control_as_hermes(action: str, profile: str | None, every: bool, environment
     return report_failures(failures)
 
 
-def register_as_root(boot: Boot, profile: str | None, *, missing: bool) -> int:
-    """In sealed mode: give a profile its slot, after hermes has looked at it; with missing, only if it has none."""
-    code, wanted = asked_by_hermes(boot, ask_for_profile, profile, missing)
+def control_as_root(boot: Boot, action: str, profile: str | None) -> int:
+    """In sealed mode: give a profile its slot, for `start` and `restart` only if it has none, or with `unregister`
+    remove it, after hermes has looked at it."""
+    code, wanted = asked_by_hermes(boot, ask_for_profile, action, profile)
     manager = S6ServiceManager(environment=boot.environment)
     for name, (start, to_folder) in wanted.items():
-        try:
-            files = slot_files(name, manager.stop_timeout, None, to_folder=to_folder)
-            manager.publish(name, files, start=start, group=boot.owner[1])
-        except GatewayError as error:
-            return report_failures({"": error})
+        if action == "unregister":
+            manager.withdraw(name)
+            print(f"{name}: unregistered")
+            continue
+        files = slot_files(name, manager.stop_timeout, None, to_folder=to_folder)
+        manager.publish(name, files, start=start, group=boot.owner[1])
         print(f"{name}: registered{', started' if start else ''}", flush=True)
     return 1 if code == OVERDUE else code
 
 
-def ask_for_profile(boot: Boot, option: str | None, missing: bool, output: int) -> int:
-    """As hermes: ask root for one profile's slot."""
+def ask_for_profile(boot: Boot, action: str, option: str | None, output: int) -> int:
+    """As hermes: ask root for one profile's slot, or to remove it once its gateway has ended."""
     manager = S6ServiceManager(environment=boot.environment)
-    profile = named_profile(manager, option)
-    try:
-        if missing and profile in manager.list_profile_gateways():
-            return 0
-        start = starts_by_itself(manager, profile)
-        to_folder = manager.made_ready(profile)
-    except GatewayError as error:
-        return report_failures({"": error})
-    ask_for(output, profile, start=start and not missing, to_folder=to_folder)
-    return 0
-
-
-def unregister_as_root(boot: Boot, profile: str | None) -> int:
-    """In sealed mode: stop a gateway as hermes, and remove its slot."""
-    manager = S6ServiceManager(environment=boot.environment)
-    code, wanted = asked_by_hermes(boot, end_profile, profile)
-    for name in wanted:
-        try:
-            manager.withdraw(name)
-        except GatewayError as error:
-            return report_failures({"": error})
-        print(f"{name}: unregistered")
-    return 1 if code == OVERDUE else code
-
-
-def end_profile(boot: Boot, option: str | None, output: int) -> int:
-    """As hermes: stop a gateway, and ask root to remove its slot."""
-    manager = S6ServiceManager(environment=boot.environment)
-    try:
-        profile = manager.valid(named_profile(manager, option))
+    profile, start, to_folder = named_profile(manager, option), False, False
+    if action == "unregister":
+        profile = manager.valid(profile)
         manager.end(profile)
-    except GatewayError as error:
-        return report_failures({"": error})
-    ask_for(output, profile, start=False, to_folder=False)
+    elif action in DONE and profile in manager.list_profile_gateways():
+        return 0
+    else:
+        start = starts_by_itself(manager, profile) and action not in DONE
+        to_folder = manager.made_ready(profile)
+    ask_for(output, profile, start=start, to_folder=to_folder)
     return 0
 
 
@@ -4205,52 +4067,38 @@ def starts_by_itself(manager: S6ServiceManager, profile: str) -> bool:
         raise NotRegistered(f"no such profile: {profile}; make it with `hermes profile create {profile}`") from None
 
 
-def gateway_command(boot: Boot, action: str, profile: str | None, every: bool, as_json: bool) -> int:
+def gateway_command(boot: Boot, action: str, profile: str | None, every: bool) -> int:
     """Run `hermes_boot.py gateway ...`; return the exit code."""
     if action in DONE:
         return control(action, profile, every, boot.environment)
-    manager = S6ServiceManager(environment=boot.environment)
     if action.endswith("register") and os.geteuid() == 0 and is_sealed(boot.environment):
-        return (
-            unregister_as_root(boot, profile)
-            if action == "unregister"
-            else register_as_root(boot, profile, missing=False)
-        )
+        return control_as_root(boot, action, profile)
     timeout = command_timeout(boot.environment, waits=action == "unregister")
-    return by_hermes(timeout, gateway_as_hermes, boot, manager, action, profile, every, as_json)
+    return by_hermes(timeout, gateway_as_hermes, boot, action, profile, every)
 
 
-def gateway_as_hermes(
-    boot: Boot, manager: S6ServiceManager, action: str, profile: str | None, every: bool, as_json: bool
-) -> int:
-    """As hermes: run what of `gateway` is neither start, stop nor restart."""
-    try:
-        if action == "list":
-            names = manager.list_profile_gateways()
-            print(to_json(names) if as_json else "".join(f"{name}\n" for name in names), end="\n" if as_json else "")
-            return 0
-        name = named_profile(manager, profile)
-        if action == "status":
-            return gateway_status(boot, manager, [] if every or profile is None else [name], as_json)
-        if action == "register":  # as the next boot would: started if its state says so
-            start = starts_by_itself(manager, name)
-            manager.register_profile_gateway(name, start_now=start)
-            print(f"{name}: registered{', started' if start else ''}")
-        else:
-            manager.unregister_profile_gateway(name)
-            print(f"{name}: unregistered")
+def gateway_as_hermes(boot: Boot, action: str, profile: str | None, every: bool) -> int:
+    """As hermes: run what of `gateway` is neither start, stop nor restart. `status` is about all gateways that have a
+    slot, unless a profile is given; it returns 0 when they are up, else 3. Raises GatewayError."""
+    manager = S6ServiceManager(environment=boot.environment)
+    if action == "list":
+        print("".join(f"{name}\n" for name in manager.list_profile_gateways()), end="")
         return 0
-    except GatewayError as error:
-        return report_failures({"": error})
-
-
-def gateway_status(boot: Boot, manager: S6ServiceManager, names: list[str], as_json: bool) -> int:
-    """Print the rows of some gateways, or of all that have a slot; return 0 when they are all up, else 3."""
-    names = [os.path.basename(manager.slot(name)).removeprefix(SLOT_PREFIX) for name in names]
-    with open_home(boot) as home:
-        rows = [row_of(boot, home, name) for name in in_order(names or manager.list_profile_gateways())]
-    print(to_json([row.as_dict() for row in rows]) if as_json else table(rows, []))
-    return 0 if all(row.state in ("up", "starting") for row in rows) else 3
+    name = named_profile(manager, profile)
+    if action == "status":
+        one = [] if every or profile is None else [os.path.basename(manager.slot(name)).removeprefix(SLOT_PREFIX)]
+        with open_home(boot) as home:
+            rows = [row_of(boot, home, name) for name in in_order(one or manager.list_profile_gateways())]
+        print(table(rows, []))
+        return 0 if all(row.state in ("up", "starting") for row in rows) else 3
+    if action == "register":  # as the next boot would: started if its state says so
+        start = starts_by_itself(manager, name)
+        manager.register_profile_gateway(name, start_now=start)
+        print(f"{name}: registered{', started' if start else ''}")
+    else:
+        manager.unregister_profile_gateway(name)
+        print(f"{name}: unregistered")
+    return 0
 
 
 def to_json(value: object) -> str:
@@ -4414,10 +4262,8 @@ def lay_out_run(boot: Boot) -> None:
         with trusted_folder(boot.scandir, make=True) as scandir:
             empty_scandir(boot, scandir)
     except OSError as error:
-        raise Fatal(
-            f"/run cannot be written ({reason(error)}); give it a tmpfs (--tmpfs /run:exec),"
-            " with `--user` one of that UID"
-        ) from error
+        advice = "give it a tmpfs (--tmpfs /run:exec), with `--user` one of that UID"
+        raise Fatal(f"/run cannot be written ({reason(error)}); {advice}") from error
     write_pid_file(SUPERVISOR_PROCESS)
 
 
@@ -4451,8 +4297,6 @@ class Service:
     """A service of the image's or of a derived one's: its name, kind, folder and what it needs, in the way of s6-rc's
     source definition directories (see s6-rc-compile); kind is `legacy` for one of /etc/services.d."""
 
-    __slots__ = ("copy", "folder", "kind", "name", "needs")
-
     def __init__(self, name: str, folder: str, kind: str = "") -> None:
         self.name, self.folder = name, f"{folder}/{name}"
         self.kind = kind or ("bundle" if name in BUNDLES else self.word("type"))
@@ -4477,9 +4321,8 @@ class Service:
     def names(self, what: str) -> list[str]:
         """Return the names in a folder of it, or in the file of its older form."""
         paths = names_in(f"{self.folder}/{what}.d")
-        return [os.path.basename(path) for path in paths] or [
-            line for line in self.word(what).split("\n") if line and not line.startswith("#")
-        ]
+        lines = [line for line in self.word(what).split("\n") if line and not line.startswith("#")]
+        return [os.path.basename(path) for path in paths] or lines
 
 
 def static_services(boot: Boot) -> list[Service]:
@@ -4505,10 +4348,8 @@ def static_services(boot: Boot) -> list[Service]:
         visit(bundle)
     if lost:
         warn(f"without s6-overlay these have no effect: {', '.join(map(shown, lost))}")
-    return [
-        *order.values(),
-        *(Service(os.path.basename(path), "/etc/services.d", "legacy") for path in names_in("/etc/services.d")),
-    ]
+    legacy = [Service(os.path.basename(path), "/etc/services.d", "legacy") for path in names_in("/etc/services.d")]
+    return [*order.values(), *legacy]
 
 
 def publish_services(boot: Boot, children: Children, environment: dict[str, str], services: list[Service]) -> None:
@@ -4671,10 +4512,6 @@ class Row:
     """What `status` says of one gateway; times are seconds since 1970, restarts those of the last minute, and
     waits_until is when a crash loop's next start is."""
 
-    __slots__ = (
-        *"name state since pid restarts wanted last_exit autostart why last_line".split(),
-        *"waits_until restarts_since_boot memory platforms".split(),
-    )
     name: str
     state: str
     since: float | None
@@ -4692,7 +4529,7 @@ class Row:
 
     def as_dict(self) -> dict[str, object]:
         """Return the row for JSON."""
-        return {field: getattr(self, field) for field in self.__slots__}
+        return {field: getattr(self, field) for field in Row.__annotations__}
 
 
 START_SECONDS = 3  # a gateway up for less is still starting, unless it has said more
@@ -4749,7 +4586,7 @@ def row_of(boot: Boot, home: Folder, name: str) -> Row:
     except FileNotFoundError:
         pass  # a slot whose profile is gone
     except OSError as error:
-        row.why = f"profiles/{name} {described(error)}{mode_of(home, f'profiles/{name}')}"
+        row.why = f"profiles/{name} {described(error)}: it {owner_and_mode(f'profiles/{name}', home.fd)}"
     add_what_s6_says(row, slot, state)
     row.last_line = (last_lines(home, name, 1) or [""])[0]
     return row
@@ -4896,11 +4733,8 @@ def terminal_width() -> int:
 
 def coloured(text: str, word: str) -> str:
     """Return text with the first of a word in its colour, on a terminal, unless NO_COLOR is set."""
-    colour = (
-        COLOURS.get(word, YELLOW if ", " in word else None)
-        if terminal_width() and not os.environ.get("NO_COLOR")
-        else None
-    )
+    plain = not terminal_width() or os.environ.get("NO_COLOR")
+    colour = None if plain else COLOURS.get(word, YELLOW if ", " in word else None)
     return text.replace(word, f"\033[{colour}m{word}\033[0m", 1) if colour else text
 
 
@@ -4930,9 +4764,8 @@ def table(rows: list[Row], services: list[Row]) -> str:
 def summary(rows: list[Row]) -> str:
     """Return how many gateways there are, and how many are in each state."""
     states = [row.state for row in rows]
-    counts = ", ".join(
-        f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states, key=states.count)[::-1])
-    )
+    by_number = dict.fromkeys(sorted(states, key=states.count, reverse=True))
+    counts = ", ".join(f"{states.count(state)} {state}" for state in by_number)
     return f"{len(rows)} gateway{'s' * (len(rows) != 1)}: {counts}"
 
 
@@ -4957,9 +4790,7 @@ def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | N
     while True:
         rows = rows_of(boot, profile)
         if not rows:
-            return report_failures(
-                {"": NotRegistered(f"no such profile: {shown(profile or '')}; `hermes-boot status` lists them")}
-            )
+            raise NotRegistered(f"no such profile: {shown(profile or '')}; `hermes-boot status` lists them")
         if not as_json and (why := no_gateways(boot, container_words())):
             warn(f"this container has no gateways, since {why}")
         elif not as_json and not supervisor_answers(boot.scandir):
@@ -4995,14 +4826,10 @@ def health(environment: dict[str, str], live: bool) -> int:
         print("live: the supervisor answers")
         return 0
     manager = S6ServiceManager(environment=environment)
-    statuses = {
-        profile: slot_status(f"{boot.scandir}/{SLOT_PREFIX}{profile}") for profile in manager.list_profile_gateways()
-    }
-    ill = [
-        f"{profile}: {why}"
-        for profile, status in statuses.items()
-        if (why := unhealthy_reason(manager, profile, status))
-    ]
+    slots = {profile: f"{boot.scandir}/{SLOT_PREFIX}{profile}" for profile in manager.list_profile_gateways()}
+    statuses = {profile: slot_status(slot) for profile, slot in slots.items()}
+    reasons = {profile: unhealthy_reason(manager, profile, status) for profile, status in statuses.items()}
+    ill = [f"{profile}: {why}" for profile, why in reasons.items() if why]
     ill += [f"{profile}: no slot" for profile in wanted_without_slot(boot, statuses)]
     wanted = sum(1 for status in statuses.values() if status and status.wanted)
     print(f"unhealthy: {'; '.join(ill)}" if ill else f"healthy: {wanted} up, {len(statuses) - wanted} not wanted")
@@ -5029,20 +4856,22 @@ def unhealthy_reason(manager: S6ServiceManager, profile: str, status: SlotStatus
 
 def wanted_without_slot(boot: Boot, registered: dict[str, SlotStatus | None]) -> list[str]:
     """Return the profiles that should run and have no slot, with room for one. No other one's files are read."""
+    found = []
     try:
         with open_home(boot) as home:
-            try:
-                with home.folder("profiles") as profiles:
-                    names = {"default", *profile_names(profiles)}
-            except OSError:
-                names = {"default"}
-            missing = names - set(registered)
-            if not missing or len(registered) >= slot_limit(boot.scandir)[0] or no_gateways(boot, container_words()):
+            names = ({"default"} | unregistered(home, set(registered), None)) - set(registered)
+            if not names or len(registered) >= slot_limit(boot.scandir)[0] or no_gateways(boot, container_words()):
                 return []
-            found = [profile for profile in list_profiles(boot, home, None) if profile.name in missing]
-    except Fatal:
-        return []
-    return sorted(profile.name for profile in found if profile.action == "started")
+            for name in sorted(names):
+                try:
+                    with profile_folder(home, name) as folder:
+                        if decide(boot, folder, name, None).action == "started":
+                            found.append(name)
+                except OSError:
+                    continue  # gone meanwhile, or it cannot be read, which is for doctor to say
+    except (OSError, Fatal):
+        pass  # nor can the volume
+    return found
 
 
 # Logs
@@ -5055,7 +4884,7 @@ MOST_ARCHIVES = 100  # files; s6-log keeps ten
 def open_log(logs: Folder, name: str) -> BinaryIO | None:
     """Open a log file of s6-log's, None when it is not there or is no plain file."""
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=logs.fd)
+        fd = logs.open(name, os.O_RDONLY)
     except OSError:
         return None
     if stat.S_ISREG(os.fstat(fd).st_mode):
@@ -5158,7 +4987,9 @@ def last_lines(home: Folder, profile: str, count: int) -> list[str]:
 
 
 def since_when(text: str) -> str:
-    """Return the timestamp, as s6-log writes it, that 30s, 10m, 2h, 1d or a date stands for. Raises ValueError."""
+    """Return the timestamp, as s6-log writes it, that 30s, 10m, 2h, 1d or a date is. Raises argparse's error."""
+    import argparse
+
     size = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
     if size and (number := number_in(text[:-1], 0, 10**9)) is not None:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(0, time.time() - number * size)))
@@ -5167,7 +4998,8 @@ def since_when(text: str) -> str:
             return time.strftime(layout, time.strptime(text.replace("T", " "), layout))
         except ValueError:
             continue
-    raise ValueError(f"{text!r} is neither a time span (30s, 10m, 2h, 1d) nor a date (2026-05-21, 2026-05-21T06:18)")
+    kinds = "a time span (30s, 10m, 2h, 1d) nor a date (2026-05-21, 2026-05-21T06:18)"
+    raise argparse.ArgumentTypeError(f"{text!r} is neither {kinds}")
 
 
 def show_logs(
@@ -5189,15 +5021,11 @@ def show_logs(
             for line in lines:
                 write_lines([line], harmless) if line else time.sleep(0.2)
     except FileNotFoundError:
-        return report_failures({"": NotRegistered(f"{name}: no log here; `hermes-boot status` lists the gateways")})
-    except GatewayError as error:
-        return report_failures({"": error})
+        raise NotRegistered(f"{name}: no log here; `hermes-boot status` lists the gateways") from None
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise
-        return report_failures(
-            {"": CommandFailed(f"logs/gateways/{name} {described(error)}; `hermes-boot doctor` looks further")}
-        )
+        raise CommandFailed(f"logs/gateways/{name} {described(error)}; `hermes-boot doctor` looks further") from error
     return 0
 
 
@@ -5230,8 +5058,6 @@ SLOW_WRITE = 0.5  # seconds for a small file, synced
 
 class Check:
     """One line of `doctor`: pass, warn or fail, what was looked at, what was found, and the command that fixes it."""
-
-    __slots__ = ("fix", "found", "level", "repair", "what")
 
     def __init__(
         self, level: str, what: str, found: str, fix: str = "", repair: Callable[[], str] | None = None
@@ -5279,9 +5105,8 @@ def doctor(boot: Boot, *, as_json: bool, fix: bool) -> int:
         fix_owners(boot)
         if is_sealed(boot.environment) and not no_gateways(boot, container_words()):
             reconcile_phase(boot)
-    return by_hermes(
-        command_timeout(boot.environment, waits=False), doctor_as_hermes, boot, owner_checks(boot), as_json, fix
-    )
+    timeout = command_timeout(boot.environment, waits=False)
+    return by_hermes(timeout, doctor_as_hermes, boot, owner_checks(boot), as_json, fix)
 
 
 def doctor_as_hermes(boot: Boot, owners: list[Check], as_json: bool, fix: bool) -> int:
@@ -5293,6 +5118,8 @@ def doctor_as_hermes(boot: Boot, owners: list[Check], as_json: bool, fix: bool) 
             say("fixed", f"{what}: {repair()}")
         except OSError as error:
             say("error", f"{what}: could not be fixed: {reason(error)}")
+        except GatewayError as error:
+            say("error", f"{what}: could not be fixed: {error}")
     checks = [*supervisor_checks(boot), *owners, *(all_checks(boot) if repairs else checks)]
     if as_json:
         print(to_json([check.as_dict() for check in checks]))
@@ -5303,11 +5130,11 @@ def doctor_as_hermes(boot: Boot, owners: list[Check], as_json: bool, fix: bool) 
 
 def all_checks(boot: Boot) -> list[Check]:
     """Return the checks that need no root."""
-    checks = [*volume_checks(boot), *version_checks(boot), *path_checks(), *group_checks(boot)]
+    checks = [*volume_checks(boot), *version_checks(boot), *group_checks(boot)]
     try:
         with Folder(boot.home, follow=True) as home:
             rows = rows_of(boot)
-            checks += [*profile_checks(boot, home), *secret_checks(home, rows)]
+            checks += [*profile_checks(boot, home), *secret_checks(boot, home, rows)]
             if not supervisor_answers(boot.scandir):
                 return checks  # the supervisor's own check says it all
             checks += dashboard_checks(boot)
@@ -5320,14 +5147,8 @@ def all_checks(boot: Boot) -> list[Check]:
                 checks += [gateway_check(boot, home, row, full), *logger_checks(boot, home, row.name)]
                 checks += [*platform_checks(row, rows), *foreign_checks(boot, row.name)]
     except OSError as error:
-        checks.append(
-            Check(
-                "fail",
-                "volume",
-                f"{shown(boot.home)} cannot be read: {reason(error)}",
-                "mount it, or correct HERMES_HOME",
-            )
-        )
+        found = f"{shown(boot.home)} cannot be read: {reason(error)}"
+        checks.append(Check("fail", "volume", found, "mount it, or correct HERMES_HOME"))
     return checks
 
 
@@ -5347,15 +5168,10 @@ def supervisor_checks(boot: Boot) -> list[Check]:
         return [Check("pass", "supervisor", "s6 is PID 1")]
     if read_pid_file(SUPERVISOR_PROCESS) == 1:
         return [Check("pass", "supervisor", "s6-svscan runs below our own PID 1")]
-    try:
-        with open("/proc/1/comm") as file:
-            first = file.read().strip()
-    except OSError:
-        first = "something else"
-    found = f"s6-svscan answers on {boot.scandir}, below another PID 1 ({shown(first)}), which works too"
-    return [
-        Check("warn", "supervisor", found, "drop `--init` (compose: `init: true`) where you can, so that s6 is PID 1")
-    ]
+    first = shown(os.fsdecode(content("/proc/1/comm")).strip())
+    found = f"s6-svscan answers on {boot.scandir}, below another PID 1 ({first}), which works too"
+    fix = "drop `--init` (compose: `init: true`) where you can, so that s6 is PID 1"
+    return [Check("warn", "supervisor", found, fix)]
 
 
 def fix_owners(boot: Boot) -> None:
@@ -5365,10 +5181,8 @@ def fix_owners(boot: Boot) -> None:
     except OSError:
         return
     if sweep.changed:
-        say(
-            "fixed",
-            f"owners: gave {sweep.changed} entries to {boot.owner[0]}:{boot.owner[1]}, the first: {sweep.first}",
-        )
+        given = f"gave {sweep.changed} entries to {boot.owner[0]}:{boot.owner[1]}"
+        say("fixed", f"owners: {given}, the first: {sweep.first}")
 
 
 def owner_checks(boot: Boot) -> list[Check]:
@@ -5401,57 +5215,38 @@ def owner_checks(boot: Boot) -> list[Check]:
         found = f"{sweep.changed} of {sweep.checked} entries are not hermes's, the first: {sweep.first}"
         checks.append(Check("fail", "owners", found, fix))
     if sweep.failed:
-        checks.append(
-            Check("fail", "owners", f"{sweep.failed} folders cannot be read, the first: {sweep.failure}", fix)
-        )
-    return checks or [
-        Check("pass", "owners", f"{sweep.checked} entries are {ours}'s{', or for its group' if shared else ''}")
-    ]
+        found = f"{sweep.failed} folders cannot be read, the first: {sweep.failure}"
+        checks.append(Check("fail", "owners", found, fix))
+    group = ", or for its group" if shared else ""
+    return checks or [Check("pass", "owners", f"{sweep.checked} entries are {ours}'s{group}")]
 
 
 def volume_checks(boot: Boot) -> list[Check]:
     """Look at the volume: space, inodes, whether and how fast it takes a write."""
+    checks = [Check("warn", "volume", fault.text, fault.fix) for fault in mount_faults(boot)]
+    kind = holding_mount(boot.home, mount_points())[1]
     try:
         free = os.statvfs(boot.home)
-    except OSError as error:
-        return [
-            Check(
-                "fail",
-                "volume",
-                f"{shown(boot.home)}: {reason(error)}",
-                "mount a volume there, or correct HERMES_HOME",
-            )
-        ]
-    space, kind = free.f_bavail * free.f_frsize, holding_mount(boot.home, mount_points())[1]
-    checks = [Check("warn", "volume", fault.text, fault.fix) for fault in mount_faults(boot)]
-    if space < 64 << 20:
-        largest = f"du -xh {quoted(boot.home)} | sort -h | tail | cat -v"
-        checks.append(
-            Check("warn", "volume", f"only {space >> 20} MiB are free", f"free some; to see the largest: {largest}")
-        )
-    if free.f_files and free.f_favail < 1000:
-        most = f"du -x --inodes {quoted(boot.home)} | sort -n | tail | cat -v"
-        fix = f"remove some; most are where this says: {most}"
-        checks.append(Check("warn", "volume", f"only {free.f_favail} more files fit (inodes)", fix))
-    started = time.monotonic()
-    try:
+        space = free.f_bavail * free.f_frsize
+        if space < 64 << 20:
+            checks.append(Check("warn", "volume", f"only {space >> 20} MiB are free", "free some space"))
+        if free.f_files and free.f_favail < 1000:
+            checks.append(Check("warn", "volume", f"only {free.f_favail} more files fit (inodes)", "remove some"))
+        started = time.monotonic()
         with Folder(boot.home, follow=True) as home:
             probe(home)
     except OSError as error:
-        fix = {errno.EROFS: "mount it writable", errno.ENOSPC: "free some space"}.get(
-            error.errno or 0, "`hermes-boot doctor --fix` as root"
-        )
-        return [
-            *checks,
-            Check("fail", "volume", f"{shown(boot.home)} ({kind}) cannot be written: {reason(error)}", fix),
-        ]
+        known = {errno.EROFS: "mount it writable", errno.ENOSPC: "free some space"}
+        known[errno.ENOENT] = "mount a volume there, or correct HERMES_HOME"
+        found = f"{shown(boot.home)} ({kind}) cannot be written: {reason(error)}"
+        fix = known.get(error.errno or 0, "`hermes-boot doctor --fix` as root")
+        return [*checks, Check("fail", "volume", found, fix)]
     took = time.monotonic() - started
     if took > SLOW_WRITE:
         fix = "keep HERMES_HOME on a local volume; SQLite and logs suffer on a slow one"
         checks.append(Check("warn", "volume", f"writing a file took {took * 1000:.0f} ms ({kind})", fix))
-    return checks or [
-        Check("pass", "volume", f"{kind}, {space >> 20} MiB free, a file written in {took * 1000:.0f} ms")
-    ]
+    found = f"{kind}, {space >> 20} MiB free, a file written in {took * 1000:.0f} ms"
+    return checks or [Check("pass", "volume", found)]
 
 
 def version_checks(boot: Boot) -> list[Check]:
@@ -5475,19 +5270,6 @@ def version_checks(boot: Boot) -> list[Check]:
     return [Check("pass", "versions", found)]
 
 
-def path_checks() -> list[Check]:
-    """Look for the s6 programs, ours and people's."""
-    program = s6_program("s6-svc")
-    folder = os.path.dirname(program)
-    if not os.access(program, os.X_OK):
-        return [
-            Check("fail", "s6 programs", "s6-svc is neither in /command nor on PATH", "use the image as it was built")
-        ]
-    if folder not in os.environ.get("PATH", "").split(":"):
-        return [Check("warn", "s6 programs", f"{folder} is not on PATH", f"export PATH=$PATH:{folder}")]
-    return [Check("pass", "s6 programs", f"in {folder}")]
-
-
 def profile_checks(boot: Boot, home: Folder) -> list[Check]:
     """Look for folders of profiles/ that are no profiles."""
     skipped = [profile for profile in list_profiles(boot, home, None) if profile.action == "skipped"]
@@ -5495,45 +5277,42 @@ def profile_checks(boot: Boot, home: Folder) -> list[Check]:
 
 
 def skipped_fix(boot: Boot, profile: Profile) -> tuple[str, str]:
-    """Return why a folder is no profile, and the command that fixes it."""
-    fault = profile.fault or Fault("")
-    path = shell_word(f"{boot.home}/profiles/{profile.name}")
+    """Return why a folder is no profile, and what fixes it: a command, where the name is fit for one."""
+    fault, path = profile.fault or Fault(""), f"{boot.home}/profiles/{profile.name}"
     drop = f"{s6_program('s6-setuidgid')} {USER} " if boot.by_root else ""  # root acts on nothing there, see README
-    if fault.fix == "rename the folder":
-        return fault.text, f"{drop}mv {path} {shell_word(f'{boot.home}/profiles/NEW-NAME')}"
-    if "no SOUL.md" in fault.text:
-        return fault.text, f"{drop}touch {path}/SOUL.md to make it one, else {drop}rm -r {path}"
+    if fault.fix == "rename the folder" and path.isprintable():
+        return fault.text, f"{drop}mv {quoted(path)} {quoted(f'{boot.home}/profiles/NEW-NAME')}"
+    if "no SOUL.md" in fault.text and path.isprintable():
+        return fault.text, f"{drop}touch {quoted(f'{path}/SOUL.md')} to make it one, else {drop}rm -r {quoted(path)}"
     return fault.text, fault.fix
 
 
-def secret_checks(home: Folder, rows: list[Row]) -> list[Check]:
+def secret_checks(boot: Boot, home: Folder, rows: list[Row]) -> list[Check]:
     """Look for secrets that others can read."""
-    checks = []
-    for row in rows:
-        for name in (".env", "auth.json"):
-            try:
-                with profile_folder(home, row.name) as folder:
-                    status = folder.stat(name)
-                    if status and stat.S_ISREG(status.st_mode) and status.st_mode & 0o004:
-                        checks.append(secret_check(home, row.name, name))
-            except OSError:
-                continue  # a slot without a profile
-    return checks
+    return [
+        Check("warn", row.name, f"{name} can be read by everyone", "hermes-boot doctor --fix", fix)
+        for row in rows
+        for name in (".env", "auth.json")
+        if (fix := closing(boot, home, row.name, name))
+    ]
 
 
-def secret_check(home: Folder, profile: str, name: str) -> Check:
-    """Return the check for one readable secret."""
-    path = os.path.normpath(
-        f"{os.readlink(f'/proc/self/fd/{home.fd}')}/{'' if profile == 'default' else f'profiles/{profile}'}/{name}"
-    )
+def closing(boot: Boot, home: Folder, profile: str, name: str) -> Callable[[], str] | None:
+    """Return what keeps others from reading a profile's file, None where they cannot."""
 
     def fix() -> str:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with Folder(boot.home, follow=True) as volume, profile_folder(volume, profile) as folder:
+            fd = folder.open(name, os.O_RDONLY)
         os.fchmod(fd, 0o600)
         os.close(fd)
-        return f"chmod 600 {shown(path)}"
+        return f"chmod 600 {name}"
 
-    return Check("warn", profile, f"{name} can be read by everyone", "hermes-boot doctor --fix", fix)
+    try:
+        with profile_folder(home, profile) as folder:
+            status = folder.stat(name)
+    except OSError:
+        return None  # a slot without a profile
+    return fix if status and stat.S_ISREG(status.st_mode) and status.st_mode & 0o004 else None
 
 
 CAUSES = (  # words of a log in small letters, what they mean, and what to do
@@ -5562,11 +5341,9 @@ def gateway_check(boot: Boot, home: Folder, row: Row, full: Fault | None) -> Che
     if row.state in ("crash loop", "parked"):
         lines = last_lines(home, name, 20)
         cause, fix = likely_cause(row, lines)
-        state = (
-            f"crash loop, {row.restarts} restarts in the last minute, last"
-            if row.state == "crash loop"
-            else "parked for good"
-        )
+        state = "parked for good"
+        if row.state == "crash loop":
+            state = f"crash loop, {row.restarts} restarts in the last minute, last"
         said = "".join(f"\n      | {line}" for line in lines[-3:])
         return Check("fail", name, f"{state} after {row.last_exit}; {cause}", f"{fix}, then {start}{said}")
     if row.state == "down" and row.autostart:
@@ -5579,11 +5356,8 @@ def gateway_check(boot: Boot, home: Folder, row: Row, full: Fault | None) -> Che
 
 
 def unregister_gone(boot: Boot, name: str) -> str:
-    """Remove the slot of a profile that is gone."""
-    try:
-        S6ServiceManager(environment=boot.environment).unregister_profile_gateway(name)
-    except GatewayError as error:
-        raise OSError(errno.EBUSY, str(error)) from error
+    """Remove the slot of a profile that is gone. Raises GatewayError."""
+    S6ServiceManager(environment=boot.environment).unregister_profile_gateway(name)
     return "removed its slot"
 
 
@@ -5592,13 +5366,8 @@ def stray_checks(boot: Boot) -> list[Check]:
     names = stray_supervisors(boot.scandir)
 
     def fix() -> str:
-        patience = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1) + 5
-
-        def left(logger: bool) -> bool:
-            return any(name.endswith("/log") is logger for name in stray_supervisors(boot.scandir))
-
-        if not let_go(boot.scandir, lambda: left(False), lambda: left(True), patience):
-            raise OSError(errno.EBUSY, "they do not end")
+        for name in {name.removesuffix("/log") for name in names}:
+            S6ServiceManager(environment=boot.environment).end_strays(name)
         return "ended them"
 
     found = f"{' '.join(names)}: supervised, and perhaps running, though their slots are gone"
@@ -5657,28 +5426,17 @@ def dashboard_checks(boot: Boot) -> list[Check]:
 
 
 def repair_slot(boot: Boot, name: str) -> str:
-    """Have s6-svscan look again; where that does not help, publish the slot anew, as the next boot would."""
-    slot = SLOT_PREFIX + name
+    """Have s6-svscan look again; where that does not help, publish the slot anew, as the next boot would. Raises
+    GatewayError."""
+    slot, manager = f"{boot.scandir}/{SLOT_PREFIX}{name}", S6ServiceManager(environment=boot.environment)
     rescan(boot.scandir)
-    if until(lambda: is_supervised(f"{boot.scandir}/{slot}"), 1):
+    if until(lambda: is_supervised(slot), 1):
         return "s6-svscan has taken up its slot"
-    old = f".{slot}"[:230] + f".{time.time_ns():x}"
-    with open_home(boot) as home, Folder(boot.scandir, follow=True) as scandir, profile_folder(home, name) as folder:
-        if scandir.stat(slot):
-            os.rename(slot, old, src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
-        profile = decide(boot, folder, name, None)
-        timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
-        register(home, folder, scandir, profile, timeout)
-        path = f"{boot.scandir}/{old}"
-        let_go(boot.scandir, lambda: is_supervised(path), lambda: is_supervised(f"{path}/log"), 5)
-        try:
-            scandir.remove(old)
-        except OSError:
-            pass  # some of it is root's; s6-svscan does not look at its name
-    if profile.action == "skipped":
-        raise OSError(errno.EIO, str(profile.fault))
-    until(lambda: is_supervised(f"{boot.scandir}/{slot}"), 5)
-    return f"published its slot ({profile.action})"
+    if os.path.lexists(slot):
+        manager.withdraw(name)
+    start = starts_by_itself(manager, name)
+    manager.register_profile_gateway(name, start_now=start)
+    return f"published its slot ({'started' if start else 'registered'})"
 
 
 def logger_checks(boot: Boot, home: Folder, name: str) -> list[Check]:
@@ -5698,15 +5456,8 @@ def logger_checks(boot: Boot, home: Folder, name: str) -> list[Check]:
         return [Check("fail", name, "its logger dies again and again", fix)]
 
     why = f"{folder} is locked by a logger without a supervisor (PID {holder})" if holder else f"{folder} is not used"
-    return [
-        Check(
-            "fail",
-            name,
-            f"{why}, so its log goes to the container's alone",
-            "hermes-boot doctor --fix",
-            lambda: renew_logger(boot, name),
-        )
-    ]
+    found, fix = f"{why}, so its log goes to the container's alone", "hermes-boot doctor --fix"
+    return [Check("fail", name, found, fix, lambda: renew_logger(boot, name))]
 
 
 def renew_logger(boot: Boot, name: str) -> str:
@@ -5729,7 +5480,7 @@ def lock_holder(home: Folder, folder: str) -> int | None:
 
     try:
         with home.folder(folder) as logs:
-            fd = os.open("lock", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=logs.fd)
+            fd = logs.open("lock", os.O_RDWR)
     except OSError:
         return None
     try:
@@ -5776,8 +5527,6 @@ def dispatch(words: list[str]) -> int:
     command, rest = words[0] if words else "", words[1:]
     if words in ([], ["setup"], ["reconcile"], ["shutdown"]):
         return run_phases(command, dry_run=False)
-    if words in (["health"], ["health", "--live"]):
-        return by_hermes(HEALTH_TIMEOUT, health, exec_environment(), bool(rest))
     if words == ["migrate"]:
         return migrate_config(Boot(process_environment()))
     if command == "finish" and len(rest) >= 2:
@@ -5790,22 +5539,24 @@ def dispatch(words: list[str]) -> int:
         return gateway_run(rest, process_environment())
     if command == "dashboard" and not rest:
         return dashboard(process_environment())
-    if command == "gateway" and rest[:1] and rest[0] in DONE and (rest[1:] in ([], ["--all"]) or rest[1:-1] == ["-p"]):
-        return control(rest[0], rest[2] if rest[2:] else None, rest[1:] == ["--all"], exec_environment())
     return run_command(without_parser(words) or parse(words))
 
 
 def without_parser(words: list[str]) -> Any:
     """Return what the parser makes of the most used forms, None for others: it takes as long as all the rest."""
-    command, *rest = words[1:] if words[:2] == ["gateway", "status"] else words
-    found: Any = type(sys.implementation)(**dict.fromkeys("profile lines all json watch since follow raw".split()))
-    found.command, found.action = words[0], "status"
-    if command == "status" and (not rest or rest[:-1] == ["-p"]):
-        found.profile = rest[-1] if rest else None
+    found: Any = type(sys.implementation)(
+        **dict.fromkeys("action profile lines all json watch since follow raw".split())
+    )
+    found.command, *rest = words
+    found.live, found.lines = words == ["health", "--live"], number_in(words[-1], 1, 10**9)
+    if (found.command == "health" and (found.live or not rest)) or (found.lines and words[:-1] == ["logs", "-n"]):
         return found
-    if command == "logs" and rest[:-1] == ["-n"]:
-        found.lines = number_in(rest[1], 1, 10**9)
-    return found if found.lines else None
+    if found.command == "gateway" and rest and rest[0] in (*DONE, "status"):
+        found.action = rest.pop(0)
+    found.all = found.action in DONE and rest == ["--all"]
+    found.profile = rest[1] if rest[:-1] == ["-p"] else None
+    usual = found.command == "status" or found.action
+    return found if usual and (not rest or found.all or found.profile) else None
 
 
 def exec_environment() -> dict[str, str]:
@@ -5832,7 +5583,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         return by_hermes(HEALTH_TIMEOUT, health, exec_environment(), arguments.live)
     boot = Boot(exec_environment())
     if command == "gateway":
-        return gateway_command(boot, arguments.action, arguments.profile, arguments.all, arguments.json)
+        return gateway_command(boot, arguments.action, arguments.profile, arguments.all)
     if command == "status":
         if arguments.watch:
             become_hermes()
@@ -5843,123 +5594,96 @@ def run_command(arguments: argparse.Namespace) -> int:
     return doctor(boot, as_json=arguments.json, fix=arguments.fix)
 
 
+COMMANDS = {  # what it does, and examples
+    "status": ("show every gateway in a table", "status", "status -p coder --json", "status --watch 5"),
+    "doctor": ("say what is wrong, and the command that fixes it", "doctor", "doctor --fix"),
+    "health": (
+        "for health checks: end with 0 when every gateway that should be up is, else with 1",
+        *("health", "health --live"),
+    ),
+    "logs": ("print a gateway's log", "logs -p coder -f", "logs -p coder --since 10m", "logs -n 50"),
+    "gateway": (
+        "start, stop, restart, list, add (register) or remove gateways",
+        *("gateway start -p coder", "gateway restart --all", "gateway list"),
+    ),
+    "setup": (
+        "set hermes's UID and GID, give it its files on the volume, add missing files, migrate the configuration",
+        "setup --dry-run",
+    ),
+    "reconcile": ("give every profile a slot, which is where s6 runs its gateway", "reconcile --dry-run"),
+    "shutdown": ("stop all gateways and the container's command, as `docker stop` does",),
+}
+
+
 def parse(words: list[str]) -> argparse.Namespace:
     """Return the parsed command line; wrong usage ends the process with code 2."""
     import argparse
 
     program = os.path.basename(sys.argv[0])
+    layout: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+
+    def epilog(*examples: str) -> str:
+        lines = "".join(f"  {program} {example}\n" for example in examples)
+        return f"examples:\n{lines}\n{EXIT_CODES}" if examples else EXIT_CODES
+
     parser = argparse.ArgumentParser(
         prog=program,
         description="Show this container's gateways, start and stop them, and find what is wrong."
         " The image runs setup, reconcile and shutdown itself.",
-        epilog=f"examples:\n  {program} status\n  {program} doctor\n  {program} gateway restart -p coder\n\n"
-        + EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        epilog=epilog("status", "doctor", "gateway restart -p coder"),
+        **layout,
     )
-    parser.add_argument(
-        "--version", action="version", version=f"%(prog)s {VERSION}, hermes-agent {image_version() or 'missing'}"
-    )
+    version = f"%(prog)s {VERSION}, hermes-agent {image_version() or 'missing'}"
+    parser.add_argument("--version", action="version", version=version)
     parser.add_argument("--dry-run", action="store_true", help="list what would change, change nothing")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    gateway = add_operators_commands(commands)
-    for name, text in PHASES.items():
-        phase = add_command(commands, name, text, f"{name} --dry-run")
-        phase.add_argument(
-            "--dry-run", action="store_true", default=argparse.SUPPRESS, help="list what would change, change nothing"
-        )
-    add_command(commands, "shutdown", "stop all gateways and the container's command, as `docker stop` does")
+    for name, (text, *examples) in COMMANDS.items():
+        description = f"{text[0].upper()}{text[1:]}."
+        command = commands.add_parser(name, help=text, description=description, epilog=epilog(*examples), **layout)
+        add_options(command, name)
     arguments = parser.parse_args(words)
-    if arguments.dry_run and arguments.command not in (None, *PHASES):
+    if arguments.dry_run and arguments.command not in (None, "setup", "reconcile"):
         parser.error("--dry-run is for setup and reconcile")
-    if arguments.command == "gateway":
-        check_gateway_words(gateway, arguments)
+    if arguments.command == "gateway" and arguments.all and arguments.profile is not None:
+        parser.error("-p NAME or --all, not both")
+    if arguments.command == "gateway" and arguments.all and arguments.action.endswith("register"):
+        parser.error("register and unregister take one profile")
     return arguments
 
 
-def check_gateway_words(gateway: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """End with code 2 when options of `gateway` do not go together."""
-    if arguments.all and (arguments.profile is not None or arguments.action.endswith("register")):
-        gateway.error("-p NAME or --all, not both; register and unregister take one")
-    if arguments.action == "list" and arguments.profile is not None:
-        gateway.error("list takes no -p; `gateway status -p NAME` asks for one")
-    if arguments.json and arguments.action not in ("status", "list"):
-        gateway.error("--json is for status and list")
-
-
-PHASES = {
-    "setup": "set hermes's UID and GID, give it its files on the volume, add missing files, migrate the configuration",
-    "reconcile": "give every profile a slot, which is where s6 runs its gateway",
-}
-
-
-def add_operators_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Add status, doctor, health, logs and gateway; return the last one's parser."""
-    status = add_command(
-        commands, "status", "show every gateway in a table", "status", "status -p coder --json", "status --watch 5"
-    )
-    diagnosis = add_command(
-        commands, "doctor", "say what is wrong, and the command that fixes it", "doctor", "doctor --fix"
-    )
-    probe = add_command(
-        commands,
-        "health",
-        "for health checks: end with 0 when every gateway that should be up is, else with 1",
-        "health",
-        "health --live",
-    )
-    probe.add_argument(
-        "--live", action="store_true", help="only whether the supervisor answers, for checks that restart the container"
-    )
-    logs = add_command(
-        commands, "logs", "print a gateway's log", "logs -p coder -f", "logs -p coder --since 10m", "logs -n 50"
-    )
-    examples = "gateway start -p coder", "gateway restart --all", "gateway list"
-    gateway = add_command(
-        commands, "gateway", "start, stop, restart, list, add (register) or remove gateways", *examples
-    )
-    actions = [*DONE, "status", "list", "register", "unregister"]
-    gateway.add_argument(
-        "action",
-        choices=actions,
-        help="start, stop, restart: wait until done, and hold at the next boot; restart starts what is down too",
-    )
-    gateway.add_argument(
-        "--all", action="store_true", help="all registered gateways; one failure does not stop the others"
-    )
-    status.add_argument("-p", "--profile", metavar="NAME", help="only this profile")
-    for chosen in (logs, gateway):
-        chosen.add_argument(
-            "-p", "--profile", metavar="NAME", help="the profile; default: the active one (status: all)"
-        )
-    for reporting in (status, diagnosis, gateway):
-        reporting.add_argument("--json", action="store_true", help="print JSON")
-    status.add_argument(
-        "-w", "--watch", nargs="?", type=whole, const=2, metavar="SECONDS", help="repeat every SECONDS (2)"
-    )
-    diagnosis.add_argument("--fix", action="store_true", help="fix what is safe to fix, and say each step")
-    logs.add_argument("-f", "--follow", action="store_true", help="print new lines as they come, until Ctrl-C")
-    logs.add_argument("-n", "--lines", type=whole, metavar="N", help="only the last N lines")
-    logs.add_argument("--raw", action="store_true", help="on a terminal too, print control characters as they are")
-    logs.add_argument(
-        "--since", type=moment, metavar="TIME", help="only from then on: 30s, 10m, 2h, 1d (ago) or a date"
-    )
-    return gateway
-
-
-def add_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, *examples: str
-) -> argparse.ArgumentParser:
-    """Add a command with its help and examples; return its parser."""
+def add_options(command: argparse.ArgumentParser, name: str) -> None:
+    """Add the options of the command of this name."""
     import argparse
 
-    shown_examples = "".join(f"  {os.path.basename(sys.argv[0])} {example}\n" for example in examples)
-    epilog = (f"examples:\n{shown_examples}\n" if examples else "") + EXIT_CODES
-    kind = argparse.RawDescriptionHelpFormatter
-    description = f"{text[0].upper()}{text[1:]}."
-    return commands.add_parser(
-        name, help=text, description=description, epilog=epilog, formatter_class=kind, allow_abbrev=False
-    )
+    add = command.add_argument
+    if name in ("setup", "reconcile"):
+        default = argparse.SUPPRESS  # else this one would undo --dry-run in front of the command
+        add("--dry-run", action="store_true", default=default, help="list what would change, change nothing")
+    elif name == "health":
+        add(
+            "--live",
+            action="store_true",
+            help="only whether the supervisor answers, for checks that restart the container",
+        )
+    elif name == "gateway":
+        actions = [*DONE, "status", "list", "register", "unregister"]
+        help_text = "start, stop, restart: wait until done, and hold at the next boot; restart starts what is down too"
+        add("action", choices=actions, help=help_text)
+        add("--all", action="store_true", help="all registered gateways; one failure does not stop the others")
+    if name in ("status", "logs", "gateway"):
+        add("-p", "--profile", metavar="NAME", help="the profile; default: the active one (status: all)")
+    if name in ("status", "doctor"):
+        add("--json", action="store_true", help="print JSON")
+    if name == "status":
+        help_text = "repeat every SECONDS (2)"
+        add("-w", "--watch", nargs="?", type=whole, const=2, metavar="SECONDS", help=help_text)
+    elif name == "doctor":
+        add("--fix", action="store_true", help="fix what is safe to fix, and say each step")
+    elif name == "logs":
+        add("-f", "--follow", action="store_true", help="print new lines as they come, until Ctrl-C")
+        add("-n", "--lines", type=whole, metavar="N", help="only the last N lines")
+        add("--raw", action="store_true", help="on a terminal too, print control characters as they are")
+        add("--since", type=since_when, metavar="TIME", help="only from then on: 30s, 10m, 2h, 1d (ago) or a date")
 
 
 def whole(text: str) -> int:
@@ -5969,16 +5693,6 @@ def whole(text: str) -> int:
     if (number := number_in(text, 1, 10**9)) is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
     return number
-
-
-def moment(text: str) -> str:
-    """Return the timestamp of --since. Raises argparse's error."""
-    import argparse
-
-    try:
-        return since_when(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == "__main__":

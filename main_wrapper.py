@@ -46,7 +46,7 @@ def process_environment() -> dict[str, str]:
     """Return the environment as it was handed over: Python itself may have added LC_CTYPE to os.environ (PEP 538)."""
     try:
         pairs = content("/proc/self/environ").split(b"\0")
-    except OSError:
+    except PermissionError:  # a process that has dropped root may not
         return dict(os.environ)
     return dict(os.fsdecode(pair).split("=", 1) for pair in pairs if b"=" in pair)
 
@@ -163,8 +163,6 @@ def write_pid_file(path: str) -> None:
     may be everybody's to write, so no file that is there already is written to."""
     try:
         new = f"{path}.{os.getpid()}"
-        if os.path.lexists(new):
-            os.unlink(new)
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         os.write(fd, f"{os.getpid()} {start_time(os.getpid())}".encode())
         os.close(fd)
@@ -236,24 +234,18 @@ def program_of(words: list[str], environment: dict[str, str]) -> list[str]:
 
 
 def gateway_request(words: list[str]) -> list[str]:
-    """Return hermes_boot's arguments for exactly `[-p NAME] gateway start|stop|restart [--all]`, none for anything
-    else."""
+    """Return hermes_boot's arguments for exactly `[-p NAME] gateway start|stop|restart [--all]`, else none."""
     profile, rest = profile_option(words)
-    if (
-        len(rest) < 2
-        or rest[0] != "gateway"
-        or rest[1] not in ("start", "stop", "restart")
-        or rest[2:] not in ([], ["--all"])
-    ):
+    if len(rest) < 2 or rest[0] != "gateway" or rest[1] not in ("start", "stop", "restart"):
+        return []
+    if rest[2:] not in ([], ["--all"]):
         return []
     return [*rest] if rest[2:] or profile is None else [*rest, "-p", profile]
 
 
 def with_secrets(environment: dict[str, str]) -> dict[str, str]:
-    """Return the environment of `docker exec` with the secrets that the boot has read from files, see
-    read_secrets()."""
-    missing = [name[:-5] for name in environment if name.endswith("_FILE") and not environment.get(name[:-5])]
-    for name in missing:
+    """Return the environment of `docker exec` with the secrets that the boot has read from files."""
+    for name in [name[:-5] for name in environment if name.endswith("_FILE") and not environment.get(name[:-5])]:
         try:
             value = content(f"{CONTAINER_ENVIRONMENT}/{name}")
         except OSError:
@@ -383,18 +375,16 @@ def init(words: list[str]) -> int:
     words, environment = launched(words), process_environment()
     if os.getpid() != 1 and supervised():
         return container_command(words)
+    fault, code = "", 1
+    if exposed := ":".join(exposed_folders(environment)):
+        fault = f"PATH has {exposed!r} before the system's folders, so hermes could put programs there for root to run;"
+        fault += " give the container a PATH (-e PATH=...) that has it last"
     if is_unusable(environment):
         fault = "/run is mounted noexec, so s6 cannot run anything there; mount it with exec: --tmpfs /run:exec"
+        code = NOT_EXECUTABLE
+    if fault:
         print(f"init: fatal: {fault}", file=sys.stderr)
-        return NOT_EXECUTABLE
-    if exposed := exposed_folders(environment):
-        names = ":".join(exposed)
-        print(
-            f"init: fatal: PATH has {names!r} before the system's folders, so hermes could put programs there for root"
-            " to run; give the container a PATH (-e PATH=...) that has it last",
-            file=sys.stderr,
-        )
-        return 1
+        return code
     if why := obstacle():
         return execute([BOOT, "init", why, *words], environment)
     return execute([S6_INIT, *words], environment)

@@ -99,8 +99,8 @@ def test_a_stale_install_method_goes(container, tmp_path):
 # Migration
 
 VERSIONS = (
-    "v0.19.0 0.19 0.19.0rc1 0.19.0c1 0.19.0a1 0.19.0b2 0.19.0-alpha 0.19.0preview3 0.19.0.dev3 0.19.0rc1.dev2 0.19.0-1"
-    " 0.19.0.post1 0.19.0.post1.dev1 0.19.1rc1 0.18.9 0.20 1!0.1 0.19.0"
+    "v0.19.0 0.19 0.19.0rc1 0.19.0a1 0.19.0b2 0.19.0.dev3 0.19.0rc1.dev2 0.19.0.post1 0.19.0.post1.dev1 0.19.1rc1"
+    " 0.18.9 0.20 1!0.1 0.19.0 0 0.dev1 0.0.0.1 1.0a0 1.0.post0 1.0"
 ).split()
 
 

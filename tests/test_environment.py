@@ -101,6 +101,14 @@ def test_with_keep_env_too(container, entrypoint):
     assert seen(box.run("env", "-0").stdout) == GIVEN
 
 
+@PLACES
+def test_a_scandir_that_nobody_watches_ends_no_boot(container, entrypoint):
+    """Where the services see the container's environment, hermes-gateways is asked to tell s6-svscan of that folder."""
+    given = {"S6_KEEP_ENV": "1", "S6_PROFILE_GATEWAY_SCANDIR": "/tmp/slots", "S6_BEHAVIOUR_IF_STAGE2_FAILS": "2"}
+    done = container(entrypoint=entrypoint, environment=given).run("ls", "/tmp/slots")
+    assert done.returncode == 0 and b"gateway-default\n" in done.stdout and b"s6-svscanctl" not in done.stderr, done
+
+
 def test_programs_that_live_by_their_variables_work(container):
     """A terminal's kind, a time zone, PATH's last folder."""
     box = container(environment=GIVEN)

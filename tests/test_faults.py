@@ -378,7 +378,7 @@ def test_profiles_that_are_no_folder_cost_only_themselves(container, home, make)
     done = container().run("ls", "/run/service")
     assert done.returncode == 0 and b"gateway-default" in done.stdout
     assert (
-        b"profiles on the volume is a link, or not of the kind it should be, so no profile but default has a gateway"
+        b"profiles on the volume is a link, or not of the kind it should be, so default alone has a gateway"
         in done.stderr
     )
 
@@ -488,3 +488,12 @@ def test_what_hermes_puts_into_the_scandir_stops_no_command(gateways):
         done = host.box.exec(MANAGER, *words, timeout=20)
         assert "Traceback" not in done.stderr and "\033" not in done.stdout + done.stderr, done
     assert host.up("a") and host.box.exec("test", "-e", "/run/service/gateway-d").returncode == 0
+
+
+def test_a_slots_file_is_whole_or_refused(in_memory):
+    """What fits only in part would be a script or a variable that ends half-way; and no descriptor stays open."""
+    full = in_memory("size=256k")
+    before = len(os.listdir("/proc/self/fd"))
+    with hermes_boot.Folder(str(full)) as folder, pytest.raises(OSError, match="No space left"):
+        hermes_boot.put(folder, "value", "x" * (300 << 10), 0o644)
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -249,8 +249,9 @@ def test_doctor_names_the_way_out_of_every_state(gateways):
     assert code == 1
     (crash,) = found["crashing"]
     assert crash["level"] == "fail" and "no model or authentication" in crash["found"]
-    assert crash["fix"].startswith("`hermes -p crashing setup`, then `hermes -p crashing gateway start`\n      | ")
-    assert "\n      | no API key found" in crash["fix"]  # among the back-off's own lines, by the time of the look
+    advice, *said = crash["fix"].split("\n      | ")
+    assert advice == "`hermes -p crashing setup`, then `hermes -p crashing gateway start`"
+    assert "no API key found" in said, said  # between the lines of finish
     (parked,) = found["parked"]
     assert (
         parked["level"] == "fail"
@@ -290,7 +291,7 @@ def test_doctor_finds_what_is_wrong_on_the_volume_and_fixes_what_is_safe(gateway
         (host.volume / "profiles" / folder).mkdir()
     (host.volume / ".hermes-agent-version").write_text("99.0\n")
     box.path("/opt/hermes/.venv/lib/python3.11/site-packages/hermes_agent-0.19.0.dist-info").mkdir(parents=True)
-    code, found = diagnosis(host, environment={"PATH": "/usr/bin:/bin"})
+    code, found = diagnosis(host)
     assert code == 1
     assert re.match(r"4 of \d+ entries are not hermes's, the first: ", found["owners"][0]["found"])
     assert (found["a"][0]["level"], found["a"][0]["fix"]) == ("warn", "hermes-boot doctor --fix")
@@ -300,7 +301,6 @@ def test_doctor_finds_what_is_wrong_on_the_volume_and_fixes_what_is_safe(gateway
     )
     assert "no SOUL.md" in found["profiles/nosoul"][0]["found"]
     assert "99.0 has run on this volume, the image has 0.19.0" in found["versions"][0]["found"]
-    assert found["s6 programs"][0]["fix"] == "export PATH=$PATH:/command"
     assert "s3cr3t" not in json.dumps(found)
     fixed = box.exec(MANAGER, "doctor", "--fix")
     assert (

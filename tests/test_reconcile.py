@@ -244,7 +244,7 @@ def test_wrong_usage_is_code_2(plain, arguments):
 def test_a_home_that_is_none_is_refused(plain, home):
     """Handing / to hermes would be the end of the image."""
     done = plain.reconcile(HERMES_HOME=home)
-    assert done.returncode == 1 and f"HERMES_HOME={home!r} is not a folder of its own" in done.stderr
+    assert done.returncode == 1 and f"HERMES_HOME={home!r} is no folder of its own" in done.stderr
 
 
 def test_a_missing_home_is_said(plain):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import itertools
 import json
@@ -472,7 +473,7 @@ def test_since():
         assert abs(time.time() - size - then) < 5
     assert hermes_boot.since_when("2026-05-21T06:18") == "2026-05-21 06:18"
     for text in ("", "1w", "s", "²d", "tomorrow", "2026-13-01"):
-        with pytest.raises(ValueError):
+        with pytest.raises(argparse.ArgumentTypeError):
             hermes_boot.since_when(text)
 
 

@@ -180,3 +180,23 @@ def test_a_long_sweep_says_how_far_it_is(plain, capfd, folders):
                 r".*: info: (giving|owners on) /\S+( to 4321:4321)?: \d+( of at most [\d,]+)? entries\n", said
             )
             assert sweep.checked == 2 * folders + 1 and sum(sweep.counts) >= folders
+
+
+def test_a_sweep_counts_what_another_process_has_done_once(plain):
+    """Also where it goes on after that has ended."""
+    (plain.home / "workspace").mkdir()
+    for number in range(3):
+        (plain.home / f"workspace/{number}").touch()
+    sweep = hermes_boot.Sweep(hermes_boot.Boot({"HERMES_HOME": str(plain.home)}, dry_run=True))
+
+    def work() -> int:
+        sweep.checked = sweep.counts[1] = 5
+        return 0
+
+    child, result = sweep.fork(work, 1)
+    with open(result, "rb") as file:
+        sweep.add(file.read())
+    assert os.waitpid(child, 0)[1] == 0 and sweep.checked == 5
+    sweep.counts[1] = 5  # what the child has said in memory that both have
+    sweep.tree(hermes_boot.Folder(str(plain.home / "workspace")))
+    assert sweep.checked == sum(sweep.counts) == 8

@@ -107,7 +107,7 @@ def test_a_home_that_cannot_be_read_or_made_ends_the_boot_with_one_line(containe
     (line,) = ours(done.stderr)[-1:]
     assert (
         done.returncode == 1
-        and "HERMES_HOME='/etc/passwd' cannot be made a folder: Not a directory; mount a volume there" in line
+        and "HERMES_HOME='/etc/passwd' cannot be made: Not a directory; mount a volume there" in line
     )
 
 
