@@ -2524,23 +2524,27 @@ def is_multiplexed(boot: Boot, name: str = "") -> bool:
 
 def yaml_value(text: str, key: str, section: str) -> str:
     """Return what a YAML file has for a key at the top or, unless it is there, in a section, "" for nothing. No more of
-    YAML is understood than the agent and most people write for such a key: block style, quotes and comments."""
+    YAML is understood than people write for such a key: block style, a section in braces, quotes and comments."""
     top = nested = None
     inside, indent = False, 0
     for line in text.splitlines() if key in text else ():
         bare = line.strip()
         depth = len(line) - len(line.lstrip(" "))
         name, _, value = f"{bare} ".partition(": ")
-        name, value = name.strip("\"' "), value.partition(" #")[0].strip("\"' ")
+        name, value = name.strip("\"' "), value.partition(" #")[0].strip()
         if not bare or bare.startswith("#"):
             continue
         if depth == 0:
             inside, indent = name == section, 0
             top = value if name == key else top
-        elif inside:
+            pairs = value.strip("{}").split(",") if inside and value.startswith("{") else []
+        else:
             indent = indent or depth
-            nested = value if name == key and depth == indent else nested
-    return top if top is not None else nested or ""
+            pairs = [bare] if inside and depth == indent else []
+        for pair in pairs:
+            name, _, value = f"{pair} ".partition(": ")
+            nested = value.partition(" #")[0] if name.strip("\"' ") == key else nested
+    return (top if top is not None else nested or "").strip("\"' ")
 
 
 def list_profiles(boot: Boot, home: Folder, running: str | None) -> list[Profile]:

@@ -18,6 +18,8 @@ CONFIGS = {
     "gateway:\n  telegram:\n    multiplex_profiles: true\n": False,
     "gateway:\n  multiplex_profiles: 'on'\n": True,
     'gateway:\n    # multiplex_profiles: true\n    "multiplex_profiles": "TRUE"\n': True,
+    "gateway: {port: 1, multiplex_profiles: true}\n": True,
+    "gateway: {multiplex_profiles: no}\n": False,
     "gateway:\n  port: 1\nother:\n  multiplex_profiles: true\n": False,
     "multiplex_profiles: true\n": True,
     "multiplex_profiles: 1\r\n": True,
