@@ -84,6 +84,17 @@ def unsupported() -> str:
     return f"no namespaces or overlay here: {tried.stderr.strip()}" if tried.returncode else ""
 
 
+def maker() -> tuple[type[Sandbox], str]:
+    """Return what makes containers here, and why nothing does ("" when something does)."""
+    why = unsupported() if os.environ.get("HERMES_IN_PLACE") != "1" else "HERMES_IN_PLACE=1 is set"
+    if not why:
+        return Sandbox, ""
+    import in_place
+
+    other = in_place.unsupported()
+    return in_place.InPlace, f"{why}; {other}" if other else ""
+
+
 NAMESPACES = ["unshare", "-m", "-p", "-u", "-i", "--fork", "--kill-child", "--"]
 OVERLAY = 'mount -n -t overlay overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" "$1/root"\n'
 
@@ -158,16 +169,7 @@ class Sandbox:
     def make_image(self, passwd: str, group: str) -> None:
         """Lay out the image's files and accounts; s6's programs of the machine's own are hidden."""
         mask = os.umask(0o022)
-        layers = self.folder / "layers"
-        layers.mkdir(parents=True)
-        if on_overlay(layers):
-            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", layers], check=True)
-        for name in ("work", "root"):
-            (layers / name).mkdir()
-        layer = image().layer()
-        shutil.copytree(layer, self.upper, symlinks=True, ignore=lambda path, _: fixed(layer, path))
-        for name in machines_own() - set(os.listdir(layer / "usr/bin")):
-            os.mknod(self.upper / "usr/bin" / name, 0o020000, 0)  # overlayfs takes a device 0:0 for "not there"
+        self.make_layers(image().layer())
         if not os.path.exists("/usr/bin/python3"):
             (self.upper / "usr/bin/python3").symlink_to(base_python())
         (self.upper / "opt/hermes/.venv").mkdir(exist_ok=True)
@@ -177,6 +179,18 @@ class Sandbox:
         (etc / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files dns\n")  # as in an image
         os.umask(mask)
 
+    def make_layers(self, layer: Path) -> None:
+        """Make the writable layer of the image's; where this machine's root is an overlay, in memory."""
+        layers = self.folder / "layers"
+        layers.mkdir(parents=True)
+        if on_overlay(layers):
+            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", layers], check=True)
+        for name in ("work", "root"):
+            (layers / name).mkdir()
+        shutil.copytree(layer, self.upper, symlinks=True, ignore=lambda path, _: fixed(layer, path))
+        for name in machines_own() - set(os.listdir(layer / "usr/bin")):
+            os.mknod(self.upper / "usr/bin" / name, 0o020000, 0)  # overlayfs takes a device 0:0 for "not there"
+
     def put_agent(self, script: str) -> None:
         """Put a program in the agent's place: for what leads to it, or a gateway that misbehaves on command."""
         write_script(self.upper / "opt/hermes/.venv/bin/hermes", script)
@@ -185,26 +199,27 @@ class Sandbox:
 
     def command(self, words: list[str]) -> list[str]:
         """Return the argv that runs this container in the foreground; its exit code is the container's."""
+        self.write_spec(words)
+        return [sys.executable, "-IS", str(Path(__file__).resolve()), "unshare", str(self.folder)]
+
+    def write_spec(self, words: list[str]) -> None:
+        """Write down what the container's own processes need to know."""
         self.volume.mkdir(parents=True, exist_ok=True)
-        layer = image().layer()
-        mounts = [(str(layer / name), f"/{name}") for name in FIXED]
-        mounts.append((str(self.volume), "/opt/data"))
-        if self.agent:
-            mounts.append((str(image().agent_venv()), "/opt/hermes/.venv"))
         spec = {
-            "mounts": [*mounts, *self.mounts],
+            "fixed": [(str(image().layer() / name), f"/{name}") for name in FIXED],
+            "volume": str(self.volume),
+            "agent": str(image().agent_venv()) if self.agent else "",
+            "mounts": self.mounts,
             "environment": list(({"HOME": self.home(), "HOSTNAME": self.folder.name} | self.environment).items()),
             "user": self.user,
             "gid": self.gid,
-            "groups": list(self.groups),
+            "groups": self.groups,
             "workdir": self.workdir,
-            "entrypoint": list(self.entrypoint),
-            "first": list(self.first),
+            "has_init": bool(self.entrypoint),
+            "words": [*(self.entrypoint or self.first or ENTRYPOINT), *words],
             "run_options": self.run_options,
-            "words": words,
         }
         (self.folder / "spec.json").write_text(json.dumps(spec))
-        return [sys.executable, "-IS", str(Path(__file__).resolve()), "unshare", str(self.folder)]
 
     def home(self) -> str:
         """Return the home folder of who runs the container, as an engine finds it in the image's /etc/passwd."""
@@ -376,25 +391,33 @@ def become_container(folder: str) -> None:
     """In the new namespaces: mount, take the user's IDs, and become the entrypoint."""
     with open(f"{folder}/spec.json") as file:
         spec = json.load(file)
-    mount_root(f"{folder}/layers", spec["mounts"], spec["run_options"])
+    agent = [(spec["agent"], "/opt/hermes/.venv")] if spec["agent"] else []
+    mounts = [*spec["fixed"], (spec["volume"], "/opt/data"), *agent, *spec["mounts"]]
+    mount_root(f"{folder}/layers", mounts, spec["run_options"])
     environment = {os.fsencode(name): os.fsencode(value) for name, value in spec["environment"]}
     if os.isatty(0):
         take_terminal()
         environment.setdefault(b"TERM", b"xterm")
+    if spec["user"] is not None:
+        os.chown("/run", spec["user"], spec["gid"])
+    take_place(spec)
+    words = [os.fsencode(word) for word in spec["words"]]
+    if spec["has_init"]:
+        be_another_init(words, environment)
+    os.execve(words[0], words, environment)
+
+
+def take_place(spec: dict) -> None:
+    """Take the folder, the IDs and the signals that a container's first process has."""
     os.makedirs(spec["workdir"], exist_ok=True)
     os.chdir(spec["workdir"])
     os.setgroups(spec["groups"])
     if spec["user"] is not None:
-        os.chown("/run", spec["user"], spec["gid"])
         os.setresgid(*[spec["gid"]] * 3)
         os.setresuid(*[spec["user"]] * 3)
     for number in range(1, 32):  # as an engine does: what the caller ignores stays outside
         if number not in (signal.SIGKILL, signal.SIGSTOP):
             signal.signal(number, signal.SIG_DFL)
-    words = [os.fsencode(word) for word in (*(spec["entrypoint"] or spec["first"] or ENTRYPOINT), *spec["words"])]
-    if spec["entrypoint"]:
-        be_another_init(words, environment)
-    os.execve(words[0], words, environment)
 
 
 def mount_root(layers: str, mounts: list[tuple[str, str]], run_options: str) -> None:
@@ -497,17 +520,25 @@ def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def act(arguments: argparse.Namespace, words: list[str]) -> int:
     """Do what the command line asks; return the container's exit code."""
-    if why := unsupported():
+    make, why = maker()
+    if why:
         print(f"sandbox: {why}", file=sys.stderr)
         return 1
-    if arguments.command != "run":
-        return act_on_named(arguments, words)
+    try:
+        return act_on_named(make, arguments, words) if arguments.command != "run" else act_run(make, arguments, words)
+    except image().CannotFetch as error:
+        print(f"sandbox: {error}", file=sys.stderr)
+        return 1
+
+
+def act_run(make: type[Sandbox], arguments: argparse.Namespace, words: list[str]) -> int:
+    """Make a container and run it."""
     folder = (
         CACHE / "containers" / arguments.name if arguments.name else Path(tempfile.mkdtemp(prefix="hermes-sandbox-"))
     )
     mounts = dict(reversed(pair.split(":", 1)) for pair in arguments.volume)
     volume = Path(mounts.pop("/opt/data", CACHE / "volume")).resolve()
-    box = Sandbox(
+    box = make(
         folder,
         volume=volume,
         environment=dict(pair.split("=", 1) for pair in arguments.env),
@@ -526,7 +557,7 @@ def act(arguments: argparse.Namespace, words: list[str]) -> int:
             box.remove()
 
 
-def act_on_named(arguments: argparse.Namespace, words: list[str]) -> int:
+def act_on_named(make: type[Sandbox], arguments: argparse.Namespace, words: list[str]) -> int:
     """Do what the command line asks of a container that has a name."""
     named = CACHE / "containers" / arguments.name
     try:
@@ -534,7 +565,7 @@ def act_on_named(arguments: argparse.Namespace, words: list[str]) -> int:
     except OSError:
         print(f"sandbox: no container named {arguments.name}; `run --name {arguments.name}` makes it", file=sys.stderr)
         return 1
-    box = Sandbox(named, volume=Path(options["volume"]), environment=options["environment"], agent=True)
+    box = make(named, volume=Path(options["volume"]), environment=options["environment"], agent=True)
     if arguments.command == "exec" and not box.init():
         print(f"sandbox: {arguments.name} is not running; `restart {arguments.name}` starts it", file=sys.stderr)
         return 1
