@@ -95,7 +95,8 @@ sys.exit(sqlite3.sqlite_version_info < (3, 51, 3) and f"SQLite {sqlite3.sqlite_v
     done
 
 # Our scripts with their bytecode, which is never written at run time; an entry stub for each, which imports it and so finds that
-# bytecode; the names they are called by, links to the stubs; and PATH for login shells.
+# bytecode, and leaves out the interpreter's own end, which takes 2 ms; the names they are called by, links to the stubs; and PATH for
+# login shells.
 FROM system AS scripts
 ARG SOURCE_DATE_EPOCH=0
 COPY hermes_boot.py main_wrapper.py LICENSE /opt/hermes/docker/
@@ -104,8 +105,8 @@ RUN cd /opt/hermes/docker \
  && python3 -m compileall -q --invalidation-mode unchecked-hash . \
  && mkdir -p /names/etc/cont-init.d /names/etc/cont-finish.d /names/etc/profile.d /names/usr/bin ../bin \
  && for stub in boot:hermes_boot wrapper:main_wrapper; do \
-      printf '%s\n' '#!/usr/bin/python3 -IBS' 'import sys' 'sys.path.insert(0, "/opt/hermes/docker")' \
-        "from ${stub#*:} import main" 'sys.exit(main(sys.argv))' >"${stub%:*}"; \
+      printf '%s\n' '#!/usr/bin/python3 -IBS' 'import os, sys' 'sys.path.insert(0, "/opt/hermes/docker")' \
+        "from ${stub#*:} import main" 'os._exit(main(sys.argv))' >"${stub%:*}"; \
       chmod 0755 "${stub%:*}"; \
     done \
  && ln -s boot stage2-hook.sh \

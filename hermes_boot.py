@@ -14,9 +14,10 @@ write.
 
 Contents, in the order of a container's life:
 
-BOOT      What both scripts need   Reporting   Settings   Safe files   Processes   Accounts   Ownership   Seeding
-            Profiles and their state   Slots   Setup and reconcile
-  RUNNING   What s6 knows   The service manager   Shutdown   Fallback init   Status   Health   Logs   Doctor   Command line
+BOOT     What both scripts need   Reporting   Settings   Safe files   Processes   Accounts   Ownership   Seeding
+         Profiles and their state   Slots   Setup and reconcile
+RUNNING  What s6 knows   The service manager   Shutdown   Fallback init   Status   Health   Logs   Doctor
+         Command line
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ import os
 import stat
 import sys
 import time
+
+TYPE_CHECKING = False  # true to a type checker; to import typing for that would cost every start
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterable, Iterator
+    from typing import Any, BinaryIO
 
 VERSION = "1.1.0"
 
@@ -54,8 +61,7 @@ SIGPIPE, SIGXFSZ = 13, 25
 
 
 def content(path: str) -> bytes:
-    """Return a file's content, as open() would in three times the time: an environment is a file for each variable.
-    Raises OSError."""
+    """Return a file's content, in a third of open()'s time: an environment is a file a variable. Raises OSError."""
     fd, parts = os.open(path, os.O_RDONLY), []
     try:
         while part := os.read(fd, 1 << 15):
@@ -94,15 +100,13 @@ def container_environment() -> dict[str, str]:
 
 
 def switch(value: str) -> bool | None:
-    """Return whether a switch is on (1, true, yes, on, in any case), None when it is neither that nor off (0, false,
-    no, off)."""
+    """Return whether a switch is on (1, true, yes, on), None when it is neither that nor off (0, false, no, off)."""
     word = value.strip().lower()
     return True if word in ("1", "true", "yes", "on") else False if word in ("0", "false", "no", "off") else None
 
 
 def root_home(environment: dict[str, str]) -> str:
-    """Return the root profile's HERMES_HOME: of <root>/profiles/<name>, as `hermes` sets it for a profile, that is
-    <root>."""
+    """Return the root profile's HERMES_HOME: <root> where `hermes` has set it to <root>/profiles/<name>."""
     home = environment.get("HERMES_HOME") or HOME
     parent = os.path.dirname(home.rstrip("/"))
     return os.path.dirname(parent) if os.path.basename(parent) == "profiles" else home
@@ -147,7 +151,7 @@ def as_hermes(argv: list[str]) -> list[str]:
 
 def execute(argv: list[str], environment: dict[str, str]) -> int:
     """Exec a program; return only when that fails: 127 not found, 126 not executable."""
-    import _signal  # `signal` itself would cost 5 ms for its enums
+    import _signal  # type: ignore[import-not-found]  # `signal` itself would cost 5 ms for its enums
 
     for number in (SIGPIPE, SIGXFSZ):  # Python ignores these from its start, and an exec'd program would inherit that
         _signal.signal(number, _signal.SIG_DFL)
@@ -166,8 +170,7 @@ def execute_as_hermes(argv: list[str], environment: dict[str, str]) -> int:
 
 
 def s6_is_pid_1() -> bool:
-    """Return whether s6-overlay supervises this container; works without privilege, which reading /proc/1/exe would
-    not."""
+    """Return whether s6-overlay supervises this container; needs no privilege, unlike /proc/1/exe."""
     try:
         return content("/proc/1/comm") == b"s6-svscan\n" and os.path.isdir("/run/s6/basedir")
     except OSError:
@@ -211,6 +214,15 @@ def read_pid_file(path: str) -> int:
         return 0
 
 
+def account() -> tuple[int, int] | None:
+    """Return hermes's UID and GID from /etc/passwd, None when it has no such user."""
+    for line in content("/etc/passwd").split(b"\n"):
+        fields = line.split(b":")
+        if fields[0] == USER.encode() and len(fields) == 7:
+            return int(fields[2]), int(fields[3])
+    return None
+
+
 def profile_option(words: list[str]) -> tuple[str | None, list[str]]:
     """Split a leading -p NAME, --profile NAME or --profile=NAME off hermes's arguments."""
     if len(words) > 1 and words[0] in ("-p", "--profile"):
@@ -234,7 +246,7 @@ class Fatal(Exception):
 class Fault:
     """What is wrong, and what to do about it."""
 
-    __slots__ = ("text", "fix")
+    __slots__ = ("fix", "text")
 
     def __init__(self, text: str, fix: str = "") -> None:
         self.text, self.fix = text, fix
@@ -267,8 +279,7 @@ def warn(text: object) -> None:
 
 
 class Progress:
-    """Says on stderr what a long operation waits for: on a terminal one line that counts, elsewhere a line every 10
-    seconds."""
+    """Says on stderr what a long operation waits for: a line that counts on a terminal, else one every 10 seconds."""
 
     __slots__ = ("due", "terminal", "written")
 
@@ -277,21 +288,22 @@ class Progress:
         self.terminal, self.written = sys.stderr.isatty(), False
         self.due = float("inf") if quiet else time.monotonic() + (2 if self.terminal else first)
 
-    def tell(self, text) -> None:
+    def tell(self, text: Callable[[], str]) -> None:
         """Say what the function text returns, if it is time to."""
         if time.monotonic() < self.due:
             return
         self.due = time.monotonic() + (0.2 if self.terminal else 10)
         if self.terminal:
             line = cut(f"{os.path.basename(sys.argv[0])}: info: {text()}", os.get_terminal_size(2).columns)
-            self.written = print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True) is None
+            write_error(f"\r{line}\033[K")
+            self.written = True
         else:
             say("info", text())
 
     def end(self) -> None:
         """Clear the terminal's line."""
         if self.written:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            write_error("\r\033[K")
 
 
 def cut(text: str, width: int) -> str:
@@ -323,11 +335,13 @@ def described(error: OSError) -> str:
     return reason(error) if reason(error).startswith(("is ", "was ")) else f"cannot be used ({reason(error)})"
 
 
-def guarded(action, *arguments) -> int:
-    """Run an action that returns an exit code; turn what it raises into one line and code 1, a traceback only for
-    the unexpected."""
+def guarded(action: Callable[..., int], *arguments: object) -> int:
+    """Run an action; turn what it raises into one line and code 1, with a traceback only for the unexpected."""
     try:
-        return action(*arguments)
+        code = action(*arguments)
+        if sys.stdout:
+            sys.stdout.flush()  # the entry stub ends the process without it
+        return code
     except Fatal as error:
         say("fatal", str(error))
     except KeyboardInterrupt:
@@ -348,16 +362,15 @@ WRAPPER = f"{IMAGE}/docker/main-wrapper.sh"
 SCANDIR = "/run/service"
 MAX_SECONDS = 86400
 SWITCHES = (
-    "HERMES_BOOT_QUIET GATEWAY_MULTIPLEX_PROFILES HERMES_DASHBOARD HERMES_DOCKER_EXEC_AS_ROOT HERMES_GATEWAY_NO_SUPERVISE"
-    " HERMES_RECONCILE HERMES_SEALED HERMES_SKIP_CONFIG_MIGRATION"
+    "HERMES_BOOT_QUIET GATEWAY_MULTIPLEX_PROFILES HERMES_DASHBOARD HERMES_DOCKER_EXEC_AS_ROOT"
+    " HERMES_GATEWAY_NO_SUPERVISE HERMES_RECONCILE HERMES_SEALED HERMES_SKIP_CONFIG_MIGRATION"
 ).split()
 
 
 class Boot:
-    """What every step needs to know: the environment, the root HERMES_HOME, who hermes is, and whether to change
-    anything."""
+    """What every step needs to know: environment, root HERMES_HOME, who hermes is, whether to change anything."""
 
-    __slots__ = ("environment", "home", "scandir", "owner", "dry_run", "by_root", "multiplexes")
+    __slots__ = ("by_root", "dry_run", "environment", "home", "multiplexes", "owner", "scandir")
 
     def __init__(self, environment: dict[str, str], *, dry_run: bool = False) -> None:
         """Raise Fatal when HERMES_HOME is nothing to boot on."""
@@ -390,6 +403,11 @@ class Boot:
     def sealed(self) -> bool:
         """Return whether root keeps the scandir and all slots for itself, which takes root."""
         return switch(self.setting("HERMES_SEALED")) is True and os.geteuid() == 0
+
+    @property
+    def by_group(self) -> bool:
+        """Return whether hermes is any UID with root's group, as on OpenShift: then what that group can use is its."""
+        return self.owner[1] == 0 and self.owner[0] != 0
 
     @property
     def quiet(self) -> bool:
@@ -433,7 +451,8 @@ def check_switches(boot: Boot) -> None:
         value = boot.setting(name)
         if value.strip() and switch(value) is None:
             warn(
-                f"{name}={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off), so it is as if it were not set"
+                f"{name}={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off),"
+                " so it is as if it were not set"
             )
 
 
@@ -451,8 +470,7 @@ def seconds(environment: dict[str, str], name: str, default: int, least: int) ->
 
 
 class Folder:
-    """An open directory. What lies in it is reached by descriptor, never through a link, never blocking; errors are
-    OSError."""
+    """An open directory. Its entries are reached by descriptor, never through a link, never blocking; or OSError."""
 
     __slots__ = ("fd", "roots_way")
 
@@ -550,7 +568,7 @@ class Folder:
         if sync:
             self.sync()
 
-    def update(self, name: str, edit, limit: int) -> None:
+    def update(self, name: str, edit: Callable[[bytes | None], bytes], limit: int) -> None:
         """Replace a file by what edit makes of its content (None when missing), whole. Our own writers are kept out
         by the lock; a program that does not take it is noticed by looking again before the rename, and its change is
         then edited in turn."""
@@ -590,8 +608,7 @@ class Folder:
         return temporary
 
     def reserve(self, temporary: str, name: str) -> bool:
-        """Give a finished file its name unless something has it; link() decides that in the kernel, where the volume
-        has it."""
+        """Give a file its name unless something has it; link() decides that in the kernel, where there is one."""
         try:
             os.link(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
             self.unlinked(temporary)
@@ -626,8 +643,7 @@ class Folder:
                         continue  # a folder of that name is not ours, and in nobody's way
 
     def remove(self, name: str) -> None:
-        """Remove an entry with all below it, if it is there. However deep that is: what lies two levels down is
-        moved one up first."""
+        """Remove an entry with all below it, however deep: what lies two levels down is moved one up first."""
         if self.unlinked(name):
             return
         with Folder(name, self.fd) as top:
@@ -711,10 +727,9 @@ def trusted_folder(path: str, *, make: bool = False) -> Folder:
 
 
 def mount_of(fd: int) -> bytes:
-    """Return by which mount an open entry is reached: one from the same disk has the same device. "" before Linux
-    3.15."""
-    with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
-        return next((line for line in file if line.startswith(b"mnt_id:")), b"")
+    """Return the mount that an open entry is reached by, which a device does not tell. "" before Linux 3.15."""
+    lines = content(f"/proc/self/fdinfo/{fd}").split(b"\n")
+    return next((line for line in lines if line.startswith(b"mnt_id:")), b"")
 
 
 def mount_id(fd: int) -> MountId:
@@ -734,7 +749,7 @@ class Lock:
     Once it is held, what killed writers of the given names left is removed.
     """
 
-    __slots__ = ("folder", "names", "timeout", "fd", "held")
+    __slots__ = ("fd", "folder", "held", "names", "timeout")
 
     def __init__(self, folder: Folder, *names: str, timeout: float = 1) -> None:
         self.folder, self.names, self.timeout, self.fd, self.held = folder, names, timeout, -1, False
@@ -763,7 +778,7 @@ class Lock:
                     return False
                 time.sleep(0.02)
             except OSError:
-                return False  # NFS locks no folders; two boots on one volume are then as safe as link() and rename() make them
+                return False  # NFS locks no folders; two boots on one volume are then as safe as link() and rename()
 
 
 def read_small(path: str) -> bytes:
@@ -789,9 +804,11 @@ OVERDUE = 124  # the exit code of a process that was ended for its time, as of t
 
 
 class TimeLimit:
-    """Raises TimeoutError in its block after so many seconds (0: never), out of a system call too."""
+    """Raises TimeoutError in its block after so many seconds (0: never), out of a system call too; one within another
+    holds no longer than that has left. In another thread than the main one, which alone gets signals, it limits
+    nothing."""
 
-    __slots__ = ("before", "outer", "seconds")
+    __slots__ = ("before", "outer", "seconds", "started")
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -799,14 +816,23 @@ class TimeLimit:
     def __enter__(self) -> None:
         import _signal
 
-        self.before = _signal.signal(_signal.SIGALRM, self.expire)
-        self.outer = _signal.setitimer(_signal.ITIMER_REAL, self.seconds)[0]
+        try:
+            self.before = _signal.signal(_signal.SIGALRM, self.expire)
+        except ValueError:
+            self.before = None
+            return
+        self.started, self.outer = time.monotonic(), _signal.getitimer(_signal.ITIMER_REAL)[0]
+        limits = [seconds for seconds in (self.seconds, self.outer) if seconds]
+        _signal.setitimer(_signal.ITIMER_REAL, min(limits, default=0))
 
     def __exit__(self, *_: object) -> None:
         import _signal
 
+        if self.before is None:
+            return
         _signal.signal(_signal.SIGALRM, self.before)
-        _signal.setitimer(_signal.ITIMER_REAL, self.outer)
+        left = max(0.001, self.outer - (time.monotonic() - self.started)) if self.outer else 0
+        _signal.setitimer(_signal.ITIMER_REAL, left)
 
     def expire(self, *_: object) -> None:
         """Be the handler of SIGALRM."""
@@ -831,7 +857,7 @@ def shell_code(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def in_child(action, *arguments, timeout: float = CHILD_TIMEOUT) -> int:
+def in_child(action: Callable[..., int], *arguments: object, timeout: float) -> int:
     """Run an action in a child process, for timeout seconds at most; return its exit code, see wait_for."""
     sys.stdout.flush()
     child = os.fork()
@@ -867,8 +893,7 @@ def wait_for(child: int, timeout: float) -> int:
 
 
 def drop_root(owner: Owner) -> None:
-    """Become hermes for good, as s6-setuidgid does: groups from /etc/group first, then GID, then UID. Fatal when
-    that cannot be."""
+    """Become hermes for good, as s6-setuidgid does: groups of /etc/group, then GID, then UID. Raises Fatal."""
     uid, gid = owner
     try:
         os.initgroups(USER, gid)
@@ -882,14 +907,13 @@ def drop_root(owner: Owner) -> None:
 
 
 def become_hermes() -> None:
-    """Drop root for good: what the manager writes belongs to hermes, and nothing on the volume can use root. Fatal
-    if that fails."""
+    """Drop root for good: what we write is hermes's, and nothing on the volume can use root. Raises Fatal."""
     owner = account()
     if os.geteuid() == 0 and owner:
         drop_root(owner)
 
 
-def as_owner(owner: Owner, action, *arguments, timeout: float = CHILD_TIMEOUT) -> int:
+def as_owner(owner: Owner, action: Callable[..., int], *arguments: object, timeout: float = CHILD_TIMEOUT) -> int:
     """Run an action as hermes and return its exit code: in a child that drops for good when we are root, for timeout
     seconds at most (see wait_for), else right here."""
 
@@ -946,12 +970,16 @@ def kill_all_of_hermes() -> bool:
     owner = account()
     if not ours or read_pid_file(COMMAND_PROCESS) or not owner or os.geteuid() != 0:
         return False
-    return as_owner(owner, lambda: os.kill(-1, SIGKILL) or 0, timeout=5) == 0
+
+    def kill_all() -> int:
+        os.kill(-1, SIGKILL)
+        return 0
+
+    return as_owner(owner, kill_all, timeout=5) == 0
 
 
 def set_terminal_going() -> None:
-    """Undo what whoever runs in the container has done to the terminal's output with tcflow(3): stopped, it would stop
-    everybody who writes there."""
+    """Undo what somebody has done to the terminal with tcflow(3): stopped, it would stop all who write there."""
     if not os.isatty(2):
         return
     import _signal
@@ -965,9 +993,8 @@ def set_terminal_going() -> None:
     _signal.signal(_signal.SIGTTOU, before)
 
 
-def at_once(action, items: list) -> None:
-    """Take an action on every item, many at a time: a disk syncs many files in little more than the time of one. Raises
-    what an action has raised."""
+def at_once(action: Callable[[str], object], items: list[str]) -> None:
+    """Take an action on all items, many at a time, as a disk likes to sync. Raises what an action has raised."""
     if len(items) > 1:
         from concurrent.futures import ThreadPoolExecutor  # 15 ms
 
@@ -983,15 +1010,14 @@ def at_once(action, items: list) -> None:
 
 
 def send(process: int, number: int) -> None:
-    """Send a signal to a process, unless it has ended, or is not ours to signal, as for root without the capability
-    KILL."""
+    """Send a signal to a process, unless it has ended, or we may not, as root without the capability KILL."""
     try:
         os.kill(process, number)
     except OSError:
         pass
 
 
-def until(condition, timeout: float) -> bool:
+def until(condition: Callable[[], bool], timeout: float) -> bool:
     """Poll a condition that s6 has no event for; return whether it came to hold within timeout seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
@@ -1005,7 +1031,7 @@ class Children:
     """Our child processes, the container's orphans among them, reaped as they end; the codes of those that we
     started; and whether somebody has asked for the end, by SIGTERM."""
 
-    __slots__ = ("codes", "signals", "asked_to_end")
+    __slots__ = ("asked_to_end", "codes", "signals")
 
     def __init__(self) -> None:
         """Make this process the one that orphans come to, and take signals one by one from here on."""
@@ -1023,7 +1049,7 @@ class Children:
         except (ImportError, OSError):
             warn("this Python has no ctypes, so orphans go to PID 1, which may not reap them")
 
-    def start(self, argv: list[str], environment: dict[str, str], **group: object) -> int:
+    def start(self, argv: list[str], environment: dict[str, str], **group: Any) -> int:
         """Start a program in a process group of its own (or with setsid=True, a session), with signals as it expects
         them; return its pid. Raises OSError."""
         group = group or {"setpgroup": 0}
@@ -1064,7 +1090,8 @@ class Children:
     def end_all(self, grace: float) -> bool:
         """End every process that is left below us, and nobody else's: SIGTERM to each, SIGKILL once grace seconds are
         over; 5 seconds later the rest is the kernel's. Return whether none is left."""
-        deadline, told = time.monotonic() + grace, set()
+        told: set[int] = set()
+        deadline = time.monotonic() + grace
         while time.monotonic() < deadline + 5:
             self.reap()
             if not (left := descendants(os.getpid())):
@@ -1079,11 +1106,6 @@ class Children:
                 self.codes[pid] = None
             self.wait(*left, timeout=0 if late else 0.05)  # what forks all the time is to be killed faster than that
         return False
-
-
-def parent_of(process: int) -> int:
-    """Return a process's parent; OSError when it has ended. See proc(5)."""
-    return int(content(f"/proc/{process}/stat").rpartition(b")")[2].split()[1])
 
 
 # Accounts
@@ -1101,18 +1123,8 @@ PATHS = ("AZURE_FEDERATED_TOKEN_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE")  # which a
 MAX_ID = 2**32 - 2  # 2**32 - 1 is chown's "leave it as it is"
 
 
-def account(name: str = USER) -> tuple[int, int] | None:
-    """Return a user's UID and GID from /etc/passwd, None when it has no such user."""
-    for line in content("/etc/passwd").split(b"\n"):
-        fields = line.split(b":")
-        if fields[0] == name.encode() and len(fields) == 7:
-            return int(fields[2]), int(fields[3])
-    return None
-
-
 def wanted_id(boot: Boot, *names: str) -> int | None:
-    """Return the UID or GID that the first non-empty of these variables asks for, None when none does; Fatal when it
-    is not one."""
+    """Return the UID or GID of the first non-empty of these variables, None for none; Fatal when it is no such."""
     for name in names:
         value = boot.setting(name)
         if not value:
@@ -1120,13 +1132,14 @@ def wanted_id(boot: Boot, *names: str) -> int | None:
         if (number := number_in(value, 1, MAX_ID)) is None:
             root = "0 is root, as which the agent never runs; " if value == "0" else ""
             raise Fatal(
-                f"{name}={value!r} is not a number from 1 to {MAX_ID}; {root}unset it or give your host's (id -u, id -g)"
+                f"{name}={value!r} is not a number from 1 to {MAX_ID};"
+                f" {root}unset it or give your host's (id -u, id -g)"
             )
         return number
     return None
 
 
-def rewrite(path: str, edit, *, dry_run: bool = False) -> bool:
+def rewrite(path: str, edit: Callable[[list[bytes]], list[bytes]], *, dry_run: bool = False) -> bool:
     """Replace a file of /etc by what edit makes of its lines, atomically, with its mode and owner; return whether
     that changes it. Raises OSError."""
     with open(path, "rb") as file:
@@ -1160,8 +1173,7 @@ def with_field(lines: list[bytes], name: bytes, changes: dict[int, int | str]) -
 
 
 def with_member(lines: list[bytes], member: bytes, groups: list[int]) -> list[bytes]:
-    """Return /etc/group's lines with a member in all of these groups, by their GIDs; a group without a line gets
-    one."""
+    """Return /etc/group's lines with a member in all of these groups, by GID; a group without a line gets one."""
     missing, result = {str(group).encode() for group in groups}, []
     for line in lines:
         fields = line.rstrip(b"\n").split(b":")
@@ -1197,7 +1209,8 @@ def remap(boot: Boot) -> None:
         return
     if os.geteuid() != 0:
         raise Fatal(
-            f"started as UID {os.geteuid()}, so hermes cannot become {wanted[0]}:{wanted[1]}; drop `--user` or the HERMES_UID/HERMES_GID"
+            f"started as UID {os.geteuid()}, so hermes cannot become {wanted[0]}:{wanted[1]};"
+            " drop `--user` or the HERMES_UID/HERMES_GID"
         )
     for line in content(PASSWD).split(b"\n"):
         fields = line.split(b":")
@@ -1221,17 +1234,19 @@ def follow_home(boot: Boot) -> None:
     """Give the hermes user the volume as its home in /etc/passwd, where ssh and the like look for it."""
     if not boot.home.isprintable() or ":" in boot.home:
         return  # nothing that has a place there
+
+    def edit(lines: list[bytes]) -> list[bytes]:
+        return with_field(lines, USER.encode(), {5: boot.home})
+
     try:
-        if rewrite(PASSWD, lambda lines: with_field(lines, USER.encode(), {5: boot.home}), dry_run=True):
-            if boot.announce(f"set the home of {USER} to {boot.home}"):
-                rewrite(PASSWD, lambda lines: with_field(lines, USER.encode(), {5: boot.home}))
+        if rewrite(PASSWD, edit, dry_run=True) and boot.announce(f"set the home of {USER} to {boot.home}"):
+            rewrite(PASSWD, edit)
     except OSError as error:
         warn(f"cannot write {PASSWD} ({reason(error)}), so ssh and others look for {USER}'s files in another home")
 
 
 def given_groups() -> list[int]:
-    """Return the GIDs that the container was started with (`--group-add`) and those of a mounted Docker socket and of
-    render nodes, root's excepted."""
+    """Return the GIDs of `--group-add`, of a mounted Docker socket and of render nodes, root's excepted."""
     groups: list[int] = []
     init = read_pid_file(SUPERVISOR_PROCESS) or 1  # PID 1 may be another container's
     with open(f"/proc/{init}/status", "rb") as file:
@@ -1327,7 +1342,8 @@ def secret_file(path: str, limit: int) -> bytes:
 # --------------------------------------------------------------------------------------------------------------------
 
 MANAGED_FOLDERS = (
-    "backups cron sessions logs hooks memories skills skins plans workspace home profiles pairing platforms/pairing lazy-packages"
+    "backups cron sessions logs hooks memories skills skins plans workspace home profiles pairing platforms/pairing"
+    " lazy-packages"
 ).split()
 VERSION_STAMP = ".hermes-agent-version"
 # What hermes-agent makes at the top of its home beside these, and its tools, whose HOME that is too.
@@ -1347,10 +1363,11 @@ MANAGED_FILES = frozenset(
     .env SOUL.md active_profile auth.json auth.lock config.yaml gateway.lock gateway.pid gateway_state.json
     processes.json {VERSION_STAMP}
     .anthropic_oauth.json .clean_shutdown .codex_gpt55_autoraise_notice .container-mode .drain_request.json .env.EXAMPLE
-    .gateway-planned-stop.json .gateway-takeover.json .hermes_history .install_method .managed .no-bundled-skills .op.env
-    .restart_failure_counts .restart_last_processed.json .restart_notify.json .restart_pending.json .scratch_tip_shown
-    .skills_prompt_snapshot.json .skip_upstream_prompt .sync.lock .tirith-install-failed .update_check .update_exit_code
-    .update_output.txt .update_pending.claimed.json .update_pending.json .update_prompt.json .update_response
+    .gateway-planned-stop.json .gateway-takeover.json .hermes_history .install_method .managed .no-bundled-skills
+    .op.env .restart_failure_counts .restart_last_processed.json .restart_notify.json .restart_pending.json
+    .scratch_tip_shown .skills_prompt_snapshot.json .skip_upstream_prompt .sync.lock .tirith-install-failed
+    .update_check .update_exit_code .update_output.txt .update_pending.claimed.json .update_pending.json
+    .update_prompt.json .update_response
     channel_aliases.json channel_directory.json context_length_cache.yaml cron.pid desktop-build-stamp.json
     distribution.yaml errors.log feishu_comment_pairing.json feishu_comment_rules.json feishu_seen_message_ids.json
     gateway-starts.log gateway.json gateway_voice_mode.json google_chat_bot_id.json google_chat_thread_counts.json
@@ -1366,11 +1383,7 @@ MANAGED_PREFIXES = (  # databases, to which SQLite and the agent add -wal, -shm,
     *"verification_evidence.db config.yaml. auth.json. .npm_lock_hash_".split(),
 )
 MANAGED_SUFFIXES = (".tmp", "_threads.json")  # the first one on names with a dot in front only
-SHARED_FOLDERS, SHARED_DEPTH, MOST_SWEEPERS = (
-    64,
-    6,
-    4,
-)  # folders to share among processes, looked for down to this depth
+SHARED_FOLDERS, SHARED_DEPTH, MOST_SWEEPERS = 64, 6, 4  # folders to share among processes, looked for to this depth
 MOST_LEVELS = 2000  # below a managed folder; no path reaches further
 MOST_NAMES, MOST_SHARED = 200_000, 8192  # of folders, kept in memory at a time, and of one folder's to share
 
@@ -1398,7 +1411,7 @@ class Sweep:
         """former is the UID that hermes had before, -1 for none; mounted says whether there are other file systems
         that it could move below a folder that is checked."""
         self.uid, self.gid = boot.owner
-        self.by_group = boot.owner != account()  # OpenShift's way
+        self.by_group = boot.by_group
         self.dry_run = boot.dry_run
         self.former = {former, self.uid}
         self.home: MountId = (-1, b"")  # where the volume itself is
@@ -1406,15 +1419,15 @@ class Sweep:
         # Nothing of hermes's runs before the CMD; from then on it can move what is mounted elsewhere.
         self.mounted = mounted or os.path.exists(COMMAND_PROCESS)
         self.path, self.progress = boot.home, Progress(quiet=boot.quiet)
-        self.counts, self.index = [0] * MOST_SWEEPERS, 0  # what each process has checked, and which one we are
+        self.counts: list[int] | memoryview[int] = [0] * MOST_SWEEPERS  # what each process has checked
+        self.index = 0  # which of them we are
         self.reset()
 
     def reset(self) -> None:
         """Forget what was counted."""
-        for name in self.COUNTS:
-            setattr(self, name, 0)
-        for name in self.WORDS:
-            setattr(self, name, "")
+        self.changed = self.checked = self.linked = self.failed = 0
+        self.kept = self.deep = self.strangers = self.left_behind = 0
+        self.first = self.failure = self.first_kept = self.first_stranger = self.first_left_behind = ""
 
     def claim(self, name: str, at: int, *, writable: bool = False) -> None:
         """Give one entry to hermes; with writable, for a file at the top of the volume, which may be mounted there
@@ -1423,6 +1436,8 @@ class Sweep:
             fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=at)
         except FileNotFoundError:
             return  # removed while we looked
+        except OSError as error:
+            return self.fail(name, at, error)
         try:
             status = os.fstat(fd)
             if not self.may_change(status) or (
@@ -1449,13 +1464,16 @@ class Sweep:
         if not self.first:
             self.first = f"{path_in(at, name)} belongs to {status.st_uid}:{status.st_gid}"
 
-    def notice(self, entry: os.DirEntry) -> None:
+    def notice(self, entry: os.DirEntry[str]) -> None:
         """Count an entry at the top of the volume that nobody manages, where it is not hermes's."""
-        owner = owner_in(entry)
-        if owner != self.uid and not (self.by_group and is_groups(entry.stat(follow_symlinks=False), self.gid)):
+        try:
+            status = entry.stat(follow_symlinks=False)
+        except OSError:
+            return  # removed while we looked
+        if status.st_uid != self.uid and not (self.by_group and is_groups(status, self.gid)):
             self.strangers += 1
             self.first_stranger = self.first_stranger or entry.name
-            if owner in self.former:
+            if status.st_uid in self.former:
                 self.left_behind += 1
                 self.first_left_behind = self.first_left_behind or entry.name
 
@@ -1463,7 +1481,8 @@ class Sweep:
         """Return what there is to say of mounts whose entries stay whose they are."""
         mount = holding_mount(self.first_kept, mount_points())[0].rstrip("/")
         return Fault(
-            f"{self.kept} entries of mounts below {shown(boot.home)} are not {USER}'s and stay so, the first in {shown(mount)}",
+            f"{self.kept} entries of mounts below {shown(boot.home)} are not {USER}'s and stay so,"
+            f" the first in {shown(mount)}",
             f"if {USER} is to write there: chown -hR {self.uid}:{self.gid} on the host, in what is mounted",
         )
 
@@ -1506,7 +1525,8 @@ class Sweep:
         folder that is root's and that only its owner may write: there a chown by name does what four calls by
         descriptor would. Another user's becomes root's for that time: a container of that UID may run.
         """
-        uid, gid, folders, checked = self.uid, self.gid, [], 0
+        folders: list[str] = []
+        uid, gid, checked = self.uid, self.gid, 0
         own, theirs = os.fstat(fd), place != self.home
         still = not self.mounted and not theirs and own.st_uid != uid and not own.st_mode & 0o022
         if still and own.st_uid and not self.dry_run:
@@ -1542,9 +1562,8 @@ class Sweep:
         return max(16, (MOST_NAMES - self.held) // 4)
 
     def more_folders(self, fd: int, skip: int, room: int) -> list[str]:
-        """Return the names of an open folder's next folders, after the first ones, so many at most: a listing is read
-        again and again rather than kept."""
-        names = []
+        """Return an open folder's next folders' names, so many at most: a listing is read again, not kept."""
+        names: list[str] = []
         with os.scandir(fd) as listing:
             for entry in listing:
                 if not entry.is_dir(follow_symlinks=False):
@@ -1608,8 +1627,7 @@ class Sweep:
             self.held = held
 
     def descend(self, fd: int, name: str, place: MountId, above: list[Level]) -> int:
-        """Check a folder's entries and make it the current one, unless it is gone, unreadable, another file system, or
-        deeper than any path can lead."""
+        """Check a folder and make it the current one, unless open_folder says no, or no path leads so deep."""
         if len(above) >= MOST_LEVELS:
             self.deep += 1
             return fd
@@ -1620,8 +1638,7 @@ class Sweep:
         return replace_fd(fd, child.fd)
 
     def open_folder(self, fd: int, name: str, place: MountId) -> Folder | None:
-        """Open a folder to check it, None when it is gone, unreadable or another file system, which is checked by
-        itself."""
+        """Open a folder, None when it is gone, unreadable, or of another file system, which mount() checks."""
         try:
             child = Folder(name, fd)
         except (FileNotFoundError, NotADirectoryError):
@@ -1648,8 +1665,7 @@ class Sweep:
                 self.change(".", top.fd, status, False)
 
     def volume(self, home: Folder, names: list[str]) -> None:
-        """Check the managed folders. The upper levels here; once there are folders enough to share, all cores take
-        from them."""
+        """Check the managed folders: the upper levels here, the rest by all cores, once there is enough to share."""
         waiting: list[tuple[str, MountId]] = []  # a folder's path, and where it must be
         for name in names:
             waiting += self.check_managed(home, name)
@@ -1663,8 +1679,7 @@ class Sweep:
             self.share(home, waiting[done:])
 
     def check_managed(self, home: Folder, name: str) -> list[tuple[str, MountId]]:
-        """Check one managed folder's entries; return its folders. A link or a file in its place is left alone, and
-        said of those that we make."""
+        """Check one managed folder; return its folders. A link or a file instead stays, and we say so of our own."""
         try:
             folder = home.folder(name)
         except FileNotFoundError:
@@ -1691,7 +1706,9 @@ class Sweep:
         self.held += len(names)
         return [(name, place) for name in names]
 
-    def below(self, home: Folder, path: str, place: MountId, action) -> list[tuple[str, MountId]]:
+    def below(
+        self, home: Folder, path: str, place: MountId, action: Callable[[Folder], list[tuple[str, MountId]] | None]
+    ) -> list[tuple[str, MountId]]:
         """Open a folder anew and take an action on it; return the folders it names, as volume() wants them. Whatever
         became of the folder since we saw it is counted."""
         parent, _, name = path.rpartition("/")
@@ -1713,10 +1730,11 @@ class Sweep:
         os.write(filled, bytes(range(groups)))
         os.close(filled)
 
-        def work() -> None:
+        def work() -> int:
             while token := os.read(tokens, 1):
                 for path, place in folders[token[0] :: groups]:
                     self.below(home, path, place, self.tree)
+            return 0
 
         import mmap
         import select
@@ -1738,16 +1756,15 @@ class Sweep:
             for path, place in folders:
                 self.below(home, path, place, self.tree)
 
-    def fork(self, work, index: int) -> tuple[int, int]:
-        """Start a process that works and then writes what it counted; return its pid and where to read that. index is
-        its number."""
+    def fork(self, work: Callable[[], int], index: int) -> tuple[int, int]:
+        """Start a process, the index-th, that works and writes what it counted; return its pid and where to read."""
         result, output = os.pipe()
         sys.stderr.flush()
         child = os.fork()
         if child == 0:
             self.index = index
             self.reset()
-            code = guarded(lambda: work() or 0)
+            code = guarded(work)
             values = [str(getattr(self, name)) for name in self.COUNTS + self.WORDS]
             os.write(output, os.fsencode("\0".join(values)))
             os._exit(code)
@@ -1757,20 +1774,21 @@ class Sweep:
     def add(self, data: bytes) -> None:
         """Add what another process counted."""
         values = os.fsdecode(data).split("\0")
-        for name, value in zip(self.COUNTS, values):
+        for name, value in zip(self.COUNTS, values[: len(self.COUNTS)], strict=True):
             setattr(self, name, getattr(self, name) + int(value))
-        for name, value in zip(self.WORDS, values[len(self.COUNTS) :]):
+        for name, value in zip(self.WORDS, values[len(self.COUNTS) :], strict=True):
             setattr(self, name, getattr(self, name) or value)
 
     def report(self, boot: Boot) -> None:
-        """Say what was mended, what could not be, and what was left alone for safety."""
+        """Say what was changed, what could not be, and what was left alone for safety."""
         if self.changed:
             boot.announce(
                 f"give {self.changed} of {self.checked} entries on {shown(boot.home)} to {self.uid}:{self.gid}"
             )
         if self.failed:
             warn(
-                f"{self.failed} entries on {shown(boot.home)} could not be given to {self.uid}:{self.gid}, the first: {self.failure};"
+                f"{self.failed} entries on {shown(boot.home)} could not be given to {self.uid}:{self.gid},"
+                f" the first: {self.failure};"
                 " going on, since a rootless engine, NFS, a NAS or a read-only mount may refuse that and still work"
             )
         if self.kept:
@@ -1781,8 +1799,8 @@ class Sweep:
             )
         if self.left_behind:
             warn(
-                f"{USER} was another user before; {self.left_behind} entries at the top of {shown(boot.home)} that are none of"
-                f" the agent's own stay whose they are, the first: {shown(self.first_left_behind)};"
+                f"{USER} was another user before; {self.left_behind} entries at the top of {shown(boot.home)} that are"
+                f" none of the agent's own stay whose they are, the first: {shown(self.first_left_behind)};"
                 f" chown what {USER} needs to {self.uid}:{self.gid} on the host, with the container stopped"
             )
         if self.linked:
@@ -1793,10 +1811,9 @@ class Sweep:
 
 
 class Level:
-    """A folder on the way down through a tree: which it is, and the names of its folders that are still to be
-    checked."""
+    """A folder on the way down through a tree: which it is, and which of its folders are still to be checked."""
 
-    __slots__ = ("inode", "names", "listed", "cut")
+    __slots__ = ("cut", "inode", "listed", "names")
 
     def __init__(self, sweep: Sweep, fd: int, place: MountId, names: list[str] | None = None) -> None:
         room = sweep.room() if names is None else len(names)
@@ -1891,17 +1908,8 @@ def loses_wal(kind: str) -> bool:
     return kind in WAL_IS_UNSAFE or kind.startswith("fuse")
 
 
-def has_mounts_beside(home: str) -> bool:
-    """Return whether something is mounted below the mount that holds a folder: hermes may be able to move it, by a
-    folder above."""
-    mounts = mount_points()
-    holder = holding_mount(home, mounts)[0]
-    return any(point != holder and point.startswith(holder) for point, _ in mounts)
-
-
 def own_volume(boot: Boot) -> None:
-    """Hand HERMES_HOME itself, the managed folders and the managed top-level files to hermes. All else there is the
-    user's."""
+    """Hand HERMES_HOME itself and what is managed at its top to hermes. All else there is the user's."""
     if not os.path.isdir(boot.home) and not boot.announce(f"make {shown(boot.home)}"):
         return
     make_home(boot)
@@ -1909,7 +1917,8 @@ def own_volume(boot: Boot) -> None:
         sweep = sweep_volume(boot)
     except PermissionError as error:
         warn(
-            f"{shown(boot.home)} cannot be looked into by root here ({reason(error)}), so owners stay as they are; hermes may be able to"
+            f"{shown(boot.home)} cannot be looked into by root here ({reason(error)}), so owners stay as they are;"
+            " hermes may be able to"
         )
     except OSError as error:
         raise Fatal(
@@ -1924,7 +1933,10 @@ def sweep_volume(boot: Boot) -> Sweep:
     belongs to until then is who hermes was before, root excepted."""
     with trusted_folder(boot.home) as home:
         top = os.fstat(home.fd).st_uid if home.roots_way else 0  # else hermes could have put another's folder there
-        sweep = Sweep(boot, former=top or -1, mounted=has_mounts_beside(boot.home))
+        mounts = mount_points()
+        holder = holding_mount(boot.home, mounts)[0]
+        others = any(point != holder and point.startswith(holder) for point, _ in mounts)  # hermes may move these
+        sweep = Sweep(boot, former=top or -1, mounted=others)
         sweep.home = sweep.place(home.fd)
         folders: list[str] = []
         with os.scandir(home.fd) as listing:
@@ -1955,14 +1967,6 @@ def make_home(boot: Boot) -> None:
         ) from error
 
 
-def owner_in(entry: os.DirEntry) -> int:
-    """Return the UID that an entry of a folder belongs to, root's when it was removed meanwhile."""
-    try:
-        return entry.stat(follow_symlinks=False).st_uid
-    except OSError:
-        return 0
-
-
 def is_managed_file(name: str) -> bool:
     """Return whether a top-level file is one that hermes keeps."""
     if name in MANAGED_FILES or name.startswith(MANAGED_PREFIXES):
@@ -1974,7 +1978,8 @@ def is_managed_file(name: str) -> bool:
 # --------------------------------------------------------------------------------------------------------------------
 
 BUILT_IN = {
-    "SOUL.md": "You are Hermes, a helpful, curious and honest assistant. Edit this file to make the persona your own.\n",
+    "SOUL.md": "You are Hermes, a helpful, curious and honest assistant."
+    " Edit this file to make the persona your own.\n",
     ".env": "# Secrets of Hermes Agent, one NAME=value a line. `hermes setup` fills this in.\n",
     "config.yaml": "# Configuration of Hermes Agent. `hermes setup` fills this in; `hermes config` shows all of it.\n",
 }
@@ -2035,9 +2040,12 @@ def barred(path: str) -> str:
     return next((folder for folder in folders if not os.access(folder, os.X_OK)), real)
 
 
-def owner_and_mode(name: str, at: int | None = None) -> str:
+def owner_and_mode(path: str, at: int | None = None) -> str:
     """Return to whom an entry belongs and with what mode, in words."""
-    status = os.stat(name, dir_fd=at, follow_symlinks=False)
+    try:
+        status = os.stat(path, dir_fd=at, follow_symlinks=False)
+    except OSError:
+        return "is gone by now"
     return f"belongs to {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}"
 
 
@@ -2118,15 +2126,16 @@ def try_volume(boot: Boot, home: Folder) -> None:
             if status.st_uid
             else "chown it on the host"
         )
-        if os.geteuid() not in (0, status.st_uid) and boot.owner != account():
+        if os.geteuid() != status.st_uid and boot.by_group:
             advice = "give it to group 0 (chgrp -R 0, chmod -R g+rwX)"
         if error.errno == errno.EROFS:
             advice = "mount it writable"
         elif status.st_uid == boot.owner[0]:
             advice = "chmod u+rwx it"
         raise Fatal(
-            f"{shown(boot.home)} cannot be written by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)}; it belongs to"
-            f" {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}; {advice}{rootless_advice(boot.owner)}"
+            f"{shown(boot.home)} cannot be written by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)};"
+            f" it belongs to {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o};"
+            f" {advice}{rootless_advice(boot.owner)}"
         ) from error
 
 
@@ -2231,30 +2240,29 @@ def image_version() -> str:
 
 
 def volume_version(home: Folder) -> str:
-    """As hermes: return the version of hermes-agent that last ran on the volume, "" on one from before this was
-    noted."""
+    """As hermes: return the version of hermes-agent that last ran on the volume, "" when none was noted."""
     try:
         return home.read(VERSION_STAMP, 100).decode(errors="replace").strip()
     except OSError:
         return ""
 
 
-VERSION = r"""v?(?:(\d+)!)?(\d+(?:\.\d+)*)(?:[-_.]?(alpha|a|beta|b|preview|pre|c|rc)[-_.]?(\d*))?
+VERSION_SCHEME = r"""v?(?:(\d+)!)?(\d+(?:\.\d+)*)(?:[-_.]?(alpha|a|beta|b|preview|pre|c|rc)[-_.]?(\d*))?
 (?:-(\d+)|[-_.]?(post|rev|r)[-_.]?(\d*))?(?:[-_.]?(dev)[-_.]?(\d*))?(?:\+[a-z0-9._-]+)?"""
 
 
-def version_key(version: str) -> tuple:
+def version_key(version: str) -> tuple[Any, ...]:
     """Return what sorts versions in PEP 440's order, but for local ones; what is no version comes first."""
     import re  # 8 ms, so only where two versions differ
 
-    match = re.fullmatch(VERSION.replace("\n", ""), version.strip().lower(), re.ASCII)
+    match = re.fullmatch(VERSION_SCHEME.replace("\n", ""), version.strip().lower(), re.ASCII)
     if not match:
         return (-1,)
     epoch, release, pre, pre_number, post, post_word, post_number, dev, dev_number = match.groups()
     numbers = [int(number) for number in release.split(".")]
     while numbers and numbers[-1] == 0:
         numbers.pop()
-    # alpha, beta and candidate come by their letter, before a final release; one that is only under development before all
+    # alpha, beta and candidate come by their letter, before a final release; one that is only in development before all
     stage = {"p": "r", "c": "r"}.get(pre[0], pre[0]) if pre else "" if dev and post is post_word is None else "z"
     after = int(post or post_number or 0) if post or post_word else -1
     return int(epoch or 0), numbers, stage, int(pre_number or 0), after, not dev, int(dev_number or 0)
@@ -2281,8 +2289,8 @@ def wants_migration(boot: Boot, home: Folder, *, fresh: bool) -> bool:
 
 
 def migrate_config(boot: Boot) -> int:
-    """As hermes: run `hermes config migrate` for every profile that has a config.yaml of an older version; return 1 when
-    one was not migrated, which is tried again at the next boot. What the agent says is in logs/."""
+    """As hermes: run `hermes config migrate` for every profile that has a config.yaml of an older version; return 1
+    when one was not migrated, which is tried again at the next boot. What the agent says is in logs/."""
     version, code = image_version(), 0
     with open_home(boot) as home, home.make("logs") as logs:
         fd = os.open(
@@ -2301,7 +2309,8 @@ def migrate_config(boot: Boot) -> int:
 
 
 def is_older_config(folder: Folder) -> bool:
-    """Return whether a profile's config.yaml is not of the image's version, by the number that the agent keeps in it."""
+    """Return whether a profile's config.yaml is not of the image's version, by the number that the agent keeps in
+    it."""
     import re
 
     try:
@@ -2387,7 +2396,7 @@ MOST_PROFILES = 20_000
 class Profile:
     """What the reconciler found of one profile, and what it makes of that."""
 
-    __slots__ = ("name", "prior_state", "action", "fault", "prior_exit")
+    __slots__ = ("action", "fault", "name", "prior_exit", "prior_state")
 
     def __init__(
         self, name: str, prior_state: str | None, action: str, fault: Fault | None = None, prior_exit: str = ""
@@ -2517,8 +2526,8 @@ def container_words() -> list[str]:
     return []
 
 
-def first_processes():
-    """Yield PID 1 and its children; those that the kernel lists first, since hundreds of others are s6's supervisors."""
+def first_processes() -> Iterator[int]:
+    """Yield PID 1 and its children; those that the kernel lists first: hundreds of others are s6's supervisors."""
     yield 1
     try:
         yield from map(int, content("/proc/1/task/1/children").split())
@@ -2528,7 +2537,7 @@ def first_processes():
 
 
 def wrapped_words(line: list[str], is_init: bool) -> list[str]:
-    """Return a command line from the wrapper's name on, [] when it has none; one that is not PID 1's must be rc.init's."""
+    """Return a command line from the wrapper's name on, [] for none; one that is not PID 1's must be rc.init's."""
     names = [os.path.basename(word) for word in line]
     start = 0 if is_init else names.index("rc.init") if "rc.init" in names else len(names)
     return next((line[i:] for i in range(start, len(line)) if names[i] in ("main-wrapper.sh", "main_wrapper.py")), [])
@@ -2540,7 +2549,8 @@ def families() -> dict[int, list[int]]:
     for name in os.listdir("/proc"):
         try:
             if name.isdigit():
-                result.setdefault(parent_of(int(name)), []).append(int(name))
+                parent = int(content(f"/proc/{name}/stat").rpartition(b")")[2].split()[1])  # see proc(5)
+                result.setdefault(parent, []).append(int(name))
         except OSError:
             continue  # ended meanwhile
     return result
@@ -2554,15 +2564,8 @@ def descendants(process: int) -> list[int]:
     return found[1:]
 
 
-def is_dashboard(command: list[str]) -> bool:
-    """Return whether the container is there for the dashboard: two containers with slots on one volume fight for its
-    log folders."""
-    return profile_option(command)[1][:1] == ["dashboard"]
-
-
 def run_profile(boot: Boot, command: list[str], home: Folder) -> str | None:
-    """Return the profile whose gateway the container was started to run, in the manner from before there was a
-    supervisor."""
+    """Return the profile that the container was started to run, as it was done before there was a supervisor."""
     option, words = profile_option(command)
     supervised = "--no-supervise" not in words and not switch(boot.setting("HERMES_GATEWAY_NO_SUPERVISE"))
     if words[:2] != ["gateway", "run"] or not supervised:
@@ -2637,9 +2640,8 @@ def list_profiles(boot: Boot, home: Folder, running: str | None) -> list[Profile
     return [profile for profile, _ in open_profiles(boot, home, running)]
 
 
-def open_profiles(boot: Boot, home: Folder, running: str | None):
-    """Yield what list_profiles returns, one by one, each with its folder, open as long as it is looked at (None when
-    it is skipped)."""
+def open_profiles(boot: Boot, home: Folder, running: str | None) -> Iterator[tuple[Profile, Folder | None]]:
+    """Yield what list_profiles returns, each with its folder, open until the next one (None when skipped)."""
     yield decide(boot, home, "default", running), home
     try:
         with home.folder("profiles") as profiles:
@@ -2652,7 +2654,8 @@ def open_profiles(boot: Boot, home: Folder, running: str | None):
         pass
     except OSError as error:
         warn(
-            f"profiles on the volume {described(error)}, so no profile but default has a gateway; put a plain folder there"
+            f"profiles on the volume {described(error)}, so no profile but default has a gateway;"
+            " put a plain folder there"
         )
 
 
@@ -2680,8 +2683,7 @@ def real_profiles(profiles: Folder, names: list[str]) -> list[str]:
 
 
 def inspect(boot: Boot, profiles: Folder, name: str, running: str | None) -> tuple[Profile, Folder | None] | None:
-    """Return one entry of profiles/ with its folder, open unless it is skipped; None for a file, which is nobody's
-    profile."""
+    """Return one entry of profiles/ with its folder, open unless it is skipped; None for a file: no profile."""
     folder = None
     try:
         status = profiles.stat(name)
@@ -2738,8 +2740,7 @@ LOGGER_MEMORY = 16 << 10  # KiB of address space; s6-log keeps all that the cont
 
 
 def shell_word(path: str) -> str:
-    """Return a path as one word of a shell, for people to paste: every byte that may mean something, there or to a
-    terminal, escaped."""
+    """Return a path as one word of a shell, to paste: what may mean something there or to a terminal is escaped."""
     if path.isascii() and path.isprintable():
         return quoted(path)
     plain = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-")
@@ -2753,6 +2754,7 @@ def quoted(text: str) -> str:
 
 FIND_HOME = (  # in shell, what root_home does
     'home="${HERMES_HOME:-' + HOME + '}"',
+    'home="${home%"${home##*[!/]}"}"',
     'case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac',
 )
 TAKE_UMASK = 'case "$UMASK" in "" | *[!0-7]* | [1-7]??? | ?????*) ;; *) umask "$UMASK" ;; esac'  # what umask_of does
@@ -2762,8 +2764,7 @@ OWN_STDERR = "if [ -w /proc/self/fd/2 ] && [ ! -S /proc/self/fd/2 ]; then exec 1
 
 
 def dropping(command: str) -> list[str]:
-    """Return the last lines of a slot's script: exec a command as hermes, which is who we are where the container
-    has no root."""
+    """Return the last lines of a slot's script: exec a command as hermes, who we are already without root."""
     return [f'[ "$(id -u)" = 0 ] || exec {command}', f"exec s6-setuidgid {USER} {command}"]
 
 
@@ -2812,7 +2813,8 @@ def log_run_script(profile: str, *, to_folder: bool = True) -> str:
         lines += [
             f'[ "$(id -u)" = 0 ] && set -- s6-setuidgid {USER} || set --',
             f'"$@" s6-setlock -n {folder}/lock true 2>/dev/null || {{',
-            f'  echo "{profile}: logs/gateways/{profile} is locked or cannot be used, so its log goes to the container\'s alone"',
+            f'  echo "{profile}: logs/gateways/{profile} is locked or cannot be used,'
+            " so its log goes to the container's alone\"",
             f'  ulimit -v {LOGGER_MEMORY}; exec "$@" s6-log 1',
             "}",
         ]
@@ -2823,8 +2825,7 @@ def log_run_script(profile: str, *, to_folder: bool = True) -> str:
 def slot_files(
     profile: str, stop_timeout: int, extra_env: dict[str, str] | None, *, to_folder: bool
 ) -> dict[str, tuple[str, int]]:
-    """Return path, content and mode of every regular file of a slot but `down`. Boot and run-time registration both
-    use it."""
+    """Return path, content and mode of a slot's regular files but `down`, for the boot and for run time."""
     return {
         "type": ("longrun\n", 0o644),
         "run": (run_script(profile, extra_env), 0o755),
@@ -3000,12 +3001,14 @@ def setup(boot: Boot) -> int:
     euid, image_owner = os.geteuid(), boot.owner
     if euid == 0 and (missing := missing_capabilities()):
         raise Fatal(
-            f"root lacks {' and '.join(missing)}; add with --cap-add, or start with `--user {boot.owner[0]}:{boot.owner[1]}`"
+            f"root lacks {' and '.join(missing)}; add with --cap-add,"
+            f" or start with `--user {boot.owner[0]}:{boot.owner[1]}`"
         )
     if euid not in (0, boot.owner[0]):
         raise Fatal(
-            f"started as UID {euid}, which is not {USER}'s; drop `--user` and set HERMES_UID={euid} HERMES_GID={os.getegid()},"
-            f" or use `--user {boot.owner[0]}`, or any UID with GID 0 on a volume that group 0 may write{rootless_advice(boot.owner)}"
+            f"started as UID {euid}, which is not {USER}'s; drop `--user` and set HERMES_UID={euid}"
+            f" HERMES_GID={os.getegid()}, or use `--user {boot.owner[0]}`, or any UID with GID 0 on a volume that"
+            f" group 0 may write{rootless_advice(boot.owner)}"
         )
     check_switches(boot)
     for fault in mount_faults(boot):
@@ -3022,7 +3025,7 @@ def setup(boot: Boot) -> int:
         join_groups(boot)
         own_volume(boot)
     elif not boot.dry_run:
-        who = f"{USER} itself" if boot.owner == account() else f"UID {euid} with GID 0"
+        who = f"UID {euid} with GID 0" if boot.by_group else f"{USER} itself"
         boot.announce(f"started as {who}, so owners, groups and services stay as they are")
         make_home(boot)
     if not os.path.isdir(boot.home):
@@ -3056,8 +3059,7 @@ def close_environment(boot: Boot) -> None:
 
 
 def setup_phase(boot: Boot) -> int:
-    """Run the setup, and leave word for the reconciler until it has done well: s6-overlay runs every cont-init
-    script regardless."""
+    """Run the setup; until it has done well a file says so to the reconciler, which s6-overlay runs regardless."""
     if boot.dry_run or not supervised():  # nothing of ours is written outside of a container of ours
         return guarded(setup, boot)
     if not read_pid_file(COMMAND_PROCESS):  # at a boot, not by `docker exec`
@@ -3110,11 +3112,11 @@ def end_boot() -> int:
     init, runner = first.get(b"/run/s6/basedir/scripts/rc.init"), first.get(b"s6rc-oneshot-runner")
     if not init or not runner:
         return 0
-    with open("/run/s6-linux-init-container-results/exitcode", "w") as file:
-        file.write(f"{128 + SIGTERM}\n")
+    set_exit_code(128 + SIGTERM)
     for process in [init, *children.get(init, [])]:  # rc.init, and s6-rc, which ends once its scripts have
         send(process, SIGTERM)
-    deadline, told = time.monotonic() + 1, set()  # some are PID 1's children, once their parents have ended
+    told: set[int] = set()  # some are PID 1's children, once their parents have ended
+    deadline = time.monotonic() + 1
     while time.monotonic() < deadline + 1:
         found = {process for process in descendants(runner) if command_of(process)[0] not in OF_THE_RUNNER}
         left = {process for process in found | told if command_of(process)[1]} - {os.getpid()}
@@ -3149,10 +3151,10 @@ def mark_setup(*, failed: bool) -> None:
 
 
 def no_gateways(boot: Boot, command: list[str]) -> str:
-    """Return why this container has no gateways, "" when it has."""
+    """Return why this container has none, "" when it has. Two with slots on one volume fight for its log folders."""
     if switch(boot.setting("HERMES_RECONCILE")) is False:
         return "HERMES_RECONCILE is off"
-    return "this one's command is the dashboard" if is_dashboard(command) else ""
+    return "this one's command is the dashboard" if profile_option(command)[1][:1] == ["dashboard"] else ""
 
 
 def reconcile_phase(boot: Boot) -> int:
@@ -3190,26 +3192,19 @@ def reconcile_phase(boot: Boot) -> int:
     return 0 if code == OVERDUE else code
 
 
-def asked_by_hermes(boot: Boot, action, *arguments) -> tuple[int, dict[str, tuple[bool, bool]]]:
+def asked_by_hermes(
+    boot: Boot, action: Callable[..., int], *arguments: object
+) -> tuple[int, dict[str, tuple[bool, bool]]]:
     """Run an action as hermes that asks for slots, by ask_for; return its exit code, and for each profile whether its
     gateway starts, and whether it has a log folder. What hermes says is checked, and is all that root takes from it."""
-    import fcntl
-
-    reading, writing = os.pipe()
-    os.set_blocking(reading, False)
-    os.set_blocking(writing, False)
-    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, ASKED_LIMIT)  # room for the longest names
-    code = as_owner(boot.owner, action, boot, *arguments, writing)
-    os.close(writing)
-    data = bytearray()
-    try:
-        while (part := os.read(reading, ASKED_LIMIT)) and len(data) < ASKED_LIMIT:
-            data += part
-    except BlockingIOError:
-        pass  # something of hermes's keeps it open
-    os.close(reading)
-    asked = (line.partition(" ") for line in data.decode("ascii", "replace").splitlines())
-    wanted = {name: ("start" in flags, "log" in flags) for name, _, flags in asked if not name_fault(name)}
+    with trusted_folder(boot.scandir) as scandir:
+        asked = os.open(".asked", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=scandir.fd)
+        scandir.unlinked(".asked")  # not a pipe: one of this size the kernel may refuse a root with few capabilities
+    code = as_owner(boot.owner, action, boot, *arguments, asked)
+    data = os.pread(asked, ASKED_LIMIT, 0)
+    os.close(asked)
+    lines = (line.partition(" ") for line in data.decode("ascii", "replace").splitlines())
+    wanted = {name: ("start" in flags, "log" in flags) for name, _, flags in lines if not name_fault(name)}
     return code, dict([*wanted.items()][:SLOT_LIMIT])
 
 
@@ -3284,9 +3279,13 @@ def own_static_services(boot: Boot, scandir: Folder, *, whole: bool) -> None:
     except FileNotFoundError:
         return
     for name in names:
-        for place in (lambda: Folder(f"/run/s6-rc/servicedirs/{name}"), lambda: scandir.folder(name)):
+        for path in (f"/run/s6-rc/servicedirs/{name}", name):
             try:
-                with place() as service, service.folder("supervise") as supervise, service.folder("event") as event:
+                with (
+                    Folder(path, scandir.fd) as service,
+                    service.folder("supervise") as supervise,
+                    service.folder("event") as event,
+                ):
                     if os.fstat(supervise.fd).st_uid != 0:
                         continue
                     os.fchmod(supervise.fd, 0o711)
@@ -3347,8 +3346,7 @@ def most_wanted(boot: Boot, home: Folder, running: str | None) -> set[str] | Non
 def register(
     home: Folder, folder: Folder, scandir: Folder, profile: Profile, timeout: int, output: int | None = None
 ) -> None:
-    """Publish one profile's slot, or with output ask root to; what is in the way of that, or of its log, becomes the
-    profile's own reason."""
+    """Publish one profile's slot, or with output ask root to; what hinders it or its log becomes its reason."""
     try:
         name = SLOT_PREFIX + profile.name
         found = scandir.stat(name)
@@ -3371,8 +3369,7 @@ def register(
 
 
 def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
-    """Write the boot's lines to stderr and to logs/container-boot.log, which is rotated once it is over
-    BOOT_LOG_LIMIT bytes."""
+    """Write the boot's lines to stderr and to logs/container-boot.log, rotated once it is over BOOT_LOG_LIMIT."""
     if not boot.quiet:
         write_error("".join(lines))
     try:
@@ -3405,8 +3402,7 @@ START_GRACE = 10  # seconds that a wanted gateway may be down, and after which o
 
 
 def supervisor_answers(scandir: str) -> bool:
-    """Return whether an s6-svscan watches the scandir; a control FIFO that we may not open, where there are no
-    gateways, says nothing."""
+    """Return whether an s6-svscan watches the scandir; a FIFO that we may not open, without gateways, says nothing."""
     try:
         tell(f"{scandir}/.s6-svscan/control", b"")
     except PermissionError:
@@ -3438,7 +3434,7 @@ class SlotStatus:
     """What s6-supervise says of a slot: the process (0: none), whether that is finish, whether s6 wants it up, since
     when (seconds since 1970), and, while it is not up, how it ended (a wait status, see wait(2))."""
 
-    __slots__ = ("pid", "finishing", "wanted", "since", "ended")
+    __slots__ = ("ended", "finishing", "pid", "since", "wanted")
 
     def __init__(self, pid: int, finishing: bool, wanted: bool, since: float, ended: int) -> None:
         self.pid, self.finishing, self.wanted, self.since, self.ended = pid, finishing, wanted, since, ended
@@ -3486,9 +3482,9 @@ def deaths(slot: str) -> list[tuple[float, int]]:
 
 
 def death_times(slot: str, tally: list[tuple[float, int]] | None = None) -> list[float]:
-    """Return when the last deaths in a slot were, in seconds since 1970, since an operator has started it: an end that the
-    operator asked for is no sign of a crash loop. The manager leaves the time of a start on the FIFO back-off. tally is
-    what deaths() has said, where that is known."""
+    """Return when the last deaths in a slot were, in seconds since 1970, since an operator has started it: an end that
+    the operator asked for is no sign of a crash loop. The manager leaves the time of a start on the FIFO back-off.
+    tally is what deaths() has said, where that is known."""
     try:
         started = os.stat(f"{slot}/back-off", follow_symlinks=False).st_mtime
     except OSError:
@@ -3510,8 +3506,7 @@ def back_off(times: list[float]) -> int:
 
 
 def is_looping(status: SlotStatus, times: list[float]) -> bool:
-    """Return whether a gateway with these deaths is in a crash loop at this moment; one that has come up to stay,
-    after many a restart, is not."""
+    """Return whether these deaths are a crash loop now; a gateway that has come up to stay after them is in none."""
     delay, now = back_off(times), time.time()
     return (
         delay > 0 and now - times[-1] <= delay + RESTART_WINDOW and not (status.up and now - status.since > START_GRACE)
@@ -3536,7 +3531,7 @@ def stray_supervisors(scandir: str) -> list[str]:
     return strays
 
 
-def let_go(scandir: str, supervised, logged, timeout: float) -> bool:
+def let_go(scandir: str, supervised: Callable[[], bool], logged: Callable[[], bool], timeout: float) -> bool:
     """Have s6-svscan end the supervisors of slots that are gone; return whether a slot's supervisor ends within timeout
     seconds, and its logger's. That ends with the last writer of its pipe; where a child of the gateway's has kept that,
     a second is enough."""
@@ -3658,8 +3653,7 @@ class S6ServiceManager:
         return profile
 
     def unknown(self, profile: str) -> str:
-        """Return the message for a profile without a slot, with what to do: register it, or mean the name that is
-        nearest to it."""
+        """Return the message for a profile without a slot, with what to do: register it, or mean the nearest name."""
         import difflib
 
         names = self.list_profile_gateways()
@@ -3668,7 +3662,8 @@ class S6ServiceManager:
         try:
             with self.profile_folder(profile) as folder:
                 if profile == "default" or not soul_fault(folder):
-                    return f"no such gateway: {profile}; its profile has no slot yet: `hermes-boot gateway register -p {profile}`"
+                    fix = f"`hermes-boot gateway register -p {profile}`"
+                    return f"no such gateway: {profile}; its profile has no slot yet: {fix}"
         except FileNotFoundError:
             pass  # no such profile either
         except OSError as error:
@@ -3678,8 +3673,7 @@ class S6ServiceManager:
         return f"no such gateway: {profile}; {advice}"
 
     def list_profile_gateways(self) -> list[str]:
-        """Return the profiles that have a slot, in name order. hermes can put folders of any name into the scandir;
-        these are none."""
+        """Return the profiles with a slot, in name order; folders that hermes gave any other name are none."""
         try:
             names = os.listdir(self.scandir)
         except OSError:
@@ -3704,8 +3698,7 @@ class S6ServiceManager:
         return self.state_of(profile).get("desired_state") == "stopped"
 
     def record(self, name: str, desired: str) -> None:
-        """Write the operator's intent to a profile's state file, keeping every other key. Raises InvalidName,
-        CommandFailed."""
+        """Write the intent to a profile's state file, keeping all other keys. Raises InvalidName, CommandFailed."""
         import json
 
         profile = self.valid(name)
@@ -3716,7 +3709,8 @@ class S6ServiceManager:
             except ValueError:
                 folder.replace(f"{STATE_FILE}.bad", data or b"", 0o600)
                 warn(
-                    f"{STATE_FILE} of {profile} was no JSON object that can be read and starts anew; the old one is {STATE_FILE}.bad"
+                    f"{STATE_FILE} of {profile} was no JSON object that can be read and starts anew;"
+                    f" the old one is {STATE_FILE}.bad"
                 )
                 state = {}
             if state.get("desired_state") == desired and data:
@@ -3752,20 +3746,13 @@ class S6ServiceManager:
     def announce_stop(self, profile: str) -> None:
         """Tell the gateway that the SIGTERM to come is meant: hermes-agent then ends with code 0 and says so in its
         log. It ends without the signal too, within 0.5 s, so s6 must hear of it at once."""
-        import json
-
         try:
             pid = self.status(profile).pid
-            started = int(start_time(pid))
             written = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
-            marker = {
-                "target_pid": pid,
-                "target_start_time": started,
-                "stopper_pid": os.getpid(),
-                "written_at": written,
-            }
+            words = f'"target_pid": {pid}, "target_start_time": {int(start_time(pid))}, "stopper_pid": {os.getpid()}'
+            marker = f'{{{words}, "written_at": "{written}"}}\n'  # by hand: json takes as long as the whole stop
             with self.profile_folder(profile) as folder:
-                folder.write(".gateway-planned-stop.json", json.dumps(marker).encode(), 0o644, replace=True, sync=False)
+                folder.write(".gateway-planned-stop.json", marker.encode(), 0o644, replace=True, sync=False)
         except (OSError, ValueError, GatewayError):
             pass  # not up, or no profile: then there is nobody to tell
 
@@ -3776,8 +3763,7 @@ class S6ServiceManager:
         self.raise_first(self.start_all([name], timeout=timeout))
 
     def stop(self, name: str, *, timeout: float | None = None) -> None:
-        """Stop one gateway and record that; s6 sends SIGKILL after the slot's own timeout-kill. Raises as start
-        does."""
+        """Stop one gateway and record that; s6 kills it after its timeout-kill. Raises as start does."""
         self.raise_first(self.stop_all([name], timeout=timeout))
 
     def restart(self, name: str, *, timeout: float | None = None) -> None:
@@ -3785,8 +3771,7 @@ class S6ServiceManager:
         self.raise_first(self.restart_all([name], timeout=timeout))
 
     def default_timeout(self, timeout: float | None) -> float:
-        """Return how long to wait for a gateway to end: as asked for, else a little longer than s6 waits before it
-        kills."""
+        """Return the seconds to wait for an end: as asked for, else a little longer than until s6 kills."""
         return self.stop_timeout + 5 if timeout is None else timeout
 
     def raise_first(self, failures: dict[str, GatewayError]) -> None:
@@ -3848,7 +3833,9 @@ class S6ServiceManager:
                 )
         return locks
 
-    def tried(self, failures: dict[str, GatewayError], name: str, action, *arguments) -> bool:
+    def tried(
+        self, failures: dict[str, GatewayError], name: str, action: Callable[..., object], *arguments: object
+    ) -> bool:
         """Return whether an action on a gateway succeeds; keep what it raises."""
         try:
             action(name, *arguments)
@@ -3863,9 +3850,9 @@ class S6ServiceManager:
         return {name: failures[name] for name in names if name in failures}
 
     def bring(self, names: list[str], *, up: bool, timeout: float, desired: str = "") -> dict[str, GatewayError]:
-        """Tell s6 to bring slots up or down, all in parallel, record what is desired, if anything, and wait until s6 has
-        done it, timeout seconds at most; return what failed, by name. A supervisor that is not there yet is waited for:
-        s6-svscan takes seconds to start hundreds of them."""
+        """Tell s6 to bring slots up or down, all in parallel, record what is desired, if anything, and wait until s6
+        has done it, timeout seconds at most; return what failed, by name. A supervisor that is not there yet is waited
+        for: s6-svscan takes seconds to start hundreds of them."""
         waiting = {name: self.slot(name) for name in names}
         untold = set(names)
         failures: dict[str, GatewayError] = {}
@@ -3900,8 +3887,7 @@ class S6ServiceManager:
         return failures
 
     def told(self, slot: str, up: bool) -> bool:
-        """Tell a slot's s6-supervise what to do from here on, its own restart included; return whether one was there
-        to be told."""
+        """Tell a slot's s6-supervise, and its next start, what to do; return whether one was there to be told."""
         try:
             if up:
                 os.utime(f"{slot}/back-off", follow_symlinks=False)  # what died until now is no crash loop
@@ -3924,9 +3910,9 @@ class S6ServiceManager:
         if not up:
             return status.pid == 0
         ends = [ended for when, ended in deaths(slot) if when >= began]
-        parked = not status.up and not status.wanted and status.since >= began
+        parked = bool(ends) and not status.up and not status.wanted  # else it has not been started yet
         if parked or len(ends) > 1:
-            what = f"ended with {ending(ends[-1] if ends else status.ended)} and is parked"
+            what = f"ended with {ending(ends[-1])} and is parked"
             what = what if parked else f"is in a crash loop, with {ending(ends[-1])}"
             failures[name] = CommandFailed(f"{name}: {what}; `hermes-boot logs -p {name} -n 20` says why")
             return True
@@ -4084,7 +4070,7 @@ def is_sealed(environment: dict[str, str]) -> bool:
     return switch(environment.get("HERMES_SEALED", "")) is True and status.st_uid == 0 and not status.st_mode & 0o022
 
 
-def by_hermes(timeout: float, action, *arguments) -> int:
+def by_hermes(timeout: float, action: Callable[..., int], *arguments: object) -> int:
     """Run an operator's command as hermes and return its exit code. hermes can stop what has become hermes, so root
     looks after the time: timeout seconds."""
     import _signal
@@ -4096,8 +4082,7 @@ def by_hermes(timeout: float, action, *arguments) -> int:
 
 
 def command_timeout(environment: dict[str, str], *, waits: bool) -> int:
-    """Return how many seconds an operator's command has. One that waits for gateways may have to wait for another such
-    command first."""
+    """Return an operator's command's time in seconds; one that waits may have to wait for another one first."""
     stop = number_in(environment.get("HERMES_GATEWAY_STOP_TIMEOUT", ""), 1, MAX_SECONDS) or STOP_TIMEOUT
     return 2 * (stop + 15) + 10 if waits else stop + 10
 
@@ -4204,21 +4189,6 @@ def starts_by_itself(manager: S6ServiceManager, profile: str) -> bool:
         raise NotRegistered(f"no such profile: {profile}; make it with `hermes profile create {profile}`") from None
 
 
-def register_one(manager: S6ServiceManager, profile: str) -> int:
-    """Publish a profile's slot as the next boot would: started if its state says so."""
-    start = starts_by_itself(manager, profile)
-    manager.register_profile_gateway(profile, start_now=start)
-    print(f"{profile}: registered{', started' if start else ''}")
-    return 0
-
-
-def unregister_one(manager: S6ServiceManager, profile: str) -> int:
-    """Remove a profile's slot."""
-    manager.unregister_profile_gateway(profile)
-    print(f"{profile}: unregistered")
-    return 0
-
-
 def gateway_command(boot: Boot, action: str, profile: str | None, every: bool, as_json: bool) -> int:
     """Run `hermes_boot.py gateway ...`; return the exit code."""
     if action in DONE:
@@ -4246,15 +4216,21 @@ def gateway_as_hermes(
         name = named_profile(manager, profile)
         if action == "status":
             return gateway_status(boot, manager, [] if every or profile is None else [name], as_json)
-        return (register_one if action == "register" else unregister_one)(manager, name)
+        if action == "register":  # as the next boot would: started if its state says so
+            start = starts_by_itself(manager, name)
+            manager.register_profile_gateway(name, start_now=start)
+            print(f"{name}: registered{', started' if start else ''}")
+        else:
+            manager.unregister_profile_gateway(name)
+            print(f"{name}: unregistered")
+        return 0
     except GatewayError as error:
         return report_failures({"": error})
 
 
 def gateway_status(boot: Boot, manager: S6ServiceManager, names: list[str], as_json: bool) -> int:
     """Print the rows of some gateways, or of all that have a slot; return 0 when they are all up, else 3."""
-    for name in names:
-        manager.slot(name)
+    names = [os.path.basename(manager.slot(name)).removeprefix(SLOT_PREFIX) for name in names]
     with open_home(boot) as home:
         rows = [row_of(boot, home, name) for name in in_order(names or manager.list_profile_gateways())]
     print(to_json([row.as_dict() for row in rows]) if as_json else table(rows, []))
@@ -4303,8 +4279,7 @@ def shut_down(boot: Boot) -> int:
 
 
 def set_exit_code(code: int) -> None:
-    """Leave the container's exit code for s6-overlay's end: of a container command that lives on, nobody else tells
-    it, and the code would be 0."""
+    """Leave the exit code for s6-overlay: of a container command that lives on, nobody else tells it."""
     try:
         fd = os.open(EXIT_CODE, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW)
         os.write(fd, b"%d\n" % code)
@@ -4323,8 +4298,7 @@ def act_as_hermes() -> None:
 
 
 def end_gateways(boot: Boot, deadline: float) -> None:
-    """Bring all slots down and wait for their gateways and the container command, until the deadline on the monotonic
-    clock."""
+    """Bring all slots down, and wait for them and the container command until the monotonic clock's deadline."""
     manager = S6ServiceManager(environment=boot.environment)
     slots = [f"{manager.scandir}/{SLOT_PREFIX}{name}" for name in manager.list_profile_gateways()]
     for slot in slots:
@@ -4361,15 +4335,10 @@ def fallback_init(why: str, words: list[str]) -> int:
     s6-svscan itself needs no PID 1 and no folder of its own. The order, the scripts and their meaning are the same.
     """
     sys.argv = ["/init"]
-    return supervise(words or [WRAPPER], process_environment(), why)
-
-
-def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
-    """Run the container from its start to its end; return its exit code."""
-    boot = Boot(environment)
+    boot = Boot(process_environment())
     lay_out_run(boot)
     children = Children()
-    environment = environment | {"PATH": f"/command:{environment.get('PATH') or os.defpath}"}
+    environment = boot.environment | {"PATH": f"/command:{boot.setting('PATH') or os.defpath}"}
     try:
         svscan = children.start([s6_program("s6-svscan"), boot.scandir], environment)
     except OSError as error:
@@ -4381,7 +4350,8 @@ def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
         say("info", f"s6-svscan runs as PID {svscan}, without s6-overlay ({why}); gateways are supervised all the same")
     strict = boot.setting("S6_BEHAVIOUR_IF_STAGE2_FAILS") == "2"
     boot_environment = environment | {"RC_NAME": "legacy-cont-init"}
-    failed = any([run_to_end(children, [script], boot_environment) for script in names_in(CONT_INIT)])
+    codes = [run_to_end(children, [script], boot_environment) for script in names_in(CONT_INIT)]
+    failed = any(codes)
     if not (failed and strict):
         failed |= start_services(children, environment | {"S6_PROFILE_GATEWAY_SCANDIR": boot.scandir}, services)
     if children.asked_to_end:
@@ -4389,7 +4359,7 @@ def supervise(words: list[str], environment: dict[str, str], why: str) -> int:
     elif failed and strict:
         command, code = 0, 1
     else:
-        command, code = start_command(children, words, environment)
+        command, code = start_command(children, words or [WRAPPER], environment)
     if command and children.wait(command, svscan, command=command) == svscan:
         say("error", "s6-svscan has died; the container ends, so that the engine can start it anew")
     for script in names_in(CONT_FINISH):  # these tell the gateways and the command to end, and wait for them
@@ -4427,7 +4397,8 @@ def lay_out_run(boot: Boot) -> None:
             empty_scandir(boot, scandir)
     except OSError as error:
         raise Fatal(
-            f"/run cannot be written ({reason(error)}); give it a tmpfs (--tmpfs /run:exec), with `--user` one of that UID"
+            f"/run cannot be written ({reason(error)}); give it a tmpfs (--tmpfs /run:exec),"
+            " with `--user` one of that UID"
         ) from error
     write_pid_file(SUPERVISOR_PROCESS)
 
@@ -4494,8 +4465,7 @@ class Service:
 
 
 def static_services(boot: Boot) -> list[Service]:
-    """Return all services to start, each after what it needs, those of /etc/services.d last; warn of what only
-    s6-overlay can do."""
+    """Return all services, each after its needs, /etc/services.d's last; warn of what takes s6-overlay."""
     order: dict[str, Service] = {}
     lost = [name for name in ("S6_RUNTIME_PROFILE", "S6_STAGE2_HOOK") if boot.setting(name)]
     lost += names_in("/etc/fix-attrs.d")
@@ -4613,8 +4583,7 @@ def run_to_end(children: Children, argv: list[str], environment: dict[str, str],
 
 
 def start_command(children: Children, words: list[str], environment: dict[str, str]) -> tuple[int, int]:
-    """Start the container's command, in the foreground of its terminal; return its pid, or 0 and the exit code that
-    stands for why."""
+    """Start the container's command in its terminal's foreground; return its pid, or 0 and the exit code."""
     try:
         command = children.start(words, environment)
     except OSError as error:
@@ -4663,7 +4632,7 @@ def gateway_run(words: list[str], environment: dict[str, str]) -> int:
         return execute_as_hermes([HERMES, *words], environment)
     sys.stdout = sys.stderr  # stdout is the program's
     boot = Boot(environment)
-    manager = S6ServiceManager(boot.scandir, boot.home, environment=environment)
+    manager = S6ServiceManager(environment=environment)
     profile = chosen_profile(option, environment, None) if is_multiplexed(boot) else named_profile(manager, option)
     if profile in manager.list_profile_gateways():
         stopped = manager.was_stopped(profile)
@@ -4681,13 +4650,27 @@ def gateway_run(words: list[str], environment: dict[str, str]) -> int:
 
 
 class Row:
-    """What `status` says of one gateway; times are seconds since 1970, restarts those of the last minute, and waits_until
-    is when a crash loop's next start is."""
+    """What `status` says of one gateway; times are seconds since 1970, restarts those of the last minute, and
+    waits_until is when a crash loop's next start is."""
 
     __slots__ = (
         *"name state since pid restarts wanted last_exit autostart why last_line".split(),
         *"waits_until restarts_since_boot memory platforms".split(),
     )
+    name: str
+    state: str
+    since: float | None
+    pid: int | None
+    restarts: int
+    wanted: bool | None
+    last_exit: str | None
+    autostart: bool
+    why: str
+    last_line: str
+    waits_until: int | None
+    restarts_since_boot: int
+    memory: int | None
+    platforms: dict[str, dict[str, str]]
 
     def as_dict(self) -> dict[str, object]:
         """Return the row for JSON."""
@@ -4699,10 +4682,12 @@ START_SECONDS = 3  # a gateway up for less is still starting, unless it has said
 
 def rows_of(boot: Boot, profile: str | None = None) -> list[Row]:
     """Return a row for every profile of the volume and for every slot, default first; or for one, if it is there."""
-    manager = S6ServiceManager(boot.scandir, boot.home, environment=boot.environment)
+    manager = S6ServiceManager(environment=boot.environment)
     boot.multiplexes = None  # looked up anew, under --watch
     with open_home(boot) as home:
         names = {"default", *manager.list_profile_gateways()}
+        if profile and profile not in names and profile.removeprefix(SLOT_PREFIX) in names:
+            profile = profile.removeprefix(SLOT_PREFIX)  # a service's name
         if profile is None or profile not in names:
             names |= unregistered(home, names, profile)
         if profile is not None:
@@ -4850,8 +4835,9 @@ DROPPED = ("WANTED", "RESTARTS", "LAST EXIT", "MEMORY", "PLATFORMS")  # in this 
 WIDE = 120  # columns of a terminal from which on cells are whole
 RED, GREEN, YELLOW = 31, 32, 33
 COLOURS = {
-    **{"up": GREEN, "starting": YELLOW, "stopping": YELLOW, "pass": GREEN, "warn": YELLOW, "fail": RED},
-    **{"crash loop": RED, "parked": RED, "no slot": RED, "no supervisor": RED},
+    **dict.fromkeys(("up", "pass"), GREEN),
+    **dict.fromkeys(("starting", "stopping", "warn"), YELLOW),
+    **dict.fromkeys(("crash loop", "parked", "no slot", "no supervisor", "fail"), RED),
 }
 
 
@@ -4877,7 +4863,7 @@ def cells(row: Row, *, brief: bool) -> tuple[str, ...]:
 
 def duration(seconds_past: float) -> str:
     """Return a time span in its two largest units."""
-    rest, parts = max(0, int(seconds_past)), []
+    rest, parts = max(0, int(seconds_past)), list[str]()
     for size, unit in ((86400, "d"), (3600, "h"), (60, "m"), (1, "s")):
         if rest >= size or (unit == "s" and not parts):
             parts.append(f"{rest // size}{unit}")
@@ -4990,7 +4976,7 @@ def health(environment: dict[str, str], live: bool) -> int:
     if live:
         print("live: the supervisor answers")
         return 0
-    manager = S6ServiceManager(boot.scandir, boot.home, environment=environment)
+    manager = S6ServiceManager(environment=environment)
     statuses = {
         profile: slot_status(f"{boot.scandir}/{SLOT_PREFIX}{profile}") for profile in manager.list_profile_gateways()
     }
@@ -5024,8 +5010,7 @@ def unhealthy_reason(manager: S6ServiceManager, profile: str, status: SlotStatus
 
 
 def wanted_without_slot(boot: Boot, registered: dict[str, SlotStatus | None]) -> list[str]:
-    """Return the profiles that should run and have no slot, where there is room for one. Nothing is read of those that
-    have one."""
+    """Return the profiles that should run and have no slot, with room for one. No other one's files are read."""
     try:
         with open_home(boot) as home:
             try:
@@ -5049,7 +5034,7 @@ LINE_LIMIT = 64 << 10  # bytes; s6-log's own lines have 8 KiB
 MOST_ARCHIVES = 100  # files; s6-log keeps ten
 
 
-def open_log(logs: Folder, name: str):
+def open_log(logs: Folder, name: str) -> BinaryIO | None:
     """Open a log file of s6-log's, None when it is not there or is no plain file."""
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=logs.fd)
@@ -5061,7 +5046,7 @@ def open_log(logs: Folder, name: str):
     return None
 
 
-def unread_logs(logs: Folder, last: int) -> list:
+def unread_logs(logs: Folder, last: int) -> list[BinaryIO]:
     """Open the log files from the one with the inode last on (0: from the oldest), oldest first.
 
     current is opened before the archives are listed: when s6-log rotates in between, it is found among them, and what
@@ -5082,9 +5067,10 @@ def unread_logs(logs: Folder, last: int) -> list:
     return files[start:end]
 
 
-def last_files(files: list, count: int) -> list:
+def last_files(files: list[BinaryIO], count: int) -> list[BinaryIO]:
     """Return those of a log's files, oldest first, that its last count lines are in, the first of them placed where
-    these begin, or a little before; the others are closed. Blocks are read from the end on: a log's size costs no time."""
+    these begin, or a little before; the others are closed. Blocks are read from the end on: a log's size costs no
+    time."""
     for index in range(len(files) - 1, -1, -1):
         count -= place_before(files[index], count)
         if count <= 0:
@@ -5094,7 +5080,7 @@ def last_files(files: list, count: int) -> list:
     return files
 
 
-def place_before(file, count: int) -> int:
+def place_before(file: BinaryIO, count: int) -> int:
     """Place a log file before its last count lines, or at its start; return how many lines follow there."""
     position, found = os.fstat(file.fileno()).st_size, 0
     least = max(0, position - count * LINE_LIMIT)  # longer lines are taken for several
@@ -5108,10 +5094,10 @@ def place_before(file, count: int) -> int:
     return count if position and position == least else found
 
 
-def log_lines(logs: Folder, *, count: int | None, follow: bool):
+def log_lines(logs: Folder, *, count: int | None, follow: bool) -> Iterator[bytes | None]:
     """Yield a log's lines as bytes, archives and current in order; with follow, go on for ever, over rotations, with
     None in pauses. With a count, start where at least as many lines are left, unless there are fewer."""
-    last = None
+    last: BinaryIO | None = None
     while True:
         inode = os.fstat(last.fileno()).st_ino if last else 0
         files = unread_logs(logs, inode)
@@ -5128,7 +5114,7 @@ def log_lines(logs: Folder, *, count: int | None, follow: bool):
         yield None
 
 
-def whole_lines(file):
+def whole_lines(file: BinaryIO) -> Iterator[bytes]:
     """Yield what a log file has more; a line that s6-log has only begun is left for the next time."""
     while line := file.readline(LINE_LIMIT):
         if not line.endswith(b"\n") and len(line) < LINE_LIMIT:
@@ -5138,8 +5124,7 @@ def whole_lines(file):
 
 
 def last_lines(home: Folder, profile: str, count: int) -> list[str]:
-    """Return the last lines of a gateway's current log that have letters, without timestamps, fit for one line of a
-    terminal each."""
+    """Return the last lines with letters of a gateway's log, without timestamps, each fit for a terminal's line."""
     try:
         with home.folder(f"logs/gateways/{profile}") as logs:
             file = open_log(logs, "current")
@@ -5157,15 +5142,13 @@ def last_lines(home: Folder, profile: str, count: int) -> list[str]:
 def since_when(text: str) -> str:
     """Return the timestamp, as s6-log writes it, that 30s, 10m, 2h, 1d or a date stands for. Raises ValueError."""
     size = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
-    if size and text[:-1].isascii() and text[:-1].isdigit():
-        then = time.localtime(max(0, time.time() - int(text[:-1]) * size))
-        return time.strftime("%Y-%m-%d %H:%M:%S", then)
+    if size and (number := number_in(text[:-1], 0, 10**9)) is not None:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(0, time.time() - number * size)))
     for layout in ("%Y-%m-%d", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S"):
         try:
-            time.strptime(text.replace("T", " "), layout)
+            return time.strftime(layout, time.strptime(text.replace("T", " "), layout))
         except ValueError:
             continue
-        return text.replace("T", " ")
     raise ValueError(f"{text!r} is neither a time span (30s, 10m, 2h, 1d) nor a date (2026-05-21, 2026-05-21T06:18)")
 
 
@@ -5175,11 +5158,11 @@ def show_logs(
     """Print a gateway's log, its last count lines of those from since on; return 0, or 4 when there is none. On a
     terminal, unless raw, nothing in it can act on that."""
     become_hermes()
-    manager = S6ServiceManager(boot.scandir, boot.home, environment=boot.environment)
+    manager = S6ServiceManager(environment=boot.environment)
     name, after = named_profile(manager, profile), (since or "").encode()
     harmless = not raw and sys.stdout.isatty()
     try:
-        manager.valid(name)
+        name = manager.valid(name)
         with Folder(boot.home, follow=True) as home, home.folder(f"logs/gateways/{name}") as logs:
             found = log_lines(logs, count=count, follow=follow)
             lines = (line for line in found if line is None or line[: len(after)] >= after)
@@ -5200,15 +5183,15 @@ def show_logs(
     return 0
 
 
-def write_lines(lines, harmless: bool) -> None:
+def write_lines(lines: Iterable[bytes], harmless: bool) -> None:
     """Write log lines to stdout, as they are or harmless to a terminal, and at once."""
     sys.stdout.buffer.writelines(map(visible, lines) if harmless else lines)
     sys.stdout.buffer.flush()
 
 
 def visible(line: bytes) -> bytes:
-    """Return a line with its text as it is and all else as `cat -v` shows it: controls, bytes that are no text, and what
-    turns or hides text (bidi and other format characters)."""
+    """Return a line with its text as it is and all else as `cat -v` shows it: controls, bytes that are no text, and
+    what turns or hides text (bidi and other format characters)."""
 
     def notation(byte: int) -> str:
         low = byte & 0x7F
@@ -5230,9 +5213,11 @@ SLOW_WRITE = 0.5  # seconds for a small file, synced
 class Check:
     """One line of `doctor`: pass, warn or fail, what was looked at, what was found, and the command that fixes it."""
 
-    __slots__ = ("level", "what", "found", "fix", "repair")
+    __slots__ = ("fix", "found", "level", "repair", "what")
 
-    def __init__(self, level: str, what: str, found: str, fix: str = "", repair=None) -> None:
+    def __init__(
+        self, level: str, what: str, found: str, fix: str = "", repair: Callable[[], str] | None = None
+    ) -> None:
         """repair is what --fix calls, where fixing is safe; it returns what it did, in words."""
         self.level, self.what, self.found, self.fix, self.repair = level, what, found, fix, repair
 
@@ -5284,12 +5269,12 @@ def doctor(boot: Boot, *, as_json: bool, fix: bool) -> int:
 def doctor_as_hermes(boot: Boot, owners: list[Check], as_json: bool, fix: bool) -> int:
     """As hermes: look at all that needs no root, fix it with fix, and print these checks after those of the owners."""
     checks = all_checks(boot)
-    repairs = [check for check in checks if fix and check.repair]
-    for check in repairs:
+    repairs = [(check.what, check.repair) for check in checks if fix and check.repair]
+    for what, repair in repairs:
         try:
-            say("fixed", f"{check.what}: {check.repair()}")
+            say("fixed", f"{what}: {repair()}")
         except OSError as error:
-            say("error", f"{check.what}: could not be fixed: {reason(error)}")
+            say("error", f"{what}: could not be fixed: {reason(error)}")
     checks = [*supervisor_checks(boot), *owners, *(all_checks(boot) if repairs else checks)]
     if as_json:
         print(to_json([check.as_dict() for check in checks]))
@@ -5374,7 +5359,7 @@ def owner_checks(boot: Boot) -> list[Check]:
     if not os.path.isdir(boot.home):
         return []  # the volume's own check says it
     checks = []
-    shared = boot.owner != account() and is_groups(os.stat(boot.home), boot.owner[1])
+    shared = boot.by_group and is_groups(os.stat(boot.home), boot.owner[1])
     if (uid, gid) != boot.owner and not shared:
         fix = f"start with HERMES_UID={uid} HERMES_GID={gid}, or restart the container to give it to hermes"
         checks.append(Check("warn", "owner", f"{shown(boot.home)} belongs to {uid}:{gid}, hermes is {ours}", fix))
@@ -5433,7 +5418,7 @@ def volume_checks(boot: Boot) -> list[Check]:
             probe(home)
     except OSError as error:
         fix = {errno.EROFS: "mount it writable", errno.ENOSPC: "free some space"}.get(
-            error.errno, "`hermes-boot doctor --fix` as root"
+            error.errno or 0, "`hermes-boot doctor --fix` as root"
         )
         return [
             *checks,
@@ -5543,8 +5528,7 @@ CAUSES = (  # words of a log in small letters, what they mean, and what to do
 
 
 def gateway_check(boot: Boot, home: Folder, row: Row, full: bool) -> Check:
-    """Return what a gateway's state means, and the way out of it; full says that there are as many slots as there
-    can be."""
+    """Return what a gateway's state means, and the way out of it; full: there is no room for another slot."""
     name, start = row.name, f"`hermes -p {row.name} gateway start`"
     if row.why == "no such profile":
         fix, found = f"`hermes-boot gateway unregister -p {name}`", "has a slot, but its profile is gone"
@@ -5576,7 +5560,7 @@ def gateway_check(boot: Boot, home: Folder, row: Row, full: bool) -> Check:
 def unregister_gone(boot: Boot, name: str) -> str:
     """Remove the slot of a profile that is gone."""
     try:
-        S6ServiceManager(boot.scandir, boot.home, environment=boot.environment).unregister_profile_gateway(name)
+        S6ServiceManager(environment=boot.environment).unregister_profile_gateway(name)
     except GatewayError as error:
         raise OSError(errno.EBUSY, str(error)) from error
     return "removed its slot"
@@ -5588,7 +5572,10 @@ def stray_checks(boot: Boot) -> list[Check]:
 
     def fix() -> str:
         patience = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1) + 5
-        left = lambda logger: any(name.endswith("/log") is logger for name in stray_supervisors(boot.scandir))  # noqa: E731
+
+        def left(logger: bool) -> bool:
+            return any(name.endswith("/log") is logger for name in stray_supervisors(boot.scandir))
+
         if not let_go(boot.scandir, lambda: left(False), lambda: left(True), patience):
             raise OSError(errno.EBUSY, "they do not end")
         return "ended them"
@@ -5598,7 +5585,7 @@ def stray_checks(boot: Boot) -> list[Check]:
 
 
 def foreign_checks(boot: Boot, name: str) -> list[Check]:
-    """Look for a slot that hermes-agent's own manager has made: it has no back-off, the wrong HOME, and a root logger."""
+    """Look for a slot of hermes-agent's own manager's: it has no back-off, the wrong HOME, and a root logger."""
     slot = f"{boot.scandir}/{SLOT_PREFIX}{name}"
     if is_ours(slot, name) or not os.path.isdir(slot):
         return []
@@ -5674,8 +5661,7 @@ def repair_slot(boot: Boot, name: str) -> str:
 
 
 def logger_checks(boot: Boot, home: Folder, name: str) -> list[Check]:
-    """Look for a logger that does not come up, or that does without its folder, most often because another container
-    has it locked."""
+    """Look for a logger that does not come up, or does without its folder, as another container has it locked."""
     slot, folder = f"{boot.scandir}/{SLOT_PREFIX}{name}/log", f"logs/gateways/{name}"
     status = slot_status(slot)
     if status is None or not (is_looping(status, death_times(slot)) or time.time() - status.since > START_SECONDS):
@@ -5706,7 +5692,7 @@ def renew_logger(boot: Boot, name: str) -> str:
     """End a logger without a supervisor that has a gateway's log folder, and start the gateway's own anew."""
     folder = f"logs/gateways/{name}"
     with open_home(boot) as home:
-        holder = lock_holder(home, folder)
+        holder = lock_holder(home, folder) or 0
         for number in (SIGTERM, SIGKILL) if holder else ():
             send(holder, number)
             if until(lambda: lock_holder(home, folder) != holder, 2):
@@ -5716,8 +5702,7 @@ def renew_logger(boot: Boot, name: str) -> str:
 
 
 def lock_holder(home: Folder, folder: str) -> int | None:
-    """Return the pid of the process that holds s6-log's lock, 0 for one of another container, None for nobody. The lock
-    is not taken."""
+    """Return the pid that holds s6-log's lock, 0 for another container's, None for nobody; does not take it."""
     import fcntl
     import struct
 
@@ -5757,10 +5742,8 @@ def main(argv: list[str]) -> int:
         words = [ROLES[name]]
     if name == "entrypoint.sh":
         warn("docker/entrypoint.sh is deprecated; use the image's ENTRYPOINT, /init")
-        if argv[1:] or 1 in (
-            os.getpid(),
-            os.getppid(),
-        ):  # the container's start, else `docker exec`, which has no parent here
+        # The container's start, else `docker exec`, which has no parent here.
+        if argv[1:] or 1 in (os.getpid(), os.getppid()):
             return execute(["/init", WRAPPER, *argv[1:]], process_environment())
     if name == "hermes-boot":
         words = words or ["--help"]  # whoever types that wants to look, not to boot
@@ -5791,11 +5774,10 @@ def dispatch(words: list[str]) -> int:
     return run_command(without_parser(words) or parse(words))
 
 
-def without_parser(words: list[str]):
-    """Return what the parser makes of the forms that people use most, None for any other: it takes as long as all the
-    rest."""
+def without_parser(words: list[str]) -> Any:
+    """Return what the parser makes of the most used forms, None for others: it takes as long as all the rest."""
     command, *rest = words[1:] if words[:2] == ["gateway", "status"] else words
-    found = type(sys.implementation)(**dict.fromkeys("profile lines all json watch since follow raw".split()))
+    found: Any = type(sys.implementation)(**dict.fromkeys("profile lines all json watch since follow raw".split()))
     found.command, found.action = words[0], "status"
     if command == "status" and (not rest or rest[:-1] == ["-p"]):
         found.profile = rest[-1] if rest else None
@@ -5806,8 +5788,7 @@ def without_parser(words: list[str]):
 
 
 def exec_environment() -> dict[str, str]:
-    """Return the environment of `docker exec`: the process's own, and where a login shell has scrubbed that, the
-    container's."""
+    """Return the environment of `docker exec`: our own, and what a login shell has scrubbed from it."""
     return container_environment() | process_environment()
 
 
@@ -5821,7 +5802,7 @@ def run_phases(role: str, *, dry_run: bool) -> int:
     return code if code or role == "setup" else reconcile_phase(boot)
 
 
-def run_command(arguments) -> int:
+def run_command(arguments: argparse.Namespace) -> int:
     """Run an operator's command."""
     command = arguments.command or ""
     if command in ("", "setup", "reconcile", "shutdown"):
@@ -5841,15 +5822,17 @@ def run_command(arguments) -> int:
     return doctor(boot, as_json=arguments.json, fix=arguments.fix)
 
 
-def parse(words: list[str]):
+def parse(words: list[str]) -> argparse.Namespace:
     """Return the parsed command line; wrong usage ends the process with code 2."""
     import argparse
 
     program = os.path.basename(sys.argv[0])
     parser = argparse.ArgumentParser(
         prog=program,
-        description="Boot the container, manage its gateways, say how they are. Without a command, hermes_boot.py runs setup and reconcile.",
-        epilog=f"examples:\n  {program} status\n  {program} doctor\n  {program} gateway restart -p coder\n\n{EXIT_CODES}",
+        description="Boot the container, manage its gateways, say how they are."
+        " Without a command, hermes_boot.py runs setup and reconcile.",
+        epilog=f"examples:\n  {program} status\n  {program} doctor\n  {program} gateway restart -p coder\n\n"
+        + EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -5873,7 +5856,7 @@ def parse(words: list[str]):
     return arguments
 
 
-def check_gateway_words(gateway, arguments) -> None:
+def check_gateway_words(gateway: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """End with code 2 when options of `gateway` do not go together."""
     if arguments.all and (arguments.profile is not None or arguments.action.endswith("register")):
         gateway.error("-p NAME or --all, not both; register and unregister take one")
@@ -5889,7 +5872,7 @@ PHASES = {
 }
 
 
-def add_operators_commands(commands):
+def add_operators_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     """Add status, doctor, health, logs and gateway; return the last one's parser."""
     status = add_command(
         commands, "status", "show every gateway in a table", "status", "status -p coder --json", "status --watch 5"
@@ -5937,7 +5920,9 @@ def add_operators_commands(commands):
     return gateway
 
 
-def add_command(commands, name: str, text: str, *examples: str):
+def add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, *examples: str
+) -> argparse.ArgumentParser:
     """Add a command with its help and examples; return its parser."""
     import argparse
 

@@ -32,8 +32,7 @@ SIGPIPE, SIGXFSZ = 13, 25
 
 
 def content(path: str) -> bytes:
-    """Return a file's content, as open() would in three times the time: an environment is a file for each variable.
-    Raises OSError."""
+    """Return a file's content, in a third of open()'s time: an environment is a file a variable. Raises OSError."""
     fd, parts = os.open(path, os.O_RDONLY), []
     try:
         while part := os.read(fd, 1 << 15):
@@ -72,15 +71,13 @@ def container_environment() -> dict[str, str]:
 
 
 def switch(value: str) -> bool | None:
-    """Return whether a switch is on (1, true, yes, on, in any case), None when it is neither that nor off (0, false,
-    no, off)."""
+    """Return whether a switch is on (1, true, yes, on), None when it is neither that nor off (0, false, no, off)."""
     word = value.strip().lower()
     return True if word in ("1", "true", "yes", "on") else False if word in ("0", "false", "no", "off") else None
 
 
 def root_home(environment: dict[str, str]) -> str:
-    """Return the root profile's HERMES_HOME: of <root>/profiles/<name>, as `hermes` sets it for a profile, that is
-    <root>."""
+    """Return the root profile's HERMES_HOME: <root> where `hermes` has set it to <root>/profiles/<name>."""
     home = environment.get("HERMES_HOME") or HOME
     parent = os.path.dirname(home.rstrip("/"))
     return os.path.dirname(parent) if os.path.basename(parent) == "profiles" else home
@@ -125,7 +122,7 @@ def as_hermes(argv: list[str]) -> list[str]:
 
 def execute(argv: list[str], environment: dict[str, str]) -> int:
     """Exec a program; return only when that fails: 127 not found, 126 not executable."""
-    import _signal  # `signal` itself would cost 5 ms for its enums
+    import _signal  # type: ignore[import-not-found]  # `signal` itself would cost 5 ms for its enums
 
     for number in (SIGPIPE, SIGXFSZ):  # Python ignores these from its start, and an exec'd program would inherit that
         _signal.signal(number, _signal.SIG_DFL)
@@ -144,8 +141,7 @@ def execute_as_hermes(argv: list[str], environment: dict[str, str]) -> int:
 
 
 def s6_is_pid_1() -> bool:
-    """Return whether s6-overlay supervises this container; works without privilege, which reading /proc/1/exe would
-    not."""
+    """Return whether s6-overlay supervises this container; needs no privilege, unlike /proc/1/exe."""
     try:
         return content("/proc/1/comm") == b"s6-svscan\n" and os.path.isdir("/run/s6/basedir")
     except OSError:
@@ -187,6 +183,15 @@ def read_pid_file(path: str) -> int:
         return int(pid) if start_time(int(pid)) == started else 0
     except (OSError, ValueError):
         return 0
+
+
+def account() -> tuple[int, int] | None:
+    """Return hermes's UID and GID from /etc/passwd, None when it has no such user."""
+    for line in content("/etc/passwd").split(b"\n"):
+        fields = line.split(b":")
+        if fields[0] == USER.encode() and len(fields) == 7:
+            return int(fields[2]), int(fields[3])
+    return None
 
 
 def profile_option(words: list[str]) -> tuple[str | None, list[str]]:
@@ -285,15 +290,15 @@ def hermes_command(words: list[str]) -> int:
 def hand_over_stdio() -> None:
     """Give stdin, stdout and stderr to hermes where they are a pipe or a terminal, as engines do for `--user`: else it
     could not open them by name, such as /dev/stderr."""
-    import pwd
     import stat
 
+    uid = (account() or (-1,))[0]  # fchown leaves things as they are for -1
     for fd in range(3):
         try:
             if stat.S_ISFIFO(os.fstat(fd).st_mode) or os.isatty(fd):
-                os.fchown(fd, pwd.getpwnam(USER).pw_uid, -1)
-        except (OSError, KeyError):
-            continue  # closed, another user namespace's, or an image without hermes: they stay as they are
+                os.fchown(fd, uid, -1)
+        except OSError:
+            continue  # closed, or another user namespace's: they stay as they are
 
 
 def container_command(words: list[str]) -> int:

@@ -82,6 +82,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not ON_ENGINE:
         config.stash[HIDDEN] = hide_hermes()
     config.addinivalue_line("markers", "sandbox: needs what only a sandbox can show, so it does not run on an engine")
+    config.addinivalue_line("markers", "plain: needs no container; every test that makes none has it")
 
 
 # Programs that a small image has not, and how a test calls them
@@ -109,9 +110,11 @@ def lacking(item: pytest.Function) -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the rest out where an engine is tested; skip what this machine lacks the programs for."""
-    for item in items if not ON_ENGINE else ():
-        if isinstance(item, pytest.Function) and (names := lacking(item)):
+    """Mark the plain tests; leave out what an engine cannot show; skip what this machine lacks the programs for."""
+    for item in items:
+        if "live" not in item.fixturenames:
+            item.add_marker("plain")
+        if not ON_ENGINE and isinstance(item, pytest.Function) and (names := lacking(item)):
             item.add_marker(pytest.mark.skip(reason=f"this machine has no {' and no '.join(names)}"))
     wanted = [item for item in items if "container" in item.fixturenames and not item.get_closest_marker("sandbox")]
     if ON_ENGINE:
@@ -237,8 +240,15 @@ class Gateways:
         return self.box.exec(MANAGER, "gateway", *words, user=user)
 
     def up(self, name: str) -> bool:
-        """Return s6's own word."""
-        return self.box.exec("/command/s6-svstat", "-o", "up", f"/run/service/gateway-{name}").stdout == "true\n"
+        """Return s6's own word; a gateway that does something at SIGTERM has to have come so far as to say it."""
+        done = self.box.exec("/command/s6-svstat", "-o", "up,pid", f"/run/service/gateway-{name}")
+        up, _, pid = done.stdout.strip().partition(" ")
+        return up == "true" and (" TERM\n" not in (self.folder(name) / "does").read_text() or self.minds(pid))
+
+    def minds(self, pid: str) -> bool:
+        """Return whether a process ignores SIGTERM or has a handler for it; see proc(5)."""
+        masks = self.box.exec("grep", "-E", "^Sig(Ign|Cgt)", f"/proc/{pid}/status").stdout.split()[1::2]
+        return any(int(mask, 16) >> signal.SIGTERM - 1 & 1 for mask in masks)
 
     def starts(self, name: str) -> int:
         """Return how often a gateway was started."""
@@ -260,12 +270,21 @@ def gateways(container):
     return lambda profiles, state="", **options: Gateways(container(**options), profiles, state)
 
 
+STUB = f"""import os, sys
+sys.path.insert(0, {str(Path(__file__).resolve().parent.parent)!r})
+from hermes_boot import main
+os._exit(main(sys.argv))
+"""
+
+
 class Plain:
     """The scripts on a volume of this machine's, without s6: what they do with files alone."""
 
     def __init__(self, folder: Path) -> None:
         self.home, self.scandir = folder / "home", folder / "scandir"
         self.home.mkdir()
+        self.stub = folder / "hermes_boot.py"  # as in the image, since Python compiles a script anew at every start
+        self.stub.write_text(STUB)
 
     def profile(self, name: str, state: str | bytes | None = None, soul: bool = True) -> Path:
         """Make a profile folder, with a state file and a SOUL.md or without."""
@@ -281,13 +300,12 @@ class Plain:
         self, *arguments: str, command: list[str] | None = None, **environment: str
     ) -> subprocess.CompletedProcess:
         """Run the phase; S6_ and HERMES_ variables are the test's own."""
-        script = Path(__file__).parent.parent / "hermes_boot.py"
         clean = {
             "PATH": os.environ["PATH"],
             "HERMES_HOME": str(self.home),
             "S6_PROFILE_GATEWAY_SCANDIR": str(self.scandir),
         }
-        argv = [sys.executable, "-IS", str(script), *(command or ["reconcile"]), *arguments]
+        argv = [sys.executable, "-IS", str(self.stub), *(command or ["reconcile"]), *arguments]
         return subprocess.run(argv, env=clean | environment, capture_output=True, text=True, timeout=60)
 
     def slots(self) -> dict[str, bool]:

@@ -156,15 +156,10 @@ def fetch_s6(name: str, suite: str) -> Path:
         raise CannotFetch("there is no apt-get here")
     print(f"sandbox: fetching s6{f' of Debian {suite}' if suite else ''}, once", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=made(CACHE)) as folder:
-        apt = Path(folder)
-        download_s6(apt, suite)
-        part = apt / "root"
-        for package in apt.glob("*.deb"):
-            call("dpkg", "-x", package, part)
-        for merged in ("bin", "lib"):  # links on a merged-/usr system, which folders here would hide
-            if (part / merged).is_dir():
-                shutil.copytree(part / merged, part / "usr" / merged, dirs_exist_ok=True, symlinks=True)
-                shutil.rmtree(part / merged)
+        options = apt_options(Path(folder), suite)
+        depends = ["depends", "--recurse", "--no-suggests", "--no-recommends", "s6", "execline"]
+        lines = call("apt-cache", *options, *depends).splitlines()
+        part = unpack(options, suite, {line for line in lines if line.startswith(PACKAGES)}, Path(folder, "root"))
         (libraries,) = {path.parent for path in part.glob("usr/lib/*/libskarnet.so.*")}
         call(part / "usr/lib/execline/bin/exit", "0", env={"LD_LIBRARY_PATH": str(libraries)})  # a libc that it can use
         if not root.exists():
@@ -172,8 +167,8 @@ def fetch_s6(name: str, suite: str) -> Path:
     return root
 
 
-def download_s6(apt: Path, suite: str) -> None:
-    """Download the packages into a folder, by lists of that folder's own."""
+def apt_options(apt: Path, suite: str) -> list[str]:
+    """Return the options of apt with lists of a folder's own, which are fetched: a suite's, or this machine's ("")."""
     for part in ("lists/partial", "archives/partial"):
         (apt / part).mkdir(parents=True)
     options = ["-qq", "-o", f"Dir::State::lists={apt}/lists", "-o", f"Dir::Cache={apt}"]
@@ -182,11 +177,21 @@ def download_s6(apt: Path, suite: str) -> None:
         (apt / "sources.list").write_text(f"deb [signed-by={KEYRING}] {MIRROR} {suite} main\n")
         options += ["-o", f"Dir::Etc::sourcelist={apt}/sources.list", "-o", "Dir::Etc::sourceparts=-"]
     call("apt-get", *options, "update")
-    depends = ["depends", "--recurse", "--no-suggests", "--no-recommends", "s6", "execline"]
-    lines = call("apt-cache", *options, *depends).splitlines()
-    packages = sorted({line for line in lines if line.startswith(PACKAGES)})
-    names = (f"{package}/{suite}" if suite else package for package in packages)
-    call("apt-get", *options, "download", *names, cwd=apt)
+    return options
+
+
+def unpack(options: list[str], suite: str, packages: set[str], root: Path) -> Path:
+    """Download packages and unpack them into a folder, which is returned; /bin and /lib are in its /usr."""
+    names = (f"{package}/{suite}" if suite else package for package in sorted(packages))
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        call("apt-get", *options, "download", *names, cwd=folder)
+        for package in Path(folder).glob("*.deb"):
+            call("dpkg", "-x", package, root)
+    for merged in ("bin", "lib"):  # links on a merged-/usr system, which folders here would hide
+        if (root / merged).is_dir():
+            shutil.copytree(root / merged, root / "usr" / merged, dirs_exist_ok=True, symlinks=True)
+            shutil.rmtree(root / merged)
+    return root
 
 
 def made(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from image import agent_venv
-from sandbox import wait_for
+from sandbox import wait_for, write_script
 
 import hermes_boot
 
@@ -168,17 +168,13 @@ def test_a_configuration_that_is_mounted_read_only_is_one_line(container, tmp_pa
 
 def test_a_migration_that_fails_again_makes_no_other_backup(container, tmp_path):
     """An unchanged configuration has one copy, however often the boot tries."""
-    volume = tmp_path / "volume"
-    box = container(agent=True)
-    box.run("true")
+    volume, failing = tmp_path / "volume", tmp_path / "failing"
+    container(agent=True).run("true")
     (volume / ".hermes-agent-version").write_text("0.1\n")
     (volume / "config.yaml").write_text("_config_version: 1\n")
-    box.put_agent("#!/bin/sh\nexit 3\n")
+    write_script(failing, "#!/bin/sh\nexit 3\n")
+    box = container(agent=True, mounts=((str(failing), "/opt/hermes/.venv/bin/hermes"),))
     for _ in range(2):
-        box.agent = False
-        (box.upper / "opt/hermes/.venv/lib/python3.11/site-packages/hermes_agent-0.19.0.dist-info").mkdir(
-            parents=True, exist_ok=True
-        )
         done = box.run("true")
         assert b"default: configuration migration ended with code 3; logs/config-migration.log says why" in done.stderr
     assert len([path for path in (volume / "backups").iterdir() if path.name.startswith("config.yaml.")]) == 1
@@ -233,9 +229,10 @@ def test_a_bootstrap_value_in_front_of_something_else_is_said(container, tmp_pat
 def test_the_home_in_etc_passwd_is_the_volume(container):
     """For ssh and the like; a second boot changes nothing."""
     box = container(environment={"HERMES_HOME": "/srv/agent"})
+    box.start("sleep", "infinity")
     look = "getent passwd hermes | cut -d: -f6; echo ~hermes"
-    assert box.run("sh", "-c", look).stdout == b"/srv/agent\n/srv/agent\n"
-    assert b"set the home" not in box.run("true").stderr
+    assert box.exec("sh", "-c", look).stdout == "/srv/agent\n/srv/agent\n"
+    assert "set the home" in box.log() and "set the home" not in box.exec(OURS, "setup").stderr
 
 
 def test_a_login_shell_keeps_the_containers_path(container):

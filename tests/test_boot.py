@@ -109,7 +109,8 @@ def test_hermes_can_control_slots_and_static_services(container):
 def hermes_that_sleeps(box) -> None:
     """Put a program in the agent's place that shows how it was called and then runs until it is told to end."""
     box.put_agent(
-        '#!/bin/sh\necho "hermes: $* as $(id -un) in $PWD with $HOME, ${API_SERVER_PORT:-no port}"\nexec sleep infinity\n'
+        '#!/bin/sh\necho "hermes: $* as $(id -un) in $PWD with $HOME, ${API_SERVER_PORT:-no port}"\n'
+        "exec sleep infinity\n"
     )
 
 

@@ -241,7 +241,8 @@ def test_a_command_of_roots_ends_though_hermes_stops_it(gateways, sealed):
 
 
 def test_a_boot_goes_on_though_somebody_stops_it(container, tmp_path):
-    """As a process of hermes's UID can that shares the PID namespace: what takes long is ended, and the rest goes on."""
+    """As a process of hermes's UID can that shares the PID namespace: what takes long is ended, and the rest goes
+    on."""
     for number in range(400):
         (tmp_path / f"volume/profiles/p{number}").mkdir(parents=True)
         (tmp_path / f"volume/profiles/p{number}/SOUL.md").touch()

@@ -36,7 +36,7 @@ def test_two_containers_boot_one_volume_at_the_same_time(container, tmp_path):
         assert all(b"Traceback" not in err for _, err in results), results
         for name, text in hermes_boot.BUILT_IN.items():
             assert (volume / name).read_text() == text and (volume / name).stat().st_nlink == 1
-        assert [path for path in volume.rglob("*.tmp")] == []
+        assert list(volume.rglob("*.tmp")) == []
 
 
 def test_no_update_of_another_key_is_lost_between_our_own_writers(tmp_path):
@@ -158,7 +158,8 @@ def test_secrets_are_in_no_log_no_argument_and_never_readable(container, tmp_pat
     spy = (
         "import os, sys\nos.setgid(12345)\nos.setuid(12345)\nprint('ready', flush=True)\nwhile True:\n"
         " for name in os.listdir(sys.argv[1]) if os.path.isdir(sys.argv[1]) else []:\n"
-        "  try:\n   if sys.argv[2] in open(f'{sys.argv[1]}/{name}').read(): print(name, flush=True)\n  except (OSError, ValueError): pass\n"
+        "  try:\n   if sys.argv[2] in open(f'{sys.argv[1]}/{name}').read(): print(name, flush=True)\n"
+        "  except (OSError, ValueError): pass\n"
     )
     watcher = subprocess.Popen(
         [base_python(), "-IS", "-c", spy, str(volume), secret], stdout=subprocess.PIPE, text=True

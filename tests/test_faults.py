@@ -403,8 +403,9 @@ def test_any_home_boots_and_logs_to_the_right_folder(container, path):
     """Its name reaches the scripts as data."""
     box = container(environment={"HERMES_HOME": path, "HERMES_GATEWAY_BOOTSTRAP_STATE": "running"})
     box.put_agent('#!/bin/sh\necho "here: $PWD"\nexec sleep infinity\n')
-    wait = 'for i in 1 2 3 4 5 6 7 8 9 10; do grep -q here: "$HERMES_HOME/logs/gateways/default/current" && break; sleep 0.2; done'
-    done = box.run("sh", "-c", f'{wait}; cat "$HERMES_HOME/logs/gateways/default/current"; ls -d /tmp/pwned')
+    log = '"$HERMES_HOME/logs/gateways/default/current"'
+    wait = f"for i in 1 2 3 4 5 6 7 8 9 10; do grep -q here: {log} && break; sleep 0.2; done"
+    done = box.run("sh", "-c", f"{wait}; cat {log}; ls -d /tmp/pwned")
     assert done.returncode == 2 and f"here: {path.splitlines()[0]}" in done.stdout.decode(), done
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import time
+from itertools import pairwise
 
 import pytest
 from conftest import MANAGER, RUN
@@ -177,17 +178,17 @@ def test_a_command_is_carried_out_even_if_it_cannot_be_remembered(gateways, kind
 
 
 def test_what_cannot_be_read_of_a_state_is_kept_beside(gateways):
-    """Legal JSON that is too deep for us: nothing of it is lost."""
-    host = gateways({"a": RUN}, "")
-    file = host.folder("a") / "gateway_state.json"
-    file.write_text('{"a": ' + "[" * 30000 + "]" * 30000 + "}")
-    os.chown(file, 10000, 10000)
-    done = host.do("start", "-p", "a")
-    assert done.returncode == 0 and "the old one is gateway_state.json.bad" in done.stderr, done
-    assert (
-        host.state("a") == {"desired_state": "running"}
-        and len((host.folder("a") / "gateway_state.json.bad").read_text()) == 60007
-    )
+    """Legal JSON that is too deep for us: nothing of it is lost, with several gateways at once neither."""
+    host = gateways({"a": RUN, "b": RUN}, "")
+    for name in "ab":
+        file = host.folder(name) / "gateway_state.json"
+        file.write_text('{"a": ' + "[" * 30000 + "]" * 30000 + "}")
+        os.chown(file, 10000, 10000)
+    done = host.do("start", "--all")
+    assert done.returncode == 0 and done.stderr.count("the old one is gateway_state.json.bad") == 2, done
+    for name in "ab":
+        assert host.state(name) == {"desired_state": "running"}
+        assert len((host.folder(name) / "gateway_state.json.bad").read_text()) == 60007
 
 
 def test_many_restarts_are_no_crash_loop(gateways):
@@ -226,7 +227,7 @@ def test_a_hanging_gateway_is_killed_after_the_stop_timeout(gateways):
         "running",
         environment={"HERMES_GATEWAY_STOP_TIMEOUT": "1"},
     )
-    wait_for(lambda: host.starts("a") == 1)
+    assert wait_for(lambda: host.up("a"))
     started = time.monotonic()
     assert host.do("stop", "-p", "a").returncode == 0
     assert 1 <= time.monotonic() - started < 3 and not host.up("a")
@@ -294,7 +295,7 @@ def test_no_line_is_lost_or_doubled_over_restarts_and_rotation(gateways):
     shown = [int(number) for number in re.findall(r"line (\d+) ", host.box.log())]
     for numbers in (kept, shown):
         # a kill between a line and its count makes the next run say that number again: at most once a restart
-        repeated = [number for before, number in zip(numbers, numbers[1:]) if number != before + 1]
+        repeated = [number for before, number in pairwise(numbers) if number != before + 1]
         assert len(repeated) <= 3 and set(numbers) == set(range(1, max(numbers) + 1)) and max(numbers) >= last
     assert kept == shown
 
@@ -304,7 +305,7 @@ DRAIN = "trap 'sleep 2; echo drained; exit 0' TERM\necho ready\nwhile :; do slee
 
 def test_the_end_drains_all_in_parallel_and_marks_nobody_stopped(gateways):
     """Five gateways of 2 s each and a CMD end together well below Docker's 10 s, and all come back."""
-    host = gateways({name: DRAIN for name in "abcde"}, "running")
+    host = gateways(dict.fromkeys("abcde", DRAIN), "running")
     assert wait_for(lambda: host.box.log().count("ready") == 5)
     started = time.monotonic()
     assert host.box.stop() == 143
@@ -318,8 +319,8 @@ def test_the_end_drains_all_in_parallel_and_marks_nobody_stopped(gateways):
 def test_the_cmd_is_told_to_end_with_the_gateways(container):
     """It gets SIGTERM at once, not the final kill, and its own code is the container's."""
     box = container()
-    box.start("sh", "-c", "trap 'sleep 1; echo goodbye; exit 5' TERM; while :; do sleep 0.05; done")
-    time.sleep(0.2)
+    box.start("sh", "-c", "trap 'sleep 1; echo goodbye; exit 5' TERM; echo ready; while :; do sleep 0.05; done")
+    assert wait_for(lambda: "ready" in box.log())
     started = time.monotonic()
     assert box.stop() == 5
     assert time.monotonic() - started < 3 and "goodbye" in box.log()
@@ -338,7 +339,10 @@ def test_nobody_can_stop_the_end(gateways):
     stopper = (
         "trap 'while :; do pkill -STOP -f 10-hermes-shutdown; sleep 0.01; done' TERM\nwhile :; do sleep 0.05; done\n"
     )
-    fifos = "for name in supervise/control supervise/status; do mkfifo $name; done; sleep infinity <>supervise/control & exec sleep infinity"
+    fifos = (
+        "for name in supervise/control supervise/status; do mkfifo $name; done;"
+        " sleep infinity <>supervise/control & exec sleep infinity"
+    )
     host = gateways({"a": stopper}, "running", environment={"HERMES_SHUTDOWN_TIMEOUT": "1"})
     assert wait_for(lambda: host.up("a"))
     host.box.exec(
@@ -474,7 +478,7 @@ OTHERS = {"dashboard", "main-hermes", "s6-linux-init-shutdownd", "s6rc-fdholder"
 def test_two_managers_interleave_without_a_leftover(gateways):
     """50 random commands of two processes on three names: then the scandir holds what it should, and nothing else
     runs."""
-    host = gateways({name: RUN for name in "abc"})
+    host = gateways(dict.fromkeys("abc", RUN))
     (host.box.upper.parent / "volume").mkdir(exist_ok=True)
     (host.volume / "worker.py").write_text(WORKER)
     commands = [host.box.exec_command(["/usr/bin/python3", "-IBS", "/opt/data/worker.py", seed]) for seed in ("1", "2")]
@@ -505,10 +509,12 @@ def test_extra_env_reaches_the_gateway_as_data(gateways):
     value = 'it\'s "$(id)" `id`\nnext $HOME'
     script = (
         "import sys; sys.path.insert(0, '/opt/hermes/docker'); import hermes_boot; hermes_boot.become_hermes()\n"
-        "manager = hermes_boot.S6ServiceManager(environment={'HERMES_HOME': '/opt/data'}); manager.unregister_profile_gateway('a')\n"
+        "manager = hermes_boot.S6ServiceManager(environment={'HERMES_HOME': '/opt/data'})\n"
+        "manager.unregister_profile_gateway('a')\n"
         "try: manager.register_profile_gateway('a', extra_env={'A B': 'x'})\n"
         "except hermes_boot.InvalidName as error: print(error)\n"
-        "manager.register_profile_gateway('a', extra_env={'EXTRA': sys.argv[1]}); print(manager.is_running('gateway-a'))\n"
+        "manager.register_profile_gateway('a', extra_env={'EXTRA': sys.argv[1]})\n"
+        "print(manager.is_running('gateway-a'))\n"
     )
     done = host.box.exec("/usr/bin/python3", "-IBSc", script, value)
     assert done.stdout.startswith("extra_env: 'A B' cannot be a variable"), done
@@ -546,7 +552,10 @@ def test_the_real_agent_and_ours_work_on_each_others_slots(container, tmp_path):
 def test_the_real_agent_fetches_what_a_platform_needs_to_the_volume(container, tmp_path):
     """From PyPI, into lazy-packages; its own environment is sealed."""
     box = container(agent=True)
-    ask = "import hermes_bootstrap; from tools.lazy_deps import ensure; ensure('platform.telegram'); import telegram; print(telegram.__file__)"
+    ask = (
+        "import hermes_bootstrap; from tools.lazy_deps import ensure; ensure('platform.telegram');"
+        " import telegram; print(telegram.__file__)"
+    )
     done = box.run("/opt/hermes/.venv/bin/python", "-c", ask, timeout=120)
     assert done.stdout.startswith(b"/opt/data/lazy-packages/telegram/"), done
 

@@ -62,3 +62,13 @@ def test_every_command_of_the_handbook(hermes):
         out = done.stdout + done.stderr
         assert re.fullmatch(pattern(shown), out), f"{command}\n{out}\nand not\n{shown}"
         assert done.returncode == 0, command
+
+
+def test_every_test_that_the_security_page_names_is_there():
+    """Each of its sentences has one."""
+    words = set(re.findall(r"`(test_\w+)(?:\.py)?`", (PROJECT / "docs/SECURITY.md").read_text()))
+    files = list((PROJECT / "tests").rglob("test_*.py"))
+    found = {path.stem for path in files}
+    for path in files:
+        found |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.M))
+    assert len(words) > 12 and words - found == set()

@@ -35,19 +35,22 @@ def swap(name, other):
 
 # where users may have namespaces of their own: folders of the volume under mounts that only this one sees, held open by
 # a process
-mounts = "while [ ! -e /srv/stop ]; do for at in memories skills profiles; do mount --bind /srv/watched $at && umount -l $at; done; done"
+turn = "mount --bind /srv/watched $at && umount -l $at"
+mounts = f"while [ ! -e /srv/stop ]; do for at in memories skills profiles; do {turn}; done; done"
 mounter = subprocess.Popen(["unshare", "-Urm", "sh", "-c", mounts], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 for name in ("tool", "mine"):
     shutil.copy("/bin/true", "workspace/" + name)
 os.chmod("workspace/tool", 0o6755)
 while not os.path.exists("/srv/stop"):
-    for name in ("skills", "hooks", "logs/gateways", "logs/gateways/default", "memories/sub", "config.yaml", "SOUL.md", "profiles/a"):
+    folders = "skills", "hooks", "logs/gateways", "logs/gateways/default", "memories/sub", "profiles/a"
+    for name in (*folders, "config.yaml", "SOUL.md"):
         swap(name, os.symlink)
     for entry in os.listdir("workspace"):
         if entry.startswith("root"):
             swap("workspace/" + entry, os.link)
             swap("workspace/" + entry, os.symlink)
-    for name, target in ((".env", watched + "/planted"), ("auth.json", watched + "/secret"), ("state.db-x", "/etc/passwd")):
+    links = {".env": watched + "/planted", "auth.json": watched + "/secret", "state.db-x": "/etc/passwd"}
+    for name, target in links.items():
         attempt(os.unlink, name)
         attempt(os.symlink, target, name)
         attempt(os.unlink, name)
@@ -73,10 +76,14 @@ for path, folders, files in os.walk("/srv/watched"):
         status = os.lstat(name)
         data = open(name, "rb").read() if os.path.isfile(name) else b""
         # a hard link changes ctime and the link count, which is the agent's doing and harms nobody
-        seen[name] = [status.st_uid, status.st_gid, status.st_mode, status.st_size, status.st_mtime_ns, hashlib.sha256(data).hexdigest()]
+        seen[name] = [status.st_uid, status.st_gid, status.st_mode, status.st_size, status.st_mtime_ns]
+        seen[name].append(hashlib.sha256(data).hexdigest())
 print(json.dumps(seen))
 """
-GIFT = "rm -rf /srv/gift && mkdir -p /srv/gift/deep && echo x > /srv/gift/deep/file && mv -nT /srv/gift /srv/home/workspace/root$1"
+GIFT = (
+    "rm -rf /srv/gift && mkdir -p /srv/gift/deep && echo x > /srv/gift/deep/file"
+    " && mv -nT /srv/gift /srv/home/workspace/root$1"
+)
 OURS = "/opt/hermes/docker/hermes_boot.py"
 NAIVE = "cd /srv/home && { [ -e .env ] || echo A=1 > .env; }; chown -R hermes:hermes /srv/home"
 
@@ -167,7 +174,8 @@ import json, mmap, os, shutil, signal, subprocess, sys
 sys.path.insert(0, "/opt/hermes/docker")
 import hermes_boot
 HOME, SCANDIR, SEEN = "/srv/home", "/srv/scandir", {}
-ENVIRONMENT = {"HERMES_HOME": HOME, "S6_PROFILE_GATEWAY_SCANDIR": SCANDIR, "S6_KEEP_ENV": "1", "HERMES_UID": "1500", "HERMES_GID": "1501",
+ENVIRONMENT = {"HERMES_HOME": HOME, "S6_PROFILE_GATEWAY_SCANDIR": SCANDIR, "S6_KEEP_ENV": "1",
+               "HERMES_UID": "1500", "HERMES_GID": "1501",
                "HERMES_AUTH_JSON_BOOTSTRAP": "{\"a\": 1}", "HERMES_BOOT_QUIET": "1"}
 counter = mmap.mmap(-1, 9)
 
@@ -180,7 +188,8 @@ def fresh():
             os.unlink("/etc/" + name + "+")
     for name, state in (("a", "running"), ("b", "stopped")):
         os.makedirs(f"{HOME}/profiles/{name}")
-        for file, text in (("SOUL.md", ""), ("gateway_state.json", json.dumps({"desired_state": state})), ("gateway.pid", "1")):
+        state = json.dumps({"desired_state": state})
+        for file, text in (("SOUL.md", ""), ("gateway_state.json", state), ("gateway.pid", "1")):
             with open(f"{HOME}/profiles/{name}/{file}", "w") as output:
                 output.write(text)
 
@@ -238,7 +247,7 @@ def visible():
         if os.path.exists(path) and open(path).read() != SEEN[path][3]:
             halves.append(path)
     for name in ("passwd", "group"):
-        if open("/etc/" + name).read() not in (open("/srv/" + name).read(), SEEN["/etc/" + name][3]):
+        if open("/etc/" + name).read() not in (open("/srv/" + name).read(), REMAPPED, SEEN["/etc/" + name][3]):
             halves.append(name)
     return halves
 
@@ -249,16 +258,21 @@ boot()  # hands the static services over, which fresh() does not undo
 fresh()
 status, total = boot()
 SEEN.update(tree())
+# between the remap and the home that follows HERMES_HOME
+accounts = [line + b"\n" for line in open("/srv/passwd", "rb").read().splitlines()]
+REMAPPED = b"".join(hermes_boot.with_field(accounts, b"hermes", {2: 1500, 3: 1501})).decode()
 problems = [f"undisturbed boot ended with {status}"] if status else []
 for limit in range(1, total + 1):
     fresh()
     status, _ = boot(limit)
-    problems += [f"{limit}: not killed but {status}"] * (status != -9) + [f"{limit}: half written: {halves}" for halves in visible()]
+    problems += [f"{limit}: not killed but {status}"] * (status != -9)
+    problems += [f"{limit}: half written: {halves}" for halves in visible()]
     shutil.rmtree(SCANDIR, ignore_errors=True)  # /run is new at the next boot
     status, _ = boot()
     after = tree()
     if status or after != SEEN:
-        problems.append(f"{limit}: {status} " + str({path: (after.get(path), SEEN.get(path)) for path in after.keys() | SEEN.keys() if after.get(path) != SEEN.get(path)}))
+        both = {path: (after.get(path), SEEN.get(path)) for path in after.keys() | SEEN.keys()}
+        problems.append(f"{limit}: {status} {({path: pair for path, pair in both.items() if pair[0] != pair[1]})}")
 print(json.dumps([total, problems[:10]]))
 """
 

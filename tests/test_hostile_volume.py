@@ -350,8 +350,8 @@ def test_doctor_names_roots_files_at_the_top(container, tmp_path):
     (tmp_path / "volume/operators.key").touch()
     done = box.exec(OURS, "doctor")
     assert (
-        "warn  owner: 1 entries at the top of /opt/data are neither hermes's nor the agent's own, the first: operators.key"
-        in done.stdout
+        "warn  owner: 1 entries at the top of /opt/data are neither hermes's nor the agent's own,"
+        " the first: operators.key" in done.stdout
     )
     assert owner(tmp_path / "volume/operators.key") == (0, 0)
 
@@ -387,12 +387,14 @@ kinds = {
 }
 if not os.path.exists("/tmp/fifo"):
     os.mkfifo("/tmp/fifo")
-places = ".env auth.json config.yaml SOUL.md active_profile gateway_state.json .hermes-agent-version gateway.pid".split()
+places = ".env auth.json config.yaml SOUL.md active_profile gateway_state.json gateway.pid".split()
+places += [".hermes-agent-version"]
 logs = ["current", "lock", "state", "@400000006a.s"]
 for index, (kind, make) in enumerate(kinds.items()):
     if kind != sys.argv[1]:
         continue
-    for folder, names in ((home, places), (home + "/profiles/a", places), (home + "/logs/gateways/a", logs), (home + "/logs/gateways/default", logs)):
+    folders = {"": places, "/profiles/a": places, "/logs/gateways/a": logs, "/logs/gateways/default": logs}
+    for folder, names in ((home + below, names) for below, names in folders.items()):
         os.makedirs(folder, exist_ok=True)
         for name in names:
             path = f"{folder}/{name}"

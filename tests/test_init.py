@@ -166,7 +166,10 @@ def test_the_command_gateway_run_is_s6s(gateways):
 
 def test_orphans_are_reaped_and_strangers_are_left_alone(container):
     """In a PID namespace that is shared, what is not below us is not ours to end."""
-    script = 'sleep 300 & stranger=$!; /init /opt/hermes/docker/main-wrapper.sh "$@"; code=$?; kill -0 $stranger && echo alive; exit $code'
+    script = (
+        'sleep 300 & stranger=$!; /init /opt/hermes/docker/main-wrapper.sh "$@"; code=$?;'
+        " kill -0 $stranger && echo alive; exit $code"
+    )
     box = container(entrypoint=("/bin/sh", "-c", script, "sh"))
     done = box.run(
         "sh", "-c", "(sh -c 'sleep 0.1 & exec true' &); sleep 0.5; ps ax -o stat,args; (setsid sleep 200 &); exit 3"
@@ -180,7 +183,10 @@ def test_the_command_has_the_terminal(container):
 
     box = container(entrypoint=INIT)
     ours, theirs = pty.openpty()
-    words = "import os, sys; os.setsid(); import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
+    words = (
+        "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+        " os.execvp(sys.argv[1], sys.argv[1:])"
+    )
     argv = [
         "/usr/bin/python3",
         "-c",

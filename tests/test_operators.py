@@ -77,7 +77,7 @@ def test_every_state_is_shown(gateways):
         for name, row in rows.items()
     }
     assert shown == expected
-    assert list(rows)[0] == "default" and list(rows)[1:] == sorted(list(rows)[1:])
+    assert next(iter(rows)) == "default" and list(rows)[1:] == sorted(list(rows)[1:])
     assert rows["crashing"]["restarts"] >= 5 and rows["killed"]["restarts"] == 1 and rows["stopped"]["restarts"] == 0
     assert rows["crashing"]["last_line"] == "no API key found" or "waiting" in rows["crashing"]["last_line"]
     assert str(rows["up"]["pid"]) == host.pid("up") and rows["parked"]["pid"] is None
@@ -119,7 +119,8 @@ for name in sys.argv[1:]:
     assert fields(read) == [up, pid if up else 0, wanted, ended] and abs(time.time() - read.since - ago) < 2, name
     times = [int(line.split()[0][9:17], 16) for line in s6("s6-svdt", slot).splitlines()]
     ours = [int(moment) for moment, _ in hermes_boot.deaths(slot)]
-    assert len(times) == len(ours) and [b - a for a, b in zip(times, times[1:])] == [b - a for a, b in zip(ours, ours[1:])], name
+    gaps, our_gaps = ([b - a for a, b in zip(row, row[1:])] for row in (times, ours))
+    assert len(times) == len(ours) and gaps == our_gaps, name
 """
     done = host.box.exec(
         "/usr/bin/python3", "-IBSc", script, "default", "up", "killed", "crashing", "parked", "stopping"
@@ -380,7 +381,7 @@ def test_doctor_without_a_supervisor_or_a_volume(plain):
 
 # logs
 
-WRITER = """n=0; while [ $n -lt 30000 ]; do n=$((n + 1)); echo "line $n xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"; done
+WRITER = f"""n=0; while [ $n -lt 30000 ]; do n=$((n + 1)); echo "line $n {"x" * 63}"; done
 exec sleep infinity
 """
 
@@ -439,9 +440,8 @@ def test_help_is_everywhere(plain, command):
 
 def test_version(plain):
     """Ours and the agent's."""
-    assert (
-        plain.reconcile(command=["--version"]).stdout == f"hermes_boot.py {hermes_boot.VERSION}, hermes-agent missing\n"
-    )
+    said = plain.reconcile(command=["--version"]).stdout
+    assert re.fullmatch(r"hermes_boot\.py \d+\.\d+\.\d+, hermes-agent missing\n", said)
 
 
 @pytest.mark.parametrize(

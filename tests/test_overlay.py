@@ -135,11 +135,10 @@ def test_owners_and_modes_are_s6_overlays(container, tmp_path):
     assert mode["/run/s6-rc"][0] == "lrwxrwxrwx" and mode["/run/s6/workdir"] == ("-rw-r--r--", "root")
 
 
-FAILED = "/run/s6/basedir/scripts/rc.init: warning: s6-rc failed to properly bring all the services up! "
-STOPPING = "/run/s6/basedir/scripts/rc.init: fatal: stopping the container."
-NONZERO = "cont-init: warning: some scripts exited nonzero"
-UNABLE = "s6-rc: warning: unable to start service legacy-cont-init: command exited 1"
-ESSENTIAL = "s6-rc: warning: service s6rc-oneshot-runner is marked as essential, not stopping it"
+FAILED = "/run/s6/basedir/scripts/rc.init: warning: "  # whose line it is: the words are s6-overlay's own
+STOPPING = "/run/s6/basedir/scripts/rc.init: fatal: "
+NONZERO = "cont-init: warning: "
+UNABLE = ESSENTIAL = "s6-rc: warning: "
 SAID = [
     ("0", "2", 1, [FAILED, STOPPING]),
     ("1", "2", 1, [NONZERO, UNABLE, FAILED, STOPPING, ESSENTIAL]),
@@ -163,27 +162,25 @@ def test_what_is_said_of_a_boot_that_failed(container, verbosity, behaviour, cod
 
 def test_a_chatty_boot_names_every_script_and_service(container):
     """S6_VERBOSITY=2, which is s6-overlay's own default."""
-    err = container(environment={"S6_VERBOSITY": "2"}).run("true").stderr.decode()
-    for line in (
-        "s6-rc: info: service legacy-cont-init: starting",
-        "cont-init: info: running /etc/cont-init.d/01-hermes-setup",
-        "cont-init: info: /etc/cont-init.d/01-hermes-setup exited 0",
-        "s6-rc: info: service legacy-cont-init successfully started",
-        "s6-rc: info: service dashboard successfully started",
-        "s6-rc: info: service main-hermes successfully stopped",
-        "cont-finish: info: running /etc/cont-finish.d/10-hermes-shutdown",
-        ESSENTIAL,
-    ):
-        assert f"{line}\n" in err, line
-    assert err.index("legacy-cont-init successfully started") < err.index("dashboard: starting")
-    assert err.index("dashboard successfully stopped") < err.index("legacy-cont-init: stopping")
+    lines = container(environment={"S6_VERBOSITY": "2"}).run("true").stderr.decode().splitlines()
+
+    def said(program: str, name: str) -> list[int]:
+        """Return the numbers of a program's lines about something: at the start before and after, so at the end."""
+        return [at for at, line in enumerate(lines) if line.startswith(f"{program}: info: ") and name in line]
+
+    boot, dashboard = said("s6-rc", "legacy-cont-init"), said("s6-rc", "dashboard")
+    assert len(boot) == len(dashboard) == len(said("s6-rc", "main-hermes")) == 4
+    assert boot[1] < dashboard[0] and dashboard[3] < boot[2]
+    assert len(said("cont-init", "/etc/cont-init.d/01-hermes-setup")) == 2
+    assert len(said("cont-finish", "/etc/cont-finish.d/10-hermes-shutdown")) == 1
+    assert len([line for line in lines if line.startswith(ESSENTIAL)]) == 1
 
 
 def test_a_boot_that_takes_too_long_ends_the_container(container, tmp_path):
     """S6_CMD_WAIT_FOR_SERVICES_MAXTIME, in ms; 0 has no end."""
     slow = script(tmp_path, "/etc/cont-init.d/00-slow", "sleep 4")
     done = container(environment={"S6_CMD_WAIT_FOR_SERVICES_MAXTIME": "1000"}, **slow).run("true")
-    assert done.returncode == 2 and b"s6-rc: fatal: timed out\n" in done.stderr and STOPPING.encode() in done.stderr
+    assert done.returncode == 2 and b"s6-rc: fatal: " in done.stderr and STOPPING.encode() in done.stderr
 
 
 def test_a_finish_script_is_cut_short_by_its_limit_alone(container, tmp_path):
@@ -199,7 +196,8 @@ def test_a_stop_without_our_finish_script_is_code_0(container):
     """rc.init dies with the command, so that nobody leaves word of a code."""
     box = container()
     (box.upper / "etc/cont-finish.d/10-hermes-shutdown").unlink()
-    box.start("sh", "-c", "trap 'exit 9' TERM; while :; do sleep 0.05; done")
+    box.start("sh", "-c", "trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done")
+    assert wait_for(lambda: "ready" in box.log())
     assert box.stop() == 0
 
 
@@ -217,7 +215,7 @@ def test_halt_is_roots(container):
     box = container()
     box.start("sleep", "infinity")
     done = box.exec("/run/s6/basedir/bin/halt", user="hermes")
-    assert done.returncode == 100 and "s6-linux-init-hpr: fatal: unable to talk to shutdownd" in done.stderr
+    assert done.returncode == 100 and "s6-linux-init-hpr: fatal: " in done.stderr
     assert box.process.poll() is None
     assert box.exec("/run/s6/basedir/bin/halt").returncode == 0
     assert box.process.wait(60) == 143

@@ -74,7 +74,8 @@ def test_a_user_namespace_without_subordinate_ids(container):
 
 
 MAPPED = """
-unshare -U sh -c 'until grep -q . /proc/self/gid_map; do sleep 0.02; done; exec setpriv --reuid 0 --regid 0 --clear-groups "$@"' sh "$@" &
+unshare -U sh -c 'until grep -q . /proc/self/gid_map; do sleep 0.02; done
+exec setpriv --reuid 0 --regid 0 --clear-groups "$@"' sh "$@" &
 for map in uid_map gid_map; do until echo 0 0 65536 2>/dev/null >/proc/$!/$map; do sleep 0.02; done; done
 wait $!
 """

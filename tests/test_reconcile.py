@@ -194,8 +194,8 @@ def test_a_slot_is_what_s6_and_hermes_agent_expect(plain):
         | {f"log/{name}": mode for name, mode in skeleton.items()}
         | {"log": "drwxr-xr-x", "back-off": "prw-------"}
     )
-    expected |= {name: "-rw-r--r--" for name in ("type", "down", "timeout-kill", "timeout-finish")}
-    expected |= {name: "-rwxr-xr-x" for name in ("run", "finish", "log/run")}
+    expected |= dict.fromkeys(("type", "down", "timeout-kill", "timeout-finish"), "-rw-r--r--")
+    expected |= dict.fromkeys(("run", "finish", "log/run"), "-rwxr-xr-x")
     assert {name: entry[0] for name, entry in tree(slot).items()} == expected
     assert (slot / "type").read_text() == "longrun\n" and (slot / "timeout-kill").read_text() == "30000\n"
     assert (slot / "run").read_text().splitlines()[

@@ -49,6 +49,19 @@ def test_what_both_scripts_need_is_the_same_text():
 
 
 @pytest.mark.parametrize("script", ["hermes_boot.py", "main_wrapper.py"])
+def test_no_name_is_bound_twice(script):
+    """The second would take the first one's place everywhere."""
+    names: list[str] = []
+    for node in ast.parse((SCRIPTS / script).read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names += [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+    assert len(names) > 10 and sorted(set(names)) == sorted(names)
+
+
+@pytest.mark.parametrize("script", ["hermes_boot.py", "main_wrapper.py"])
 def test_neither_script_imports_the_other(script):
     """Nor anything that is not Python's own."""
     found = set()
@@ -81,6 +94,7 @@ HOMES = {
     "": "/opt/data",
     "/opt/data/profiles/coder": "/opt/data",
     "/opt/data/profiles/coder/": "/opt/data",
+    "/opt/data/profiles/coder//": "/opt/data",
     "/srv/profiles": "/srv/profiles",
     "/srv/my home/profiles/x": "/srv/my home",
     "/profiles/x": "/",
@@ -91,7 +105,7 @@ HOMES = {
 def test_root_home(value, expected):
     """Of a profile's HERMES_HOME, in Python and, but for the root folder itself, in a slot's shell."""
     assert hermes_boot.root_home({"HERMES_HOME": value}) == expected
-    if expected != "/" and not value.endswith("/"):
+    if expected != "/":
         script = "\n".join([*hermes_boot.FIND_HOME, 'printf %s "$home"'])
         done = subprocess.run(["/bin/sh", "-c", script], env={"HERMES_HOME": value}, capture_output=True, text=True)
         assert done.stdout == expected
@@ -357,6 +371,7 @@ RUN = """\
 #!/command/with-contenv sh
 exec 2>&1
 home="${HERMES_HOME:-/opt/data}"
+home="${home%"${home##*[!/]}"}"
 case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac
 export HOME="$home" HERMES_HOME="$home" HERMES_S6_SUPERVISED_CHILD=1 HERMES_SUPERVISED_CHILD=1
 cd "$home" || cd /
@@ -365,20 +380,21 @@ unset $(awk 'BEGIN { for (name in ENVIRON) if (name ~ /^API_SERVER_[A-Z0-9_]+$/)
 export A='b'"'"'c'
 [ "$(id -u)" = 0 ] || exec hermes -p coder gateway run --replace
 exec s6-setuidgid hermes hermes -p coder gateway run --replace
-"""
+"""  # noqa: E501
 FINISH = """\
 #!/bin/sh
 [ ! -e ../.s6-svscan/hermes-ending ] || exit 0
 script='[ "$1" = 78 ] || [ "$(wc -c <supervise/death_tally)" -ge 70 ] || kill -0 "-$4" 2>/dev/null || exit 0; exec /opt/hermes/bin/hermes-boot finish coder "$@"'
 [ "$(id -u)" = 0 ] || exec /bin/sh -c "$script" finish "$@"
 exec s6-setuidgid hermes /bin/sh -c "$script" finish "$@"
-"""
+"""  # noqa: E501
 LOG_RUN = """\
 #!/command/with-contenv sh
 if [ -w /proc/self/fd/2 ] && [ ! -S /proc/self/fd/2 ]; then exec 1>>/proc/self/fd/2; else exec 1>&2; fi
 exec 2>&1
 case "$UMASK" in "" | *[!0-7]* | [1-7]??? | ?????*) ;; *) umask "$UMASK" ;; esac
 home="${HERMES_HOME:-/opt/data}"
+home="${home%"${home##*[!/]}"}"
 case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac
 [ "$(id -u)" = 0 ] && set -- s6-setuidgid hermes || set --
 "$@" s6-setlock -n "$home/logs/gateways/coder"/lock true 2>/dev/null || {
@@ -485,3 +501,18 @@ def test_seeds(monkeypatch, tmp_path):
     }  # before the umask
     assert found["config.yaml"][1] == b"a: 1\n" and found["SOUL.md"][1] == hermes_boot.BUILT_IN["SOUL.md"].encode()
     assert json.loads(found["gateway_state.json"][1]) == {"desired_state": "running"}
+
+
+def test_a_time_limit_within_another():
+    """It holds no longer than the outer one, which goes on from where it was."""
+    started = time.monotonic()
+    with pytest.raises(TimeoutError), hermes_boot.TimeLimit(0.1), hermes_boot.TimeLimit(60):
+        time.sleep(5)
+    with pytest.raises(TimeoutError), hermes_boot.TimeLimit(0.1):
+        with hermes_boot.TimeLimit(60):
+            time.sleep(0.05)
+        time.sleep(5)
+    with hermes_boot.TimeLimit(0.05), hermes_boot.TimeLimit(0):
+        pass
+    assert time.monotonic() - started < 1
+    time.sleep(0.1)  # nothing is left of them

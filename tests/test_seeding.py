@@ -119,7 +119,8 @@ def test_a_dry_run_lists_and_changes_nothing(container, tmp_path):
     (home / "skills/mine").write_text("x")
     box.start("sleep", "infinity")
     (home / "SOUL.md").unlink()
-    os.chown(home / "skills/mine", 0, 0)
+    os.chown(home / "skills/mine", 0, 10000)
+    (home / "skills/mine").chmod(0o660)
     (box.path("/run/s6/container_environment/HERMES_UID")).write_text("1500")
     done = box.exec(
         "sh",
@@ -195,7 +196,8 @@ def test_what_a_helper_leaves_behind_ends_with_it(container, tmp_path):
     (box.upper / "opt/hermes/.venv/lib/python3.11/site-packages/hermes_agent-0.19.0.dist-info").mkdir(parents=True)
     stopper = "while :; do pkill -STOP -f 02-reconcile; sleep 0.01; done"
     box.put_agent(
-        f"#!/bin/sh\n[ $3 != config ] || setsid setsid sh -c 'touch /tmp/left; {stopper}' >/dev/null 2>&1 &\nsleep 0.5\n"
+        f"#!/bin/sh\n[ $3 != config ] || setsid setsid sh -c 'touch /tmp/left; {stopper}' >/dev/null 2>&1 &\n"
+        "sleep 0.5\n"
     )
     done = box.run("sh", "-c", "ls /tmp/left; ps -eo args", timeout=30)
     assert done.returncode == 0 and b"/tmp/left\n" in done.stdout and b"pkill" not in done.stdout, done

@@ -155,7 +155,10 @@ def read_until(fd: int, text: bytes, timeout: float = 20) -> bytes:
 @pytest.mark.sandbox
 def test_a_terminal_is_the_programs(container):
     """Under a pty: all three are a TTY, the window size is seen, and Ctrl-C reaches the program."""
-    script = "[ -t 0 ] && [ -t 1 ] && [ -t 2 ] && stty size; trap 'echo interrupted; exit 7' INT; echo ready; while :; do sleep 0.1; done"
+    script = (
+        "[ -t 0 ] && [ -t 1 ] && [ -t 2 ] && stty size;"
+        " trap 'echo interrupted; exit 7' INT; echo ready; while :; do sleep 0.1; done"
+    )
     argv = container().command(["sh", "-c", script])
     pid, terminal = pty.fork()
     if pid == 0:
@@ -210,7 +213,8 @@ def test_a_run_that_everybody_may_write_is_no_way_to_roots_files(container):
     box.start("sleep", "infinity")
     script = f"""
         chmod 1777 /run && rm /run/hermes-command && echo kept >/etc/kept
-        s6-setuidgid hermes sh -c 'for pid in $(seq 3000); do ln -s /etc/kept /run/hermes-command.$pid; done; echo 1 1 >/run/hermes-command'
+        s6-setuidgid hermes sh -c 'for pid in $(seq 3000); do ln -s /etc/kept /run/hermes-command.$pid; done
+            echo 1 1 >/run/hermes-command'
         {WRAPPER} true
         cat /etc/kept; stat -c %U /run/hermes-command
     """

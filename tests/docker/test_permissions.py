@@ -11,7 +11,8 @@ OF_OTHERS = r"\( -perm -002 -o -perm -020 -gid 0 -o -user hermes -o -group herme
 
 
 def test_nothing_of_the_image_is_group_0s_or_hermess_to_write(container):
-    """A platform that runs any UID with GID 0 could else change what a setuid program runs as root at the next start."""
+    """A platform that runs any UID with GID 0 could else change what a setuid program runs as root at the next
+    start."""
     done = container().run("sh", "-c", rf"find / -xdev \( {ELSEWHERE} \) -prune -o ! -type l {OF_OTHERS} -print")
     assert done.stdout == b"", done
     for user, gid in ((12345, 0), (10000, 10000)):
