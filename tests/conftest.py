@@ -25,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent), s
 import engine  # noqa: E402
 import image  # noqa: E402
 import sandbox  # noqa: E402
-from sandbox import Sandbox  # noqa: E402
+from sandbox import CannotShow, Sandbox  # noqa: E402
 
 # `make test-engine`: the tests that make containers, on a real engine's; those that reach into a sandbox's layers are
 # left out.
@@ -128,6 +128,13 @@ def missing(why: str) -> NoReturn:
     (pytest.fail if os.environ.get("HERMES_TEST_REQUIRE_LIVE") else pytest.skip)(why)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> None:
+    """Skip what the way to make a container here cannot show."""
+    if call.excinfo and isinstance(why := call.excinfo.value, CannotShow):
+        call.excinfo = pytest.CallInfo.from_call(lambda: missing(str(why)), call.when).excinfo
+
+
 def fetched(get: Callable[[], Path]) -> Path:
     """Return what this machine lacks, or skip the test where it cannot be had."""
     try:
@@ -140,7 +147,7 @@ def fetched(get: Callable[[], Path]) -> Path:
 def live() -> None:
     """Skip with the reason where no container can run; fail instead where live tests are required, which means the
     sandbox's."""
-    why = ("" if engine.engine() else "no container engine answers") if ON_ENGINE else sandbox.unsupported()
+    why = ("" if engine.engine() else "no container engine answers") if ON_ENGINE else sandbox.maker()[1]
     if why and os.environ.get("HERMES_TEST_REQUIRE_LIVE") and not ON_ENGINE:
         pytest.fail(f"live tests are required here: {why}")
     if why:
@@ -170,7 +177,7 @@ def in_time(live):
 def container(in_time, tmp_path):
     """Make containers, all on one volume unless told otherwise; they are removed at the end."""
     boxes: list[Sandbox] = []
-    maker = engine.EngineContainer if ON_ENGINE else Sandbox
+    maker = engine.EngineContainer if ON_ENGINE else sandbox.maker()[0]
 
     def make(**options) -> Sandbox:
         options.setdefault("volume", tmp_path / "volume")

@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from sandbox import CACHE, PROJECT, base_python, on_overlay, unsupported
+from sandbox import CACHE, PROJECT, CannotShow, Sandbox, base_python, maker, on_overlay  # noqa: F401
 
 STAND_IN = Path(__file__).resolve().parent / "docker/stand-in"
 MIRROR = os.environ.get("HERMES_TEST_DEBIAN_MIRROR", "http://deb.debian.org/debian")
@@ -35,7 +35,6 @@ PACKAGES = ("s6", "execline", "libs6-", "libexecline", "libskarnet", "libnsss", 
 PROGRAMS = re.compile(r"s6-[a-z0-9-]+|ucspilogd")
 LIBRARIES = re.compile(r"lib(s6(auto)?|execline|skarnet)\.so\..*|s6")
 KEPT_LAYERS = 8
-# Over a root of its own, and in a container's own root: $1 a folder to work in, $2 where the result goes, $3 Python
 BUILD = """
 mount -t overlay overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" "$1/root"
 cd "$1/root"
@@ -47,30 +46,16 @@ mount --bind /dev dev
 [ -e usr/bin/python3 ] || ln -s "$3" usr/bin/python3
 exec chroot . env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin SOURCE_DATE_EPOCH=0 sh -ec "$4"
 """
-BUILD_IN_PLACE = """
-trap 'rm -rf /opt/hermes /names' EXIT
-cp -a "$2/opt/hermes" /opt
-cp -a "$2/names" /
-SOURCE_DATE_EPOCH=0 sh -ec "$4"
-rm -rf "$2/opt/hermes" "$2/names"
-cp -a /opt/hermes "$2/opt"
-cp -a /names "$2"
-"""
 VENV = """
 mount -t tmpfs tmpfs /opt
 mkdir -p /opt/hermes/.venv
 mount --bind "$1" /opt/hermes/.venv
-"""
-VENV_IN_PLACE = """
-trap 'rm -rf /opt/hermes' EXIT
-mkdir -p /opt/hermes/.venv
 """
 AGENT = """
 cd /opt/hermes/.venv
 "$2" -m venv . || "$2" -m venv --clear --without-pip .
 if [ -e bin/pip ]; then pip=bin/pip; else pip="$3 -m pip --python bin/python"; fi
 $pip --disable-pip-version-check -q install pip "hermes-agent==$4"
-[ -e "$1/bin" ] || cp -a . "$1"
 """
 
 
@@ -218,8 +203,14 @@ def agent_venv() -> Path:
     if not venv.exists():
         print(f"sandbox: fetching hermes-agent {agent_version()} from PyPI, once", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=made(CACHE)) as folder:
-            part = made(Path(folder, "venv"))
-            call(*root_shell(VENV + AGENT, VENV_IN_PLACE + AGENT), part, base_python(), sys.executable, agent_version())
+            part = made(Path(folder, "hermes/.venv"))
+            words = [part, base_python(), sys.executable, agent_version()]
+            if maker()[0] is Sandbox:
+                call("unshare", "-m", "sh", "-ec", VENV + AGENT, "sh", *words)
+            else:
+                import in_place
+
+                in_place.at_home({"/opt/hermes": part.parent}, lambda: call("sh", "-ec", AGENT, "sh", *words))
             if not venv.exists():
                 part.rename(venv)
     return venv
@@ -278,16 +269,18 @@ def build(stage: str, folder: Path) -> None:
     made(folder / "opt/hermes")
     made(folder / "names")
     copy_from_checkout(copies, folder)
+    if maker()[0] is not Sandbox:
+        import in_place
+
+        homes = {"/opt/hermes": folder / "opt/hermes", "/names": folder / "names"}
+        argv, variables = ["sh", "-ec", commands], os.environ | {"SOURCE_DATE_EPOCH": "0"}
+        in_place.at_home(homes, lambda: subprocess.run(argv, env=variables, check=True, stdout=sys.stderr))
+        return
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
         prepare = f"mount -t tmpfs tmpfs {shlex.quote(work)}\n" if on_overlay(work) else ""
         prepare += f"cd {shlex.quote(work)}\nmkdir upper work root\n"
-        argv = root_shell(prepare + BUILD, BUILD_IN_PLACE)
-        subprocess.run([*argv, work, folder, base_python(), commands], check=True, stdout=sys.stderr)
-
-
-def root_shell(own: str, in_place: str) -> list[str]:
-    """Return the argv of a shell with a script for a mount namespace of its own, or for one where there is none."""
-    return ["unshare", "-m", "sh", "-ec", own, "sh"] if not unsupported() else ["sh", "-ec", in_place, "sh"]
+        argv = ["unshare", "-m", "sh", "-ec", prepare + BUILD, "sh", work, folder, base_python(), commands]
+        subprocess.run(argv, check=True, stdout=sys.stderr)
 
 
 def copy_from_checkout(copies: list[list[str]], root: Path) -> None:

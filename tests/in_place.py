@@ -2,18 +2,19 @@
 
 In a plain container (root, no CAP_SYS_ADMIN) there are no namespaces to be had. There the image's files are put where
 they belong, /init runs below the container's PID 1, which makes it the fallback init, and afterwards all is as it was.
-One container at a time. It is chosen by sandbox.py where namespaces are refused and this is a container, or where
-HERMES_IN_PLACE=1 says so.
+sandbox.py takes this way where namespaces are refused and this is a container, or where HERMES_IN_PLACE=1 says so.
 
-What it cannot show, besides what a sandbox cannot: s6-overlay itself (PID 1 is another's), mounts, a second container
-beside the first, and a boot that finds /run empty of the machine's own things.
+What it cannot show, besides what a sandbox cannot: s6-overlay (PID 1 is another's), mounts, a second container beside
+the first, and a machine's own processes out of sight. What others make in /, /etc, /home, /opt, /run, /srv, /tmp,
+/usr/local/bin and /var while a container is in place goes with it.
 
-Everything that is put away or put in place is noted in a journal first. Whatever ends the run, the next one begins by
-undoing that.
+Whatever is put away or in place is noted in a journal first. Whatever ends a run, the next one begins by undoing it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -22,16 +23,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from sandbox import Sandbox, command_runs, start_time, take_place
+from sandbox import CACHE, CannotShow, Sandbox, command_runs, start_time, image, take_place, unreachable, wait_for
 
 STATE = Path("/.hermes-in-place")  # on the root's own file system, so that a rename is all it takes
 JOURNAL, AWAY = STATE / "journal", STATE / "away"
-VOLUME = "/opt/data"
-OURS = ("/init", "/init.s6-overlay", "/command", "/package", "/opt/hermes", VOLUME, "/etc/cont-init.d")
+VOLUME, AGENT = "/opt/data", "/opt/hermes/.venv"
+OURS = ("/init", "/init.s6-overlay", "/command", "/package", "/opt/hermes", VOLUME, "/names", "/etc/cont-init.d")
 # folders whose new entries are the container's own: kept with its layer, or forgotten
 KEPT = ("/", "/etc", "/home", "/opt", "/srv", "/usr/local/bin", "/var")
 FORGOTTEN = ("/run", "/tmp")
@@ -45,59 +47,81 @@ def unsupported() -> str:
         return "not in place: this is no container, and HERMES_IN_PLACE=1 is not set"
     if os.geteuid() != 0:
         return "in place needs root"
-    if not os.access("/", os.W_OK) or not os.access("/etc", os.W_OK):
+    if not all(os.access(path, os.W_OK) for path in KEPT + FORGOTTEN):
         return "in place needs a root file system that can be written"
-    STATE.mkdir(exist_ok=True)
-    with open(STATE / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return "not in place: another container runs here, and there is place for one"
+    there = [path for path in OURS if os.path.lexists(path)]
+    return f"not in place: {there[0]} is there already" if there and not JOURNAL.exists() else ""
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Have the root for ourselves, as it was before anybody had; it is so again afterwards."""
+    lock = os.open("/", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise CannotShow("another container runs, and in place there is room for one") from None
+    try:
         undo()
-    if there := [path for path in OURS if os.path.lexists(path)]:
-        return f"not in place: {there[0]} is there already"
-    return ""
+        AWAY.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        undo()
+        os.close(lock)
 
 
 # What is put in place, and undone
 
 
-def note(kind: str, *paths: str) -> None:
+def note(kind: str, *words: str | int) -> None:
     """Write what is about to be done into the journal."""
     with open(JOURNAL, "a") as file:
-        file.write(json.dumps([kind, *paths]) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def put(layer: str, target: str = "/") -> None:
-    """Move what lies in a layer to where it belongs; what is in its way is put away."""
-    for name in os.listdir(layer):
-        source, path = f"{layer}/{name}", os.path.join(target, name)
-        folder = os.path.isdir(source) and not os.path.islink(source)
-        if folder and os.path.isdir(path):
-            put(source, path)
-            continue
-        if os.path.lexists(path):
-            away = f"{AWAY}/{path.replace('%', '%25').replace('/', '%2f')}"
-            note("away", path, away)
-            os.rename(path, away)
-        note("put", path, source)
-        os.rename(source, path)
+        file.write(json.dumps([kind, *words]) + "\n")
 
 
 def undo() -> None:
-    """Undo what the journal tells, last things first; what was put in place goes back to its layer as it is by now."""
-    lines = JOURNAL.read_text().splitlines() if JOURNAL.exists() else []
-    for kind, *paths in map(json.loads, reversed(lines)):
-        UNDO[kind](*paths)
+    """Undo what the journal tells, last things first; what was put in place goes back to its layer as it is by now.
+
+    A step that is undone leaves the journal, so that whatever ends this may begin again.
+    """
+    lines = JOURNAL.read_bytes().splitlines(keepends=True) if JOURNAL.exists() else []
+    size = sum(map(len, lines))
+    for line in reversed(lines):
+        if line.endswith(b"\n"):
+            kind, *words = json.loads(line)
+            UNDO[kind](*words)
+        size -= len(line)
+        os.truncate(JOURNAL, size)
     JOURNAL.unlink(missing_ok=True)
+    for layers in STATE.glob("box-*"):
+        folder, maker = layers.joinpath("of").readlink(), layers.name.split("-")[1:3]
+        if not running(*maker) and CACHE / "containers" not in folder.parents:  # those have a name, and stay
+            remove(folder)
+            remove(layers)
+    for folder in (AWAY, STATE):
+        with contextlib.suppress(OSError):  # it is not there, or a stopped container's layer is
+            folder.rmdir()
+
+
+def put(source: str, path: str) -> None:
+    """Move something to where it belongs; a folder that is there gets what is in it, all else is put away."""
+    if os.path.isdir(source) and not os.path.islink(source) and os.path.isdir(path):
+        for name in os.listdir(source):
+            put(f"{source}/{name}", os.path.join(path, name))
+        return
+    if os.path.lexists(path):
+        away = f"{AWAY}/{path.replace('%', '%25').replace('/', '%2f')}"
+        note("away", path, away)
+        move(path, away)
+    note("put", path, source)
+    move(source, path)
 
 
 def take_back(path: str, source: str) -> None:
     """Move what was put in place to where it came from, if that is still there."""
     if os.path.lexists(path) and os.path.isdir(os.path.dirname(source)):
-        os.rename(path, source)
+        move(path, source)
     elif os.path.lexists(path):
         remove(path)
 
@@ -105,7 +129,7 @@ def take_back(path: str, source: str) -> None:
 def put_back(path: str, away: str) -> None:
     """Move what was in the way back."""
     if os.path.lexists(away):
-        os.rename(away, path)
+        move(away, path)
 
 
 def take_new(layer: str, *entries: str) -> None:
@@ -115,15 +139,24 @@ def take_new(layer: str, *entries: str) -> None:
             path = os.path.join(folder, name)
             if path in entries or path == str(STATE):
                 continue
-            target = f"{layer}{path}"
             if folder in FORGOTTEN or not os.path.isdir(layer):
                 remove(path)
             else:
-                os.makedirs(os.path.dirname(target), exist_ok=True)
-                os.rename(path, target)
+                os.makedirs(os.path.dirname(layer + path), exist_ok=True)
+                move(path, layer + path)
 
 
-def remove(path: str) -> None:
+def move(source: str, target: str) -> None:
+    """Rename, or copy and remove where that cannot be done."""
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        subprocess.run(["mv", "-T", source, target], check=True)
+
+
+def remove(path: str | Path) -> None:
     """Remove whatever is there."""
     subprocess.run(["rm", "-rf", "--one-file-system", path], check=True)
 
@@ -134,16 +167,62 @@ def restore_owner(path: str, uid: int, gid: int, mode: int) -> None:
     os.chmod(path, mode)
 
 
-def leave_volume(volume: str) -> None:
-    """Move the volume back from where it was mounted, as it were."""
-    if os.path.islink(VOLUME):
-        os.unlink(VOLUME)
-    elif os.path.islink(volume):
-        os.unlink(volume)
-        os.rename(VOLUME, volume)
+def bring(folder: str, path: str) -> None:
+    """Have a folder that outlives the container where it belongs: moved, and a link instead, or by a link to it."""
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(path)
+    note("bring", folder, path)
+    if os.stat(folder).st_dev == os.stat("/").st_dev:
+        os.rename(folder, path)
+        os.symlink(path, folder)
+    else:
+        os.symlink(folder, path)
 
 
-UNDO = {"put": take_back, "away": put_back, "new": take_new, "owner": restore_owner, "volume": leave_volume}
+def bring_back(folder: str, path: str) -> None:
+    """Undo that."""
+    if os.path.islink(path):
+        os.unlink(path)
+    elif os.path.lexists(path):
+        if os.path.islink(folder):
+            os.unlink(folder)
+        os.rename(path, folder)
+
+
+def end(pid: int, started: str) -> None:
+    """Kill a process that was started, with all below it, if it still runs."""
+    with contextlib.suppress(OSError):
+        if start_time(pid) != started:
+            return
+        os.kill(pid, signal.SIGSTOP)  # so that it starts no more
+        for child in children(pid):
+            end(child, start_time(child))
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not running(pid, started))
+
+
+def children(pid: int | str) -> list[int]:
+    """Return a process's children."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def running(pid: int | str, started: str) -> bool:
+    """Return whether a process is more than what waits for its parent to ask."""
+    try:
+        return start_time(pid) == started and b") Z " not in Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return False
+
+
+UNDO = {"put": take_back, "away": put_back, "new": take_new, "owner": restore_owner, "bring": bring_back, "run": end}
+
+
+def at_home(folders: dict[str, Path], work: Callable[[], object]) -> None:
+    """Do something while folders are where they belong."""
+    with alone():
+        for path, folder in folders.items():
+            put(str(folder), path)
+        work()
 
 
 # A container
@@ -154,8 +233,13 @@ class InPlace(Sandbox):
 
     def make_layers(self, layer: Path) -> None:
         """Make the writable layer, on the root's own file system; nothing of it is mounted."""
-        layers = STATE / f"box-{os.getpid()}-{time.monotonic_ns()}"
+        if self.mounts or self.run_options != "mode=0755":
+            raise CannotShow("nothing can be mounted in place")
+        if self.first:
+            raise CannotShow("in place, PID 1 is another's")
+        layers = STATE / f"box-{os.getpid()}-{start_time(os.getpid())}-{time.monotonic_ns()}"
         layers.mkdir(parents=True)
+        (layers / "of").symlink_to(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "layers").symlink_to(layers)
         shutil.copytree(layer, layers / "upper", symlinks=True)
@@ -167,12 +251,12 @@ class InPlace(Sandbox):
 
     def command(self, words: list[str]) -> list[str]:
         """Return the argv that runs this container in the foreground; its exit code is the container's."""
-        if self.mounts or self.run_options != "mode=0755":
-            raise CannotShow("mount")
-        if self.first:
-            raise CannotShow("other PID 1")
         self.write_spec(words)
-        return [sys.executable, "-IS", str(Path(__file__).resolve()), str(self.folder)]
+        for folder in [self.volume] + ([image().agent_venv()] if self.agent else []):
+            if folder.stat().st_dev != os.stat("/").st_dev and (why := unreachable(folder.parent)):
+                raise CannotShow(f"{why}, and {folder} cannot be moved, being on another file system")
+        with alone():
+            return [sys.executable, "-IS", str(Path(__file__).resolve()), str(self.folder)]
 
     def booted(self) -> bool:
         """Return whether the command runs."""
@@ -195,10 +279,8 @@ class InPlace(Sandbox):
         layers = os.path.realpath(self.folder / "layers")
         super().remove()
         shutil.rmtree(layers, ignore_errors=True)
-
-
-class CannotShow(Exception):
-    """What a container in place cannot have."""
+        with contextlib.suppress(OSError):  # another's layer is there
+            STATE.rmdir()
 
 
 # The process that a container in place is
@@ -208,35 +290,22 @@ def main(folder: str) -> int:
     """Put a container in place, run it, undo all; return its exit code."""
     spec = json.loads(Path(folder, "spec.json").read_text())
     Path(folder, "pid").write_text(f"{os.getpid()} {start_time(os.getpid())}")
-    lock = os.open(STATE / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print("in place: another container runs here, and there is place for one", file=sys.stderr)
+        with alone():
+            enter(spec, os.path.realpath(f"{folder}/layers/upper"))
+            return run(spec)
+    except CannotShow as error:
+        print(f"in place: {error}", file=sys.stderr)
         return 125
-    undo()
-    AWAY.mkdir(exist_ok=True)
-    try:
-        enter(spec, os.path.realpath(f"{folder}/layers/upper"))
-        return run(spec)
-    finally:
-        undo()
 
 
 def enter(spec: dict, layer: str) -> None:
     """Put the container in place."""
-    volume = spec["volume"]
     note("new", layer, *(os.path.join(parent, name) for parent in KEPT + FORGOTTEN for name in os.listdir(parent)))
-    put(layer)
+    put(layer, "/")
     if spec["agent"]:
-        os.rmdir("/opt/hermes/.venv")
-        os.symlink(spec["agent"], "/opt/hermes/.venv")
-    note("volume", volume)
-    if os.stat(volume).st_dev == os.stat("/").st_dev:
-        os.rename(volume, VOLUME)
-        os.symlink(VOLUME, volume)
-    else:
-        os.symlink(volume, VOLUME)
+        bring(spec["agent"], AGENT)
+    bring(spec["volume"], VOLUME)
     if spec["user"] is not None:
         status = os.stat("/run")
         note("owner", "/run", status.st_uid, status.st_gid, status.st_mode & 0o7777)
@@ -254,7 +323,7 @@ def run(spec: dict) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: os.kill(child, received))
     code = reap(child)
-    while left := [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]:
+    while left := children(os.getpid()):
         for pid in left:
             os.kill(pid, signal.SIGKILL)
         os.waitpid(-1, 0)
@@ -271,6 +340,7 @@ def reap(child: int) -> int:
 
 def become(spec: dict) -> None:
     """In the child: be the entrypoint."""
+    note("run", os.getpid(), start_time(os.getpid()))
     os.umask(0o022)
     take_place(spec)
     words = [os.fsencode(word) for word in spec["words"]]

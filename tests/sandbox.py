@@ -95,6 +95,10 @@ def maker() -> tuple[type[Sandbox], str]:
     return in_place.InPlace, f"{why}; {other}" if other else ""
 
 
+class CannotShow(Exception):
+    """What a container made in the way that this machine allows cannot have."""
+
+
 NAMESPACES = ["unshare", "-m", "-p", "-u", "-i", "--fork", "--kill-child", "--"]
 OVERLAY = 'mount -n -t overlay overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" "$1/root"\n'
 
@@ -104,11 +108,11 @@ def base_python() -> str:
     return "/usr/bin/python3" if os.path.exists("/usr/bin/python3") else os.path.realpath(sys.executable)
 
 
-def unreachable(program: str) -> str:
-    """Return why other users cannot start a program, "" when they can."""
-    for path in (Path(program).resolve(), *Path(program).resolve().parents):
+def unreachable(place: str | Path) -> str:
+    """Return why other users cannot start a program, or enter a folder, "" when they can."""
+    for path in (Path(place).resolve(), *Path(place).resolve().parents):
         if not path.stat().st_mode & 0o001:
-            return f"{program} cannot be run by other users, since {path} is closed to them"
+            return f"other users cannot have {place}, since {path} is closed to them"
     return ""
 
 
@@ -526,7 +530,7 @@ def act(arguments: argparse.Namespace, words: list[str]) -> int:
         return 1
     try:
         return act_on_named(make, arguments, words) if arguments.command != "run" else act_run(make, arguments, words)
-    except image().CannotFetch as error:
+    except (image().CannotFetch, image().CannotShow) as error:
         print(f"sandbox: {error}", file=sys.stderr)
         return 1
 
