@@ -5,8 +5,8 @@ they belong, /init runs below the container's PID 1, which makes it the fallback
 sandbox.py takes this way where namespaces are refused and this is a container, or where HERMES_IN_PLACE=1 says so.
 
 What it cannot show, besides what a sandbox cannot: s6-overlay (PID 1 is another's), mounts, a second container beside
-the first, and a machine's own processes out of sight. What others make in /, /etc, /home, /opt, /run, /srv, /tmp,
-/usr/local/bin and /var while a container is in place goes with it.
+the first, and a machine's own processes out of sight. What others make in /run while a container is in place
+goes with it, and while the tests run that is so for /, /etc, /home, /opt, /srv, /usr/local/bin and /var as well.
 
 Whatever is put away or in place is noted in a journal first. Whatever ends a run, the next one begins by undoing it.
 """
@@ -28,15 +28,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from sandbox import CACHE, CannotShow, Sandbox, command_runs, start_time, image, take_place, unreachable, wait_for
+from sandbox import CACHE, CannotShow, Sandbox, command_runs, image, start_time, take_place, unreachable, wait_for
 
 STATE = Path("/.hermes-in-place")  # on the root's own file system, so that a rename is all it takes
 JOURNAL, AWAY = STATE / "journal", STATE / "away"
 VOLUME, AGENT = "/opt/data", "/opt/hermes/.venv"
 OURS = ("/init", "/init.s6-overlay", "/command", "/package", "/opt/hermes", VOLUME, "/names", "/etc/cont-init.d")
-# folders whose new entries are the container's own: kept with its layer, or forgotten
-KEPT = ("/", "/etc", "/home", "/opt", "/srv", "/usr/local/bin", "/var")
-FORGOTTEN = ("/run", "/tmp")
+RUN = "/run"  # what is new here is forgotten
+KEPT = ("/", "/etc", "/home", "/opt", "/srv", "/usr/local/bin", "/var")  # in tests: what is new here is the layer's
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -47,7 +46,7 @@ def unsupported() -> str:
         return "not in place: this is no container, and HERMES_IN_PLACE=1 is not set"
     if os.geteuid() != 0:
         return "in place needs root"
-    if not all(os.access(path, os.W_OK) for path in KEPT + FORGOTTEN):
+    if not all(os.access(path, os.W_OK) for path in (*KEPT, RUN)):
         return "in place needs a root file system that can be written"
     there = [path for path in OURS if os.path.lexists(path)]
     return f"not in place: {there[0]} is there already" if there and not JOURNAL.exists() else ""
@@ -61,7 +60,7 @@ def alone() -> Iterator[None]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise CannotShow("another container runs, and in place there is room for one") from None
+        raise CannotShow("another container runs; in place, there is room for one at a time") from None
     try:
         undo()
         AWAY.mkdir(parents=True, exist_ok=True)
@@ -132,18 +131,15 @@ def put_back(path: str, away: str) -> None:
         move(away, path)
 
 
-def take_new(layer: str, *entries: str) -> None:
-    """Move what has come into the folders above to the layer, or remove it."""
-    for folder in KEPT + FORGOTTEN:
-        for name in os.listdir(folder):
-            path = os.path.join(folder, name)
-            if path in entries or path == str(STATE):
-                continue
-            if folder in FORGOTTEN or not os.path.isdir(layer):
-                remove(path)
-            else:
-                os.makedirs(os.path.dirname(layer + path), exist_ok=True)
-                move(path, layer + path)
+def take_new(layer: str, folder: str, *entries: str) -> None:
+    """Move what has come into a folder to the layer, or forget it."""
+    for name in set(os.listdir(folder)) - {*entries, STATE.name}:
+        path = os.path.join(folder, name)
+        if folder == RUN or not os.path.isdir(layer):
+            remove(path)
+        else:
+            os.makedirs(os.path.dirname(layer + path), exist_ok=True)
+            move(path, layer + path)
 
 
 def move(source: str, target: str) -> None:
@@ -231,12 +227,10 @@ def at_home(folders: dict[str, Path], work: Callable[[], object]) -> None:
 class InPlace(Sandbox):
     """One container at a time, on this machine's own root; see sandbox.Sandbox for the options and methods."""
 
+    latest: Sandbox | None = None
+
     def make_layers(self, layer: Path) -> None:
         """Make the writable layer, on the root's own file system; nothing of it is mounted."""
-        if self.mounts or self.run_options != "mode=0755":
-            raise CannotShow("nothing can be mounted in place")
-        if self.first:
-            raise CannotShow("in place, PID 1 is another's")
         layers = STATE / f"box-{os.getpid()}-{start_time(os.getpid())}-{time.monotonic_ns()}"
         layers.mkdir(parents=True)
         (layers / "of").symlink_to(self.folder)
@@ -251,6 +245,14 @@ class InPlace(Sandbox):
 
     def command(self, words: list[str]) -> list[str]:
         """Return the argv that runs this container in the foreground; its exit code is the container's."""
+        if self.mounts or self.run_options != "mode=0755":
+            raise CannotShow("in place, nothing can be mounted")
+        if self.first:
+            raise CannotShow("in place, PID 1 is another's")
+        if (latest := InPlace.latest) and (latest.init() or not (latest.folder / "pid").exists()):
+            raise CannotShow("in place, there is room for one container at a time")
+        InPlace.latest = self
+        (self.folder / "pid").unlink(missing_ok=True)
         self.write_spec(words)
         for folder in [self.volume] + ([image().agent_venv()] if self.agent else []):
             if folder.stat().st_dev != os.stat("/").st_dev and (why := unreachable(folder.parent)):
@@ -277,6 +279,8 @@ class InPlace(Sandbox):
     def remove(self) -> None:
         """Stop and forget everything but a volume that was given."""
         layers = os.path.realpath(self.folder / "layers")
+        if InPlace.latest is self:
+            InPlace.latest = None
         super().remove()
         shutil.rmtree(layers, ignore_errors=True)
         with contextlib.suppress(OSError):  # another's layer is there
@@ -301,7 +305,8 @@ def main(folder: str) -> int:
 
 def enter(spec: dict, layer: str) -> None:
     """Put the container in place."""
-    note("new", layer, *(os.path.join(parent, name) for parent in KEPT + FORGOTTEN for name in os.listdir(parent)))
+    for folder in (*KEPT, RUN) if "PYTEST_CURRENT_TEST" in os.environ else (RUN,):
+        note("new", layer, folder, *os.listdir(folder))
     put(layer, "/")
     if spec["agent"]:
         bring(spec["agent"], AGENT)
