@@ -3,7 +3,8 @@
 
 New mount, PID, UTS and IPC namespaces over this machine's own root (an overlay; the machine is never changed), a tmpfs
 on /run, an own /etc/passwd and /etc/group with the user hermes, and the image's files as the Dockerfile lays them out
-(image.py). PID 1 is /init, as in the image. Needs root and util-linux (unshare, nsenter, mount).
+(image.py). PID 1 is /init, as in the image. Needs root and util-linux (unshare, nsenter, mount). Where namespaces are
+refused, as in a plain container, in_place.py takes over.
 
 s6-overlay itself is played by the scripts in docker/stand-in. They do as release 3.2.3.0 does, each thing tried on it:
 environment files and with-contenv, the process tree with the command lines that matter, owners and modes below /run,
