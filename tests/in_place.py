@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from sandbox import CACHE, CannotShow, Sandbox, command_runs, image, start_time, take_place, unreachable, wait_for
+from sandbox import CACHE, CannotShow, Sandbox, attend, image, start_time, take_place, unreachable, wait_for
 
 STATE = Path("/.hermes-in-place")  # on the root's own file system, so that a rename is all it takes
 JOURNAL, AWAY = STATE / "journal", STATE / "away"
@@ -111,24 +111,18 @@ def put(source: str, path: str) -> None:
         return
     if os.path.lexists(path):
         away = f"{AWAY}/{path.replace('%', '%25').replace('/', '%2f')}"
-        note("away", path, away)
+        note("moved", away, path)
         move(path, away)
-    note("put", path, source)
+    note("moved", path, source)
     move(source, path)
 
 
-def take_back(path: str, source: str) -> None:
-    """Move what was put in place to where it came from, if that is still there."""
+def move_back(path: str, source: str) -> None:
+    """Move something to where it was, if its folder is still there."""
     if os.path.lexists(path) and os.path.isdir(os.path.dirname(source)):
         move(path, source)
     elif os.path.lexists(path):
         remove(path)
-
-
-def put_back(path: str, away: str) -> None:
-    """Move what was in the way back."""
-    if os.path.lexists(away):
-        move(away, path)
 
 
 def take_new(layer: str, folder: str, *entries: str) -> None:
@@ -210,7 +204,7 @@ def running(pid: int | str, started: str) -> bool:
         return False
 
 
-UNDO = {"put": take_back, "away": put_back, "new": take_new, "owner": restore_owner, "bring": bring_back, "run": end}
+UNDO = {"moved": move_back, "new": take_new, "owner": restore_owner, "bring": bring_back, "run": end}
 
 
 def at_home(folders: dict[str, Path], work: Callable[[], object]) -> None:
@@ -251,18 +245,14 @@ class InPlace(Sandbox):
             raise CannotShow("in place, PID 1 is another's")
         if (latest := InPlace.latest) and (latest.init() or not (latest.folder / "pid").exists()):
             raise CannotShow("in place, there is room for one container at a time")
-        InPlace.latest = self
-        (self.folder / "pid").unlink(missing_ok=True)
         self.write_spec(words)
         for folder in [self.volume] + ([image().agent_venv()] if self.agent else []):
             if folder.stat().st_dev != os.stat("/").st_dev and (why := unreachable(folder.parent)):
                 raise CannotShow(f"{why}, and {folder} cannot be moved, being on another file system")
         with alone():
+            InPlace.latest = self
+            (self.folder / "pid").unlink(missing_ok=True)
             return [sys.executable, "-IS", str(Path(__file__).resolve()), str(self.folder)]
-
-    def booted(self) -> bool:
-        """Return whether the command runs."""
-        return bool(self.init()) and command_runs(Path("/"))
 
     def path(self, guest: str) -> Path:
         """Return the path of a path in the running container: the same."""
@@ -325,27 +315,17 @@ def run(spec: dict) -> int:
     child = os.fork()
     if child == 0:
         become(spec)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: os.kill(child, received))
-    code = reap(child)
+    code = attend(child)
     while left := children(os.getpid()):
         for pid in left:
             os.kill(pid, signal.SIGKILL)
         os.waitpid(-1, 0)
-    return code if code >= 0 else 128 - code
-
-
-def reap(child: int) -> int:
-    """Reap until a child has ended; return its code."""
-    while True:
-        pid, status = os.wait()
-        if pid == child:
-            return os.waitstatus_to_exitcode(status)
+    return code
 
 
 def become(spec: dict) -> None:
     """In the child: be the entrypoint."""
-    note("run", os.getpid(), start_time(os.getpid()))
+    note("run", os.getpid(), start_time(os.getpid()))  # by itself, so that nothing of it goes unnoted
     os.umask(0o022)
     take_place(spec)
     words = [os.fsencode(word) for word in spec["words"]]
