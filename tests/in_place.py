@@ -5,8 +5,8 @@ they belong, /init runs below the container's PID 1, which makes it the fallback
 sandbox.py takes this way where namespaces are refused and this is a container, or where HERMES_IN_PLACE=1 says so.
 
 What it cannot show, besides what a sandbox cannot: s6-overlay (PID 1 is another's), mounts, a second container beside
-the first, and a machine's own processes out of sight. What others make in /run while a container is in place
-goes with it, and while the tests run that is so for /, /etc, /home, /opt, /srv, /usr/local/bin and /var as well.
+the first, and a machine's own processes out of sight. What others make in /run while a container is in place goes with
+it, as does what other users make in /tmp, and while the tests run what is made in the folders KEPT below.
 
 Whatever is put away or in place is noted in a journal first. Whatever ends a run, the next one begins by undoing it.
 """
@@ -34,7 +34,7 @@ STATE = Path("/.hermes-in-place")  # on the root's own file system, so that a re
 JOURNAL, AWAY = STATE / "journal", STATE / "away"
 VOLUME, AGENT = "/opt/data", "/opt/hermes/.venv"
 OURS = ("/init", "/init.s6-overlay", "/command", "/package", "/opt/hermes", VOLUME, "/names", "/etc/cont-init.d")
-RUN = "/run"  # what is new here is forgotten
+FORGOTTEN = ("/run", "/tmp")  # what is new here is forgotten; in /tmp, what is not root's
 KEPT = ("/", "/etc", "/home", "/opt", "/srv", "/usr/local/bin", "/var")  # in tests: what is new here is the layer's
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -46,7 +46,7 @@ def unsupported() -> str:
         return "not in place: this is no container, and HERMES_IN_PLACE=1 is not set"
     if os.geteuid() != 0:
         return "in place needs root"
-    if not all(os.access(path, os.W_OK) for path in (*KEPT, RUN)):
+    if not all(os.access(path, os.W_OK) for path in KEPT + FORGOTTEN):
         return "in place needs a root file system that can be written"
     there = [path for path in OURS if os.path.lexists(path)]
     return f"not in place: {there[0]} is there already" if there and not JOURNAL.exists() else ""
@@ -129,7 +129,9 @@ def take_new(layer: str, folder: str, *entries: str) -> None:
     """Move what has come into a folder to the layer, or forget it."""
     for name in set(os.listdir(folder)) - {*entries, STATE.name}:
         path = os.path.join(folder, name)
-        if folder == RUN or not os.path.isdir(layer):
+        if folder == "/tmp" and os.lstat(path).st_uid == os.geteuid():
+            continue
+        if folder in FORGOTTEN or not os.path.isdir(layer):
             remove(path)
         else:
             os.makedirs(os.path.dirname(layer + path), exist_ok=True)
@@ -295,7 +297,7 @@ def main(folder: str) -> int:
 
 def enter(spec: dict, layer: str) -> None:
     """Put the container in place."""
-    for folder in (*KEPT, RUN) if "PYTEST_CURRENT_TEST" in os.environ else (RUN,):
+    for folder in (KEPT if "PYTEST_CURRENT_TEST" in os.environ else ()) + FORGOTTEN:
         note("new", layer, folder, *os.listdir(folder))
     put(layer, "/")
     if spec["agent"]:
