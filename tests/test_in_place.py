@@ -9,7 +9,7 @@ from pathlib import Path
 
 import in_place
 import pytest
-from sandbox import PROJECT, Sandbox, maker, wait_for
+from sandbox import PROJECT, Sandbox, maker, start_time, wait_for
 
 NOT_HERE = maker()[0] is Sandbox or maker()[1]
 
@@ -73,12 +73,12 @@ def test_a_killed_run_is_undone_by_the_next(gateways, container):
     before = of_the_root()
     host = gateways({"a": "exec sleep infinity\n"}, "running")
     assert wait_for(lambda: host.up("a"))
-    gateway = host.pid("a")
+    gateway = (host.pid("a"), start_time(host.pid("a")))
     host.box.process.kill()
     host.box.process.wait()
-    assert os.path.exists("/init") and os.path.exists(f"/proc/{gateway}/exe")
+    assert os.path.exists("/init") and in_place.running(*gateway)
     assert container().run("echo", "next").stdout == b"next\n"
-    assert not os.path.exists(f"/proc/{gateway}/exe") and of_the_root() == before
+    assert not in_place.running(*gateway) and of_the_root() == before
 
 
 @pytest.mark.skipif(bool(NOT_HERE), reason="shows a container in place")
