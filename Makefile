@@ -45,7 +45,7 @@ lint: ## look over the code: ruff (format and lint) and mypy, fetched when they 
 	@$(CACHE)/lint/bin/mypy --no-error-summary
 
 .PHONY: test-engine
-test-engine: ## run the tests that a real image can show, with docker or podman; README says how to replace what cannot be fetched
+test-engine: ## run the tests that a real image can show, with docker or podman; docs/CONTRIBUTING.md says how to replace what cannot be fetched
 	@HERMES_TEST_ENGINE=1 ENGINE=$(ENGINE) $(MAKE) --no-print-directory test
 
 .PHONY: bench

@@ -451,8 +451,8 @@ def check_switches(boot: Boot) -> None:
         value = boot.setting(name)
         if value.strip() and switch(value) is None:
             warn(
-                f"{name}={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off),"
-                " so it is as if it were not set"
+                f"{name}={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off), so it is ignored;"
+                " set it to one of these"
             )
 
 
@@ -1331,7 +1331,7 @@ def secret_file(path: str, limit: int) -> bytes:
         parent, _, name = path.rpartition("/")
         with trusted_folder(parent or "/") as folder:
             if os.geteuid() == 0 and not folder.is_roots():
-                raise OSError(errno.EPERM, "is in a folder that not only root can write")
+                raise OSError(errno.EPERM, "is in a folder that others than root can write")
             if not (target := folder.link_of_root(name)):
                 return folder.read(name, limit)
         path = os.path.join(parent, target)
@@ -1893,7 +1893,7 @@ def mount_faults(boot: Boot) -> list[Fault]:
     faults, mounts = [], mount_points()
     if any(point == f"{IMAGE}/" for point, _ in mounts):
         text = f"something is mounted over {IMAGE}, so what runs is not what the image has"
-        faults.append(Fault(text, f"take it away; what is to stay belongs on {HOME}"))
+        faults.append(Fault(text, f"remove the mount; put what is to stay on {HOME}"))
     if loses_wal(kind := holding_mount(boot.home, mounts)[1]):
         text = f"{shown(boot.home)} is on {kind}, where SQLite's WAL is not safe, so state.db may be damaged"
         fix = (
@@ -2020,7 +2020,7 @@ def open_home(boot: Boot) -> Folder:
     try:
         return Folder(boot.home, follow=True)
     except FileNotFoundError:
-        raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; mount a volume there, or set it right") from None
+        raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; mount a volume there, or correct it") from None
     except OSError as error:
         where = barred(boot.home)
         about = (
@@ -2093,7 +2093,7 @@ def check_files(home: Folder) -> None:
             )
         elif found.st_mode & 0o004 and name == ".env":
             mode = stat.S_IMODE(found.st_mode)
-            warn(f"{name} on the volume can be read by everyone (mode {mode:04o}); `hermes-boot doctor --fix`")
+            warn(f"{name} on the volume can be read by everyone (mode {mode:04o}); run `hermes-boot doctor --fix`")
 
 
 def remove_install_method(boot: Boot, home: Folder) -> None:
@@ -2195,7 +2195,7 @@ def seed_file(boot: Boot, home: Folder, name: str, mode: int, content: bytes) ->
     try:
         home.write(name, content, mode, replace=False)
     except OSError as error:
-        warn(f"{name} could not be seeded: {reason(error)}")
+        warn(f"{name} could not be seeded: {reason(error)}; the next boot tries again")
 
 
 def sync_skills(boot: Boot) -> None:
@@ -2380,7 +2380,7 @@ def stamp_version(home: Folder, version: str) -> None:
     try:
         home.write(VERSION_STAMP, f"{version}\n".encode(), 0o644, replace=True)
     except OSError as error:
-        warn(f"{VERSION_STAMP} could not be written: {reason(error)}")
+        warn(f"{VERSION_STAMP} could not be written: {reason(error)}; the next boot tries again")
 
 
 # Profiles and their state
@@ -3018,7 +3018,7 @@ def setup(boot: Boot) -> int:
     if not boot.dry_run:
         close_environment(boot)
     if euid != 0 and switch(boot.setting("HERMES_SEALED")):
-        warn("HERMES_SEALED seals nothing here: without root, all in this container is hermes's, and nothing is root's")
+        warn("HERMES_SEALED seals nothing here: without root, nothing in this container is root's; unset it")
     boot.announce(f"run as {boot.owner[0]}:{boot.owner[1]}")
     if euid == 0:
         follow_home(boot)
@@ -3178,7 +3178,7 @@ def reconcile_phase(boot: Boot) -> int:
     if not os.path.isdir(boot.home):
         if boot.dry_run:
             return 0  # setup would make it first
-        raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; run the setup first, or set it right")
+        raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; run the setup first, or correct it")
     if boot.dry_run:
         return as_owner(boot.owner, reconcile, boot, command)
     if boot.sealed and boot.scandir != SCANDIR:
@@ -3222,7 +3222,7 @@ def publish_for_hermes(boot: Boot, wanted: dict[str, tuple[bool, bool]]) -> None
             try:
                 publish(scandir, name, scandir.stat(name), files, start=start, group=boot.owner[1])
             except OSError as error:
-                say("error", f"{profile}: its slot could not be made ({reason(error)}); see to space in /run")
+                say("error", f"{profile}: its slot could not be made ({reason(error)}); make space in /run")
     if not is_cont_init(boot):
         rescan(boot.scandir)
 
@@ -3669,7 +3669,8 @@ class S6ServiceManager:
         except OSError as error:
             return f"no such gateway: {profile}; it has no slot, and profiles/{profile} {described(error)}"
         near = difflib.get_close_matches(profile, names, 1)
-        advice = f"did you mean {near[0]}?" if near else f"make the profile with `hermes profile create {profile}`"
+        lists = f"`hermes-boot status` lists them, `hermes profile create {profile}` makes a new one"
+        advice = f"did you mean {near[0]}?" if near else lists
         return f"no such gateway: {profile}; {advice}"
 
     def list_profile_gateways(self) -> list[str]:
@@ -3727,7 +3728,8 @@ class S6ServiceManager:
             return  # a slot whose profile is gone has no intent to keep
         except OSError as error:
             raise CommandFailed(
-                f"{profile}: done, but {STATE_FILE} {described(error)}, so the next boot will not know of it"
+                f"{profile}: done, but {STATE_FILE} {described(error)}, so the next boot will not know;"
+                " repair that, then repeat"
             ) from error
 
     def state_of(self, profile: str) -> dict[str, object]:
@@ -3913,7 +3915,7 @@ class S6ServiceManager:
         parked = bool(ends) and not status.up and not status.wanted  # else it has not been started yet
         if parked or len(ends) > 1:
             what = f"ended with {ending(ends[-1])} and is parked"
-            what = what if parked else f"is in a crash loop, with {ending(ends[-1])}"
+            what = what if parked else f"is in a crash loop, last end: {ending(ends[-1])}"
             failures[name] = CommandFailed(f"{name}: {what}; `hermes-boot logs -p {name} -n 20` says why")
             return True
         return status.up and state_of(status, self.state_of(self.valid(name)), [], True) == "up"
@@ -4390,7 +4392,9 @@ def lay_out_run(boot: Boot) -> None:
                 os.fchmod(files.fd, 0o750)
                 for name, value in variables.items():
                     if "/" in name or name in (".", "..") or len(os.fsencode(name)) > 255:
-                        warn(f"the variable {shown(name)} cannot be a file's name, so gateways do not have it")
+                        warn(
+                            f"the variable {shown(name)} cannot be a file's name, so gateways do not have it; rename it"
+                        )
                         continue
                     put(files, name, f"{value}\n", 0o640)
         with trusted_folder(boot.scandir, make=True) as scandir:
@@ -5306,7 +5310,7 @@ def all_checks(boot: Boot) -> list[Check]:
                 "fail",
                 "volume",
                 f"{shown(boot.home)} cannot be read: {reason(error)}",
-                "mount it, or set HERMES_HOME right",
+                "mount it, or correct HERMES_HOME",
             )
         )
     return checks
@@ -5400,14 +5404,16 @@ def volume_checks(boot: Boot) -> list[Check]:
                 "fail",
                 "volume",
                 f"{shown(boot.home)}: {reason(error)}",
-                "mount a volume there, or set HERMES_HOME right",
+                "mount a volume there, or correct HERMES_HOME",
             )
         ]
     space, kind = free.f_bavail * free.f_frsize, holding_mount(boot.home, mount_points())[1]
     checks = [Check("warn", "volume", fault.text, fault.fix) for fault in mount_faults(boot)]
     if space < 64 << 20:
         largest = f"du -xh {quoted(boot.home)} | sort -h | tail | cat -v"
-        checks.append(Check("warn", "volume", f"only {space >> 20} MiB are free", f"free some; the largest: {largest}"))
+        checks.append(
+            Check("warn", "volume", f"only {space >> 20} MiB are free", f"free some; to see the largest: {largest}")
+        )
     if free.f_files and free.f_favail < 1000:
         most = f"du -x --inodes {quoted(boot.home)} | sort -n | tail | cat -v"
         fix = f"remove some; most are where this says: {most}"
@@ -5829,8 +5835,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     program = os.path.basename(sys.argv[0])
     parser = argparse.ArgumentParser(
         prog=program,
-        description="Boot the container, manage its gateways, say how they are."
-        " Without a command, hermes_boot.py runs setup and reconcile.",
+        description="Show this container's gateways, start and stop them, and find what is wrong."
+        " The image runs setup, reconcile and shutdown itself.",
         epilog=f"examples:\n  {program} status\n  {program} doctor\n  {program} gateway restart -p coder\n\n"
         + EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -5847,7 +5853,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         phase.add_argument(
             "--dry-run", action="store_true", default=argparse.SUPPRESS, help="list what would change, change nothing"
         )
-    add_command(commands, "shutdown", "end every gateway and the container's command, as at the container's end")
+    add_command(commands, "shutdown", "stop all gateways and the container's command, as `docker stop` does")
     arguments = parser.parse_args(words)
     if arguments.dry_run and arguments.command not in (None, *PHASES):
         parser.error("--dry-run is for setup and reconcile")
@@ -5867,8 +5873,8 @@ def check_gateway_words(gateway: argparse.ArgumentParser, arguments: argparse.Na
 
 
 PHASES = {
-    "setup": "remap the hermes user, fix ownership on the volume, seed it, migrate its configuration",
-    "reconcile": "give every profile on the volume a gateway slot",
+    "setup": "set hermes's UID and GID, give it its files on the volume, add missing files, migrate the configuration",
+    "reconcile": "give every profile a slot, which is where s6 runs its gateway",
 }
 
 
@@ -5878,45 +5884,51 @@ def add_operators_commands(commands: argparse._SubParsersAction[argparse.Argumen
         commands, "status", "show every gateway in a table", "status", "status -p coder --json", "status --watch 5"
     )
     diagnosis = add_command(
-        commands, "doctor", "look for everything that goes wrong in such a container", "doctor", "doctor --fix"
+        commands, "doctor", "say what is wrong, and the command that fixes it", "doctor", "doctor --fix"
     )
     probe = add_command(
         commands,
         "health",
-        "tell whether every gateway that should be up is, for health checks",
+        "for health checks: end with 0 when every gateway that should be up is, else with 1",
         "health",
         "health --live",
     )
     probe.add_argument(
-        "--live", action="store_true", help="only whether the supervisor answers: for what restarts the container"
+        "--live", action="store_true", help="only whether the supervisor answers, for checks that restart the container"
     )
     logs = add_command(
         commands, "logs", "print a gateway's log", "logs -p coder -f", "logs -p coder --since 10m", "logs -n 50"
     )
     examples = "gateway start -p coder", "gateway restart --all", "gateway list"
-    gateway = add_command(commands, "gateway", "start, stop, publish or remove gateways", *examples)
+    gateway = add_command(
+        commands, "gateway", "start, stop, restart, list, add (register) or remove gateways", *examples
+    )
     actions = [*DONE, "status", "list", "register", "unregister"]
     gateway.add_argument(
-        "action", choices=actions, help="start, stop and restart wait, and are remembered; restart starts what is down"
+        "action",
+        choices=actions,
+        help="start, stop, restart: wait until done, and hold at the next boot; restart starts what is down too",
     )
     gateway.add_argument(
-        "--all", action="store_true", help="every registered gateway, whatever its state; goes on past a failure"
+        "--all", action="store_true", help="all registered gateways; one failure does not stop the others"
     )
-    status.add_argument("-p", "--profile", metavar="NAME", help="this profile alone")
+    status.add_argument("-p", "--profile", metavar="NAME", help="only this profile")
     for chosen in (logs, gateway):
         chosen.add_argument(
-            "-p", "--profile", metavar="NAME", help="the profile; unless given, the active one (status: all)"
+            "-p", "--profile", metavar="NAME", help="the profile; default: the active one (status: all)"
         )
     for reporting in (status, diagnosis, gateway):
-        reporting.add_argument("--json", action="store_true", help="for programs")
+        reporting.add_argument("--json", action="store_true", help="print JSON")
     status.add_argument(
-        "-w", "--watch", nargs="?", type=whole, const=2, metavar="SECONDS", help="again and again, every 2 seconds"
+        "-w", "--watch", nargs="?", type=whole, const=2, metavar="SECONDS", help="repeat every SECONDS (2)"
     )
-    diagnosis.add_argument("--fix", action="store_true", help="fix what is safe to fix, saying each step")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on as the log grows")
-    logs.add_argument("-n", "--lines", type=whole, metavar="N", help="the last N lines")
-    logs.add_argument("--raw", action="store_true", help="as it was written, control characters too, on a terminal")
-    logs.add_argument("--since", type=moment, metavar="TIME", help="30s, 10m, 2h, 1d ago, or a date")
+    diagnosis.add_argument("--fix", action="store_true", help="fix what is safe to fix, and say each step")
+    logs.add_argument("-f", "--follow", action="store_true", help="print new lines as they come, until Ctrl-C")
+    logs.add_argument("-n", "--lines", type=whole, metavar="N", help="only the last N lines")
+    logs.add_argument("--raw", action="store_true", help="on a terminal too, print control characters as they are")
+    logs.add_argument(
+        "--since", type=moment, metavar="TIME", help="only from then on: 30s, 10m, 2h, 1d (ago) or a date"
+    )
     return gateway
 
 

@@ -390,7 +390,7 @@ def init(words: list[str]) -> int:
         names = ":".join(exposed)
         print(
             f"init: fatal: PATH has {names!r} before the system's folders, so hermes could put programs there for root"
-            " to run; put it last, with -e PATH=",
+            " to run; give the container a PATH (-e PATH=...) that has it last",
             file=sys.stderr,
         )
         return 1

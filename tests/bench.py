@@ -655,7 +655,7 @@ def main() -> int:
         box = Sandbox(Path(folder, "box"))
         box.put_agent(STUB)
         (box.upper / "opt/gateway.py").write_text(GATEWAY)
-        for file in ("bench.py", "sandbox.py"):  # where the checkout is may be hidden there
+        for file in ("bench.py", "sandbox.py", "become.py"):  # where the checkout is may be hidden there
             shutil.copy(Path(__file__).with_name(file), box.upper / "opt")
         put_slow_disk(box)
         box.start("sleep", "infinity")

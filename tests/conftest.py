@@ -33,6 +33,8 @@ from sandbox import CannotShow, Sandbox  # noqa: E402
 ON_ENGINE = os.environ.get("HERMES_TEST_ENGINE") == "1"
 
 
+# How often an attacker tries while root works beside it. 10,000 is for patience.
+ROUNDS = int(os.environ.get("HERMES_TEST_ROUNDS", "1000"))
 HIDDEN = pytest.StashKey[bool]()
 CLONE_NEWNS = 0x20000
 HERMES_HERE = "this machine has an account hermes, which the scripts would become, and no namespace to hide it in"
@@ -224,7 +226,7 @@ def ours(stderr: bytes | str) -> list[str]:
     return [line for line in text.splitlines() if not line.startswith(OVERLAYS)]
 
 
-MANAGER = "/opt/hermes/docker/hermes_boot.py"
+MANAGER = "/opt/hermes/bin/hermes-boot"
 GATEWAY = """#!/bin/sh
 # A gateway that does what the file `does` of its profile says; any other command shows what it was called with.
 folder=$HERMES_HOME
@@ -266,7 +268,7 @@ class Gateways:
         return self.volume if name == "default" else self.volume / "profiles" / name
 
     def do(self, *words: str, user: str | None = None) -> subprocess.CompletedProcess:
-        """Run `hermes_boot.py gateway …` in the container."""
+        """Run `hermes-boot gateway …` in the container."""
         return self.box.exec(MANAGER, "gateway", *words, user=user)
 
     def up(self, name: str) -> bool:

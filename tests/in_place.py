@@ -17,6 +17,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import marshal
 import os
 import shutil
 import signal
@@ -28,7 +29,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from sandbox import CACHE, CannotShow, Sandbox, attend, image, start_time, take_place, unreachable, wait_for
+from become import attend, start_time, take_place
+from sandbox import CACHE, CannotShow, Sandbox, image, unreachable, wait_for
 
 STATE = Path("/.hermes-in-place")  # on the root's own file system, so that a rename is all it takes
 JOURNAL, AWAY = STATE / "journal", STATE / "away"
@@ -284,7 +286,7 @@ class InPlace(Sandbox):
 
 def main(folder: str) -> int:
     """Put a container in place, run it, undo all; return its exit code."""
-    spec = json.loads(Path(folder, "spec.json").read_text())
+    spec = marshal.loads(Path(folder, "spec").read_bytes())
     Path(folder, "pid").write_text(f"{os.getpid()} {start_time(os.getpid())}")
     try:
         with alone():

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import marshal
 import os
 import shutil
 import signal
@@ -39,6 +40,8 @@ import tempfile
 import time
 from functools import cache
 from pathlib import Path
+
+from become import start_time
 
 PROJECT = Path(__file__).resolve().parent.parent
 CACHE = PROJECT / ".cache"
@@ -50,6 +53,8 @@ PASSWD = (
     "hermes:x:10000:10000::/opt/data:/bin/bash\n"
 )
 GROUP = "root:x:0:\nwww-data:x:33:\nusers:x:100:\nhermes:x:10000:\n"
+# A script that is started by its path would be compiled each time.
+BECOME = f"import sys; sys.path.insert(0, {str(PROJECT / 'tests')!r}); from become import leave; leave(sys.argv[1])"
 READY = 300  # seconds that a container may take to start on a busy machine
 
 
@@ -174,7 +179,7 @@ class Sandbox:
     def make_image(self, passwd: str, group: str) -> None:
         """Lay out the image's files and accounts; s6's programs of the machine's own are hidden."""
         mask = os.umask(0o022)
-        self.make_layers(image().layer())
+        self.make_layers(image().layer())  # may take a download, which may be interrupted: nothing is half made then
         if not os.path.exists("/usr/bin/python3"):
             (self.upper / "usr/bin/python3").symlink_to(base_python())
         (self.upper / "opt/hermes/.venv").mkdir(exist_ok=True)
@@ -205,7 +210,7 @@ class Sandbox:
     def command(self, words: list[str]) -> list[str]:
         """Return the argv that runs this container in the foreground; its exit code is the container's."""
         self.write_spec(words)
-        return [sys.executable, "-IS", str(Path(__file__).resolve()), "unshare", str(self.folder)]
+        return [sys.executable, "-IS", "-c", BECOME, str(self.folder)]
 
     def write_spec(self, words: list[str]) -> None:
         """Write down what the container's own processes need to know."""
@@ -224,7 +229,7 @@ class Sandbox:
             "words": [*(self.entrypoint or self.first or ENTRYPOINT), *words],
             "run_options": self.run_options,
         }
-        (self.folder / "spec.json").write_text(json.dumps(spec))
+        (self.folder / "spec").write_bytes(marshal.dumps(spec))
 
     def home(self) -> str:
         """Return the home folder of who runs the container, as an engine finds it in the image's /etc/passwd."""
@@ -338,11 +343,6 @@ def machines_own() -> set[str]:
     return {name for name in names if image().PROGRAMS.fullmatch(name) or name == "execlineb"}
 
 
-def start_time(pid: int | str) -> str:
-    """Return when a process started, in clock ticks since the machine did; see proc(5). Raises OSError."""
-    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
-
-
 def command_runs(root: Path) -> bool:
     """Return whether the command of the container with this root runs, and is no longer the wrapper.
 
@@ -372,128 +372,11 @@ def wait_for(condition, timeout: float = 60) -> bool:
     return True
 
 
-# From the caller's process to the container's PID 1
-
-
-def leave(folder: str) -> None:
-    """Leave word of this process, give the terminal up if it is ours alone, and go on in new namespaces."""
-    Path(folder, "pid").write_text(f"{os.getpid()} {start_time(os.getpid())}")
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd > 2 and os.path.exists(f"/proc/self/fd/{fd}"):  # the listing's own is gone by now
-            os.set_inheritable(fd, False)
-    if os.isatty(0) and os.getsid(0) == os.getpid():
-        import fcntl
-        import termios
-
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        fcntl.ioctl(0, termios.TIOCNOTTY)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    argv = [*NAMESPACES, sys.executable, "-IS", __file__, "become", folder]
-    os.execvp(argv[0], argv)
-
-
-def become_container(folder: str) -> None:
-    """In the new namespaces: mount, take the user's IDs, and become the entrypoint."""
-    with open(f"{folder}/spec.json") as file:
-        spec = json.load(file)
-    agent = [(spec["agent"], "/opt/hermes/.venv")] if spec["agent"] else []
-    mounts = [*spec["fixed"], (spec["volume"], "/opt/data"), *agent, *spec["mounts"]]
-    mount_root(f"{folder}/layers", mounts, spec["run_options"])
-    environment = {os.fsencode(name): os.fsencode(value) for name, value in spec["environment"]}
-    if os.isatty(0):
-        take_terminal()
-        environment.setdefault(b"TERM", b"xterm")
-    if spec["user"] is not None:
-        os.chown("/run", spec["user"], spec["gid"])
-    take_place(spec)
-    words = [os.fsencode(word) for word in spec["words"]]
-    if spec["has_init"]:
-        be_another_init(words, environment)
-    os.execve(words[0], words, environment)
-
-
-def take_place(spec: dict) -> None:
-    """Take the folder, the IDs and the signals that a container's first process has."""
-    os.makedirs(spec["workdir"], exist_ok=True)
-    os.chdir(spec["workdir"])
-    os.setgroups(spec["groups"])
-    if spec["user"] is not None:
-        os.setresgid(*[spec["gid"]] * 3)
-        os.setresuid(*[spec["user"]] * 3)
-    for number in range(1, 32):  # as an engine does: what the caller ignores stays outside
-        if number not in (signal.SIGKILL, signal.SIGSTOP):
-            signal.signal(number, signal.SIG_DFL)
-
-
-def mount_root(layers: str, mounts: list[tuple[str, str]], run_options: str) -> None:
-    """Put the container's root together, and make it this process's."""
-    root = f"{layers}/root"
-    subprocess.run(["sh", "-ec", OVERLAY, "sh", layers], check=True)
-    commands = ['cd "$1"', "mount -n --rbind /dev dev"]
-    for kind, target, options in (
-        ("proc", "proc", "nosuid"),
-        ("tmpfs", "run", run_options),
-        ("tmpfs", "tmp", "mode=1777"),
-    ):
-        os.makedirs(f"{root}/{target}", exist_ok=True)
-        commands.append(f"mount -n -t {kind} -o {options} {kind} {target}")
-    subprocess.run(["sh", "-ec", "\n".join(commands), "sh", root], check=True)
-    for host, guest in mounts:
-        target = root + guest
-        if os.path.isdir(host):
-            os.makedirs(target, exist_ok=True)
-        elif not os.path.exists(target):
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            open(target, "w").close()
-        subprocess.run(["mount", "-n", "--bind", host, target], check=True)
-    os.chdir(root)  # it takes the old one's place: in a mere chroot nobody may make user namespaces
-    subprocess.run(["pivot_root", ".", "."], check=True)
-    subprocess.run(["umount", "-n", "-l", "."], check=True)
-    os.chdir("/")
-    os.umask(0o022)
-
-
-def take_terminal() -> None:
-    """Be the leader of a session whose terminal is the one that we have, unless it is another session's."""
-    import fcntl
-    import termios
-
-    if os.getsid(0) != os.getpid():
-        os.setsid()
-    try:
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    except OSError:
-        pass
-
-
-def be_another_init(words: list[bytes], environment: dict[bytes, bytes]) -> None:
-    """Be the PID 1 of a platform: run the entrypoint below, pass SIGTERM and SIGINT on, reap, end with its code."""
-    child = os.fork()
-    if child == 0:
-        os.execve(words[0], words, environment)
-    os._exit(attend(child))
-
-
-def attend(child: int) -> int:
-    """Pass SIGTERM and SIGINT on to a child, reap until it has ended, and return its code."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: os.kill(child, received))
-    while True:
-        pid, status = os.wait()
-        if pid == child:
-            code = os.waitstatus_to_exitcode(status)
-            return code if code >= 0 else 128 - code
-
-
 # Command line
 
 
 def main() -> int:
     """Run the subcommand of the command line."""
-    if sys.argv[1:2] == ["unshare"]:
-        leave(sys.argv[2])
-    if sys.argv[1:2] == ["become"]:
-        become_container(sys.argv[2])
     parser = argparse.ArgumentParser(description="Run the image's boot without a container engine.")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="as `docker run`")

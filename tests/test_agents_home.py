@@ -16,7 +16,7 @@ from sandbox import wait_for, write_script
 
 import hermes_boot
 
-OURS = "/opt/hermes/docker/hermes_boot.py"
+OURS = "/opt/hermes/bin/hermes-boot"
 sandbox_only = pytest.mark.sandbox
 
 
@@ -269,7 +269,7 @@ def test_something_mounted_over_the_images_files_is_said(container):
     box = container()
     box.mounts = ((str(box.upper / "opt/hermes"), "/opt/hermes"),)
     done = box.run("hermes-boot", "doctor")
-    said = b"something is mounted over /opt/hermes, so what runs is not what the image has; take it away;"
+    said = b"something is mounted over /opt/hermes, so what runs is not what the image has; remove the mount;"
     assert said in done.stderr and b"warn  volume: " + said in done.stdout
 
 

@@ -252,7 +252,7 @@ def test_a_boot_goes_on_though_somebody_stops_it(container, tmp_path):
     try:
         for _ in range(20):
             if "was stopped by somebody" not in said:
-                done = box.exec("/opt/hermes/docker/hermes_boot.py")
+                done = box.exec("/opt/hermes/docker/boot")
                 assert done.returncode == 0, done
                 said += done.stderr
     finally:

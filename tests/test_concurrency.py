@@ -20,10 +20,10 @@ RUNNING = {"desired_state": "running"}
 
 @pytest.mark.sandbox
 def test_two_containers_boot_one_volume_at_the_same_time(container, tmp_path):
-    """Ten times over: both end with 0, every seed is whole, and nothing temporary is left."""
+    """Five times over: both end with 0, every seed is whole, and nothing temporary is left."""
     volume = tmp_path / "volume"
     boxes = [container(), container()]
-    for _ in range(10):
+    for _ in range(5):
         subprocess.run(["rm", "-rf", volume], check=True)
         (volume / "profiles/a").mkdir(parents=True)
         (volume / "profiles/a/SOUL.md").touch()
@@ -94,13 +94,13 @@ def test_a_stop_during_a_reconcile_is_not_forgotten(container, tmp_path):
             [
                 "sh",
                 "-c",
-                "for i in 1 2 3 4 5 6 7 8 9 10; do /opt/hermes/docker/hermes_boot.py reconcile || exit 1; done",
+                "for i in 1 2 3 4 5 6 7 8 9 10; do /opt/hermes/docker/boot reconcile || exit 1; done",
             ]
         ),
         stderr=subprocess.PIPE,
     )
     for action, state in (("stop", "stopped"), ("start", "running")) * 3 + (("stop", "stopped"),):
-        done = box.exec("/opt/hermes/docker/hermes_boot.py", "gateway", action, "-p", "a")
+        done = box.exec("/opt/hermes/docker/boot", "gateway", action, "-p", "a")
         assert done.returncode == 0, done
         assert json.loads((folder / "gateway_state.json").read_text()) == {"desired_state": state, "kept": 1}
     _, err = reconcile.communicate(timeout=60)
@@ -131,9 +131,9 @@ def test_the_real_agent_writes_its_state_while_boots_run(container, tmp_path):
     try:
         assert sandbox.wait_for(lambda: box.path("/tmp/written").exists(), 60)  # the agent's imports, on a cold disk
         for _ in range(10):
-            done = box.exec("/opt/hermes/docker/hermes_boot.py")
+            done = box.exec("/opt/hermes/docker/boot")
             assert done.returncode == 0 and "profile=a prior_state=running action=started" in done.stderr, done
-            assert box.exec("/opt/hermes/docker/hermes_boot.py", "gateway", "start", "-p", "a").returncode == 0
+            assert box.exec("/opt/hermes/docker/boot", "gateway", "start", "-p", "a").returncode == 0
     finally:
         box.path("/tmp/stop").touch()
         agent.wait(30)
@@ -182,7 +182,7 @@ def test_secrets_are_in_no_log_no_argument_and_never_readable(container, tmp_pat
         for _ in range(5):
             for name in ("auth.json", ".env"):
                 (volume / name).unlink(missing_ok=True)
-            done = box.run("/opt/hermes/docker/hermes_boot.py", "--dry-run")
+            done = box.run("/opt/hermes/docker/boot", "--dry-run")
             assert secret.encode() not in done.stdout + done.stderr
             assert secret in (volume / "auth.json").read_text() and secret in (volume / ".env").read_text()
     finally:

@@ -10,6 +10,8 @@ import pytest
 from conftest import Gateways
 from sandbox import PROJECT, wait_for
 
+import hermes_boot
+
 HANDBOOK = (PROJECT / "docs/handbook.md").read_text()
 BLOCKS = re.findall(r"^```console\n(.*?)^```$", HANDBOOK, re.M | re.S)
 AGENT = """#!/bin/sh
@@ -65,11 +67,41 @@ def test_every_command_of_the_handbook(hermes):
         assert done.returncode == 0, command
 
 
-def test_every_test_that_the_security_page_names_is_there():
-    """Each of its sentences has one."""
-    words = set(re.findall(r"`(test_\w+)(?:\.py)?`", (PROJECT / "docs/SECURITY.md").read_text()))
+@pytest.mark.parametrize("page, least", [("docs/SECURITY.md", 20), ("docs/design.md", 20)])
+def test_every_test_that_a_page_names_is_there(page, least):
+    """Its promises have one each."""
+    words = set(re.findall(r"`(test_\w+)(?:\.py)?`", (PROJECT / page).read_text()))
     files = list((PROJECT / "tests").rglob("test_*.py"))
     found = {path.stem for path in files}
     for path in files:
         found |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.M))
-    assert len(words) > 12 and words - found == set()
+    assert len(words) >= least and words - found == set()
+
+
+def test_the_code_map_names_what_is_there():
+    """Functions and constants of the two scripts, and files of tests."""
+    page = (PROJECT / "docs/CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (?!to change|---)[^|]*\|([^|]*)\|([^|]*)\|$", page.partition("## Where to look")[2], re.M)
+    scripts = "".join((PROJECT / name).read_text() for name in ("hermes_boot.py", "main_wrapper.py"))
+    names = {name for row in rows for name in re.findall(r"`(?:\w+\.)?(\w+)`", row[0])}
+    assert len(names) > 20
+    assert [name for name in names if not re.search(rf"^ *(?:def|class) {name}\b|^{name} = ", scripts, re.M)] == []
+    files = {name for row in rows for name in re.findall(r"test_\w+\.py", row[1])}
+    assert len(files) > 10 and [name for name in files if not (PROJECT / "tests" / name).exists()] == []
+
+
+def test_every_link_of_a_page_leads_somewhere():
+    """To a file of the repository, and to a heading of it."""
+    for path in (PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")):
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", path.read_text()):
+            page = path.parent / target if target else path
+            assert page.exists(), f"{path.name}: {target}"
+            titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M) if anchor else []
+            assert not anchor or anchor in {
+                re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles
+            }
+
+
+def test_the_changelog_begins_with_this_version():
+    """Its first heading is what --version prints."""
+    assert re.search(r"^## (.*)$", (PROJECT / "docs/CHANGELOG.md").read_text(), re.M)[1] == hermes_boot.VERSION

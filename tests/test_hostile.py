@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import ROUNDS
 
 pytestmark = pytest.mark.sandbox
 
@@ -84,7 +85,7 @@ GIFT = (
     "rm -rf /srv/gift && mkdir -p /srv/gift/deep && echo x > /srv/gift/deep/file"
     " && mv -nT /srv/gift /srv/home/workspace/root$1"
 )
-OURS = "/opt/hermes/docker/hermes_boot.py"
+OURS = "/opt/hermes/docker/boot"
 NAIVE = "cd /srv/home && { [ -e .env ] || echo A=1 > .env; }; chown -R hermes:hermes /srv/home"
 
 
@@ -130,16 +131,16 @@ def play(box, boot: str, least: int) -> tuple[dict, dict, int]:
     return before, json.loads(box.exec("/usr/bin/python3", "-c", WATCH).stdout), rounds
 
 
-@pytest.mark.parametrize("least, at_boot", [(10_000, False), (2_000, True)], ids=["beside the command", "as at a boot"])
-def test_the_agent_cannot_turn_root_against_the_machine(container, hard_links_allowed, least, at_boot):
-    """10,000 rounds of links, hard links, swaps and restarts while setup and reconcile run as root: the watched tree
-    is unchanged. The sweep goes another way before the container's command has started; that one is attacked too."""
+@pytest.mark.parametrize("at_boot", [False, True], ids=["beside the command", "as at a boot"])
+def test_the_agent_cannot_turn_root_against_the_machine(container, hard_links_allowed, at_boot):
+    """Links, hard links, swaps and restarts while setup and reconcile run as root: the watched tree is unchanged. The
+    sweep goes another way before the container's command has started; that one is attacked too."""
     box = container(environment={"HERMES_HOME": "/srv/home"})
     box.start("sleep", "infinity")
     if at_boot:
         box.exec("rm", "/run/hermes-command")
-    before, after, rounds = play(box, OURS, least)
-    assert after == before and rounds >= least
+    before, after, rounds = play(box, OURS, ROUNDS)
+    assert after == before and rounds >= ROUNDS
     found = box.exec("find", "/srv/home", "-user", "hermes", "-perm", "/6000", "-type", "f").stdout
     assert found == "/srv/home/workspace/tool\n"
     assert box.exec("stat", "-c", "%U", "/srv/home/workspace/mine").stdout == "hermes\n"
@@ -154,8 +155,8 @@ def test_a_container_of_the_former_uid_cannot_turn_a_remap_against_the_machine(c
     box = container(environment={"HERMES_HOME": "/srv/home"})
     box.start("sleep", "infinity")
     box.exec("rm", "-f", "/run/hermes-command")
-    before, after, rounds = play(box, REMAPS, 500)
-    assert after == before and rounds >= 500
+    before, after, rounds = play(box, REMAPS, ROUNDS // 2)
+    assert after == before and rounds >= ROUNDS // 2
     assert box.exec("stat", "-c", "%u %a", "/etc/passwd").stdout == "0 644\n"
 
 
@@ -219,7 +220,7 @@ def boot(limit=0):
         hermes_boot.process_environment = lambda: dict(ENVIRONMENT)
         hermes_boot.CONTAINER_ENVIRONMENT = "/none"
         kill_at(limit)
-        os._exit(hermes_boot.main(["/opt/hermes/docker/hermes_boot.py"]))
+        os._exit(hermes_boot.main(["/opt/hermes/docker/boot"]))
     pid = 0
     while not pid:
         pid, status = os.waitpid(child, os.WNOHANG)

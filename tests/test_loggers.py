@@ -95,10 +95,10 @@ def test_what_a_gateway_leaves_behind(gateways, end):
 
 @pytest.mark.sandbox
 def test_a_reader_that_stalls_costs_little_memory_and_no_gateway(gateways):
-    """The engine stops to read the container's output, while a gateway writes 200 MB: its logger stays small, the
+    """The engine stops to read the container's output, while a gateway writes 60 MB: its logger stays small, the
     gateway goes on, and the copy on the volume grows."""
     flood = (
-        'line=$(printf %01000d 0)\nn=0\nwhile [ $n -lt 200 ]; do n=$((n + 1)); echo $n > "$folder/count";'
+        'line=$(printf %01000d 0)\nn=0\nwhile [ $n -lt 60 ]; do n=$((n + 1)); echo $n > "$folder/count";'
         ' i=0; while [ $i -lt 1000 ]; do i=$((i + 1)); echo $line; done; done\necho done > "$folder/done"\n'
     )
     host = gateways({"a": flood + RUN}, "stopped")
@@ -122,7 +122,7 @@ def test_a_reader_that_stalls_costs_little_memory_and_no_gateway(gateways):
             pass  # between two of them
         return (host.folder("a") / "done").exists()
 
-    assert wait_for(finished, 90), count(host)
+    assert wait_for(finished, 180), count(host)
     assert 0 < largest < 20 << 10, f"{largest} KiB"
     os.close(holder)
     assert host.up("a") and len(list((host.volume / "logs/gateways/a").glob("@*"))) >= 9

@@ -47,28 +47,34 @@ def test_config_yaml_is_read(plain, text, multiplexes):
     assert plain.slots()["coder"] is multiplexes
 
 
+# One process for each file, since reading sets variables; what it imports, seconds of work, is imported once.
+READ = """
+import os, sys
+from gateway.config import load_gateway_config
+load_gateway_config()
+for home in sys.argv[1:]:
+    if os.fork() == 0:
+        os.environ["HERMES_HOME"] = os.environ["HOME"] = home
+        print(bool(load_gateway_config().multiplex_profiles), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
 def test_our_reading_is_the_agents(live, tmp_path):
     """For every file above, hermes-agent itself says the same."""
-    script = (
-        "import sys, pathlib; from gateway.config import load_gateway_config\n"
-        "print(bool(load_gateway_config().multiplex_profiles))\n"
-    )
-    packages = next((image.agent_venv() / "lib").glob("python3*/site-packages"))
-    for number, (text, multiplexes) in enumerate(CONFIGS.items()):
-        home = tmp_path / str(number)
+    homes = {tmp_path / str(number): text for number, text in enumerate(CONFIGS)}
+    for home, text in homes.items():
         home.mkdir()
         (home / "config.yaml").write_text(text, newline="")
-        environment = {
-            "PATH": "/usr/bin:/bin",
-            "HERMES_HOME": str(home),
-            "HOME": str(home),
-            "PYTHONPATH": str(packages),
-        }
-        python = image.agent_venv() / "bin/python"
-        done = subprocess.run([python, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
-        assert done.stdout.strip() == str(multiplexes), (text, done)
         boot = hermes_boot.Boot({"HERMES_HOME": str(home)})
-        assert hermes_boot.is_multiplexed(boot, "coder") is multiplexes, text
+        assert hermes_boot.is_multiplexed(boot, "coder") is CONFIGS[text], text
+    packages = next((image.agent_venv() / "lib").glob("python3*/site-packages"))
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(packages)}
+    argv = [image.agent_venv() / "bin/python", "-c", READ, *homes]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300)
+    said = dict(zip(homes.values(), done.stdout.split(), strict=True))
+    assert said == {text: str(multiplexes) for text, multiplexes in CONFIGS.items()}, done
 
 
 @pytest.mark.parametrize("how, text", [({"GATEWAY_MULTIPLEX_PROFILES": "1"}, ""), ({}, "multiplex_profiles: true\n")])

@@ -48,8 +48,7 @@ def test_a_mistake_is_noticed(tmp_path, mutant):
         path = tmp_path / name
         path.write_text(path.read_text().replace(text, mistake))
     rules = shutil.copy(PROJECT / "tests/test_rules.py", tmp_path)
-    argv = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), rules]
-    done = subprocess.run(
-        argv, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
-    )
+    argv = [sys.executable, "-m", "pytest", "-q", "-x", "--assert=plain", "--rootdir", str(tmp_path), rules]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1, f"no test of test_rules.py fails:\n{done.stdout[-2000:]}"

@@ -144,15 +144,15 @@ def test_the_back_off_rule_is_finishs(times, delay):
     assert hermes_boot.back_off([1000 + moment for moment in times]) == delay
 
 
-def test_status_of_hundreds_of_gateways_takes_well_under_a_second(gateways):
-    """200 gateways with two supervisors and a logger each, half of them up."""
-    profiles = {f"p{number}": RUN for number in range(200)}
+def test_status_of_a_hundred_gateways_costs_well_under_a_second(gateways):
+    """Each with two supervisors and a logger. CPU time, which other work on this machine does not make longer."""
+    profiles = {f"p{number}": RUN for number in range(100)}
     host = gateways(profiles, "running")
-    assert wait_for(lambda: sum(row["state"] in ("up", "starting") for row in status(host).values()) == 201, 60)
+    assert wait_for(lambda: sum(row["state"] in ("up", "starting") for row in status(host).values()) == 101, 60)
     for user in (None, "hermes"):
-        started = time.monotonic()
-        assert len(status(host, user=user)) == 201
-        assert time.monotonic() - started < 0.8
+        before = sum(os.times()[2:4])
+        assert len(status(host, user=user)) == 101
+        assert 0 < sum(os.times()[2:4]) - before < 0.5
 
 
 def on_terminal(host: Gateways, *words: str, environment: dict[str, str] | None = None) -> str:

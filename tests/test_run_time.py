@@ -155,7 +155,7 @@ def test_commands_that_overlap_follow_one_another_and_the_last_one_is_the_intent
 SAYS = 'echo "{\\"pid\\": $$, \\"gateway_state\\": \\"%s\\"}" > "$folder/gateway_state.json"\n'
 STARTS = {
     "parks": ("sleep 0.5\nexit 78\n", 1, "ended with code 78 and is parked; `hermes-boot logs -p a -n 20` says why"),
-    "loops": ("exit 3\n", 1, "is in a crash loop, with code 3; `hermes-boot logs -p a -n 20` says why"),
+    "loops": ("exit 3\n", 1, "is in a crash loop, last end: code 3; `hermes-boot logs -p a -n 20` says why"),
     "stays": (RUN, 0, ""),
     "says so": (SAYS % "running" + RUN, 0, ""),
     "dies once": ('[ "$(wc -l < "$folder/starts")" -gt 1 ] || exit 1\n' + RUN, 0, ""),

@@ -149,7 +149,7 @@ def test_a_long_stop_says_what_it_waits_for(gateways):
     one says nothing."""
     host = gateways({"a": STUBBORN, "b": RUN}, "running", environment={"HERMES_GATEWAY_STOP_TIMEOUT": "3"})
     assert wait_for(lambda: host.up("a") and host.up("b"), 20)
-    line = "hermes_boot.py: info: waiting for 1 of 3 gateways to end: a"
+    line = "hermes-boot: info: waiting for 1 of 3 gateways to end: a"
     assert host.do("stop", "-p", "b").stderr == ""
     assert host.do("stop", "--all").stderr == line + "\n"
     assert host.do("start", "-p", "a").returncode == 0

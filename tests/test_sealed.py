@@ -11,7 +11,7 @@ import os
 import subprocess
 
 import pytest
-from conftest import RUN
+from conftest import ROUNDS, RUN
 from sandbox import wait_for
 
 SEALED = {"HERMES_SEALED": "1"}
@@ -317,14 +317,13 @@ ROOT_AT_WORK = (
     "hermes-boot gateway unregister -p other",
     "hermes -p coder gateway restart",
 )
-ROUNDS = int(os.environ.get("HERMES_TEST_ROUNDS", "1000"))
 
 
 @pytest.mark.parametrize("entrypoint", SERVICES, ids=["s6-overlay", "fallback init"])
 def test_hermes_at_its_worst_gets_nothing_of_roots(gateways, entrypoint):
     """Renames, links, letters and signals in all of /run while root registers, reconciles and diagnoses. Nothing
     succeeds but letters to its own services; root's files and processes are what they were, PID 1 cannot be signalled,
-    nothing of hermes's ran as root, and the container ends as ever. HERMES_TEST_ROUNDS=10000 is for patience."""
+    nothing of hermes's ran as root, and the container ends as ever."""
     host = gateways(
         {"coder": RUN}, "running", environment=SEALED | {"HERMES_GATEWAY_STOP_TIMEOUT": "2"}, entrypoint=entrypoint
     )

@@ -113,7 +113,10 @@ def faults(container, secret, **environment: str):
         ),
         ({"A_TOKEN_FILE": FOLDER}, "A_TOKEN_FILE='/run/secrets' is not a regular file"),
         ({"A_TOKEN_FILE": "key"}, "A_TOKEN_FILE='key' is not an absolute path"),
-        ({"A_TOKEN_FILE": "/opt/data/key"}, "A_TOKEN_FILE='/opt/data/key' is in a folder that not only root can write"),
+        (
+            {"A_TOKEN_FILE": "/opt/data/key"},
+            "A_TOKEN_FILE='/opt/data/key' is in a folder that others than root can write",
+        ),
     ],
 )
 def test_a_secret_that_cannot_be_had_ends_the_boot_with_one_line(container, secret, tmp_path, environment, said):

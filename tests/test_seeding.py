@@ -71,7 +71,7 @@ def test_an_env_file_that_others_can_read_is_only_warned_about(container, tmp_pa
     box.run("true")
     (home / ".env").chmod(0o644)
     done = box.run("true")
-    assert b".env on the volume can be read by everyone (mode 0644); `hermes-boot doctor --fix`" in done.stderr
+    assert b".env on the volume can be read by everyone (mode 0644); run `hermes-boot doctor --fix`" in done.stderr
     assert mode(home / ".env") == 0o644
 
 
