@@ -157,10 +157,15 @@ def be_another_init(words: list[bytes], environment: dict[bytes, bytes]) -> None
     child = os.fork()
     if child == 0:
         os.execve(words[0], words, environment)
+    os._exit(attend(child))
+
+
+def attend(child: int) -> int:
+    """Pass SIGTERM and SIGINT on to a child, reap until it has ended, and return its code."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: os.kill(child, received))
     while True:
         pid, status = os.wait()
         if pid == child:
             code = os.waitstatus_to_exitcode(status)
-            os._exit(code if code >= 0 else 128 - code)
+            return code if code >= 0 else 128 - code

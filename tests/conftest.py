@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -25,7 +26,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent), s
 import engine  # noqa: E402
 import image  # noqa: E402
 import sandbox  # noqa: E402
-from sandbox import Sandbox  # noqa: E402
+from sandbox import CannotShow, Sandbox  # noqa: E402
 
 # `make test-engine`: the tests that make containers, on a real engine's; those that reach into a sandbox's layers are
 # left out.
@@ -90,16 +91,26 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[HIDDEN] = hide_hermes()
     config.addinivalue_line("markers", "sandbox: needs what only a sandbox can show, so it does not run on an engine")
     config.addinivalue_line("markers", "plain: needs no container; every test that makes none has it")
+    config.addinivalue_line("markers", "overlay: needs s6-overlay as PID 1, which in place cannot be")
 
 
-# Programs that a small image has not, and how a test calls them
-PROGRAMS = {"ps": r'"ps"|\bps (-|a)', "pkill": r"\bpkill ", "chattr": r'"chattr"'}
+# Programs that a small image has not or a plain container may not use, how a test calls them, and the capability that
+# they need; see capabilities(7)
+PROGRAMS = {
+    "ps": r'"ps"|\bps (-|a)',
+    "pkill": r"\bpkill ",
+    "chattr": r'"chattr"',
+    "mount": r'"u?mount"',
+    "unshare": r'"unshare"|\bunshare -',
+}
+CAPABILITIES = {"chattr": 9, "mount": 21, "unshare": 21}
 
 
 def text_of(thing: object, module: ModuleType, seen: set[object]) -> str:
     """Return the source of a test, with that of what it names in its module."""
     if isinstance(thing, str):
         return thing
+    thing = inspect.unwrap(thing) if callable(thing) else thing  # a fixture is a function too
     if not inspect.isfunction(thing) or thing in seen:
         return ""
     seen.add(thing)
@@ -108,12 +119,22 @@ def text_of(thing: object, module: ModuleType, seen: set[object]) -> str:
     return "\n".join([text, *(text_of(other, module, seen) for other in named)])
 
 
+@cache
+def refused(program: str) -> str:
+    """Return why a program cannot be used here, "" when it can."""
+    if not shutil.which(program):
+        return f"this machine has no {program}"
+    (effective,) = re.findall(r"^CapEff:\s*(\w+)", Path("/proc/self/status").read_text(), re.M)
+    may = program not in CAPABILITIES or int(effective, 16) >> CAPABILITIES[program] & 1
+    return "" if may else f"{program} is not permitted here"
+
+
 def lacking(item: pytest.Function) -> list[str]:
-    """Return which of the programs that a test calls this machine lacks."""
-    missing = [name for name in PROGRAMS if not shutil.which(name)]
+    """Return why programs that a test calls cannot be used here."""
+    missing = [name for name in PROGRAMS if refused(name)]
     things = [item.function, *(item.callspec.params.values() if hasattr(item, "callspec") else ())]
     text = "\n".join(text_of(thing, item.module, set()) for thing in things) if missing else ""
-    return [name for name in missing if re.search(PROGRAMS[name], text)]
+    return [refused(name) for name in missing if re.search(PROGRAMS[name], text)]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -121,8 +142,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "live" not in item.fixturenames:
             item.add_marker("plain")
-        if not ON_ENGINE and isinstance(item, pytest.Function) and (names := lacking(item)):
-            item.add_marker(pytest.mark.skip(reason=f"this machine has no {' and no '.join(names)}"))
+        if not ON_ENGINE and isinstance(item, pytest.Function) and (reasons := lacking(item)):
+            item.add_marker(pytest.mark.skip(reason=", ".join(reasons)))
     wanted = [item for item in items if "container" in item.fixturenames and not item.get_closest_marker("sandbox")]
     if ON_ENGINE:
         wanted += [item for item in items if item.path.parent.name == "docker" and item not in wanted]
@@ -133,6 +154,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def missing(why: str) -> NoReturn:
     """Skip with the reason; fail instead where live tests are required."""
     (pytest.fail if os.environ.get("HERMES_TEST_REQUIRE_LIVE") else pytest.skip)(why)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> None:
+    """Skip what the way to make a container here cannot show."""
+    if call.excinfo and isinstance(why := call.excinfo.value, CannotShow):
+        call.excinfo = pytest.CallInfo.from_call(lambda: missing(str(why)), call.when).excinfo
 
 
 def fetched(get: Callable[[], Path]) -> Path:
@@ -147,7 +175,7 @@ def fetched(get: Callable[[], Path]) -> Path:
 def live() -> None:
     """Skip with the reason where no container can run; fail instead where live tests are required, which means the
     sandbox's."""
-    why = ("" if engine.engine() else "no container engine answers") if ON_ENGINE else sandbox.unsupported()
+    why = ("" if engine.engine() else "no container engine answers") if ON_ENGINE else sandbox.maker()[1]
     if why and os.environ.get("HERMES_TEST_REQUIRE_LIVE") and not ON_ENGINE:
         pytest.fail(f"live tests are required here: {why}")
     if why:
@@ -174,10 +202,12 @@ def in_time(live):
 
 
 @pytest.fixture
-def container(in_time, tmp_path):
+def container(in_time, request, tmp_path):
     """Make containers, all on one volume unless told otherwise; they are removed at the end."""
     boxes: list[Sandbox] = []
-    maker = engine.EngineContainer if ON_ENGINE else Sandbox
+    maker = engine.EngineContainer if ON_ENGINE else sandbox.maker()[0]
+    if request.node.get_closest_marker("overlay") and maker not in (engine.EngineContainer, Sandbox):
+        missing("in place, s6-overlay is not PID 1")
 
     def make(**options) -> Sandbox:
         options.setdefault("volume", tmp_path / "volume")
@@ -193,6 +223,8 @@ def container(in_time, tmp_path):
 
 # What s6-overlay says of a boot that failed, after us, at S6_VERBOSITY 1; with 0 it is the two lines of rc.init alone.
 OVERLAYS = ("/run/s6/basedir/scripts/rc.init: ", "s6-rc: ", "cont-init: ")
+if not ON_ENGINE and sandbox.maker()[0] is not Sandbox:
+    OVERLAYS += ("init: info: s6-svscan runs as PID ",)  # what is said instead, in place
 
 
 def ours(stderr: bytes | str) -> list[str]:

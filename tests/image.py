@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from sandbox import CACHE, PROJECT, base_python, on_overlay
+from sandbox import CACHE, PROJECT, CannotShow, Sandbox, base_python, maker, on_overlay  # noqa: F401
 
 STAND_IN = Path(__file__).resolve().parent / "docker/stand-in"
 MIRROR = os.environ.get("HERMES_TEST_DEBIAN_MIRROR", "http://deb.debian.org/debian")
@@ -50,6 +50,8 @@ VENV = """
 mount -t tmpfs tmpfs /opt
 mkdir -p /opt/hermes/.venv
 mount --bind "$1" /opt/hermes/.venv
+"""
+AGENT = """
 cd /opt/hermes/.venv
 "$2" -m venv . || "$2" -m venv --clear --without-pip .
 if [ -e bin/pip ]; then pip=bin/pip; else pip="$3 -m pip --python bin/python"; fi
@@ -201,8 +203,14 @@ def agent_venv() -> Path:
     if not venv.exists():
         print(f"sandbox: fetching hermes-agent {agent_version()} from PyPI, once", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=made(CACHE)) as folder:
-            part = made(Path(folder, "venv"))
-            call("unshare", "-m", "sh", "-ec", VENV, "sh", part, base_python(), sys.executable, agent_version())
+            part = made(Path(folder, "hermes/.venv"))
+            words = [part, base_python(), sys.executable, agent_version()]
+            if maker()[0] is Sandbox:
+                call("unshare", "-m", "sh", "-ec", VENV + AGENT, "sh", *words)
+            else:
+                import in_place
+
+                in_place.at_home({"/opt/hermes": part.parent}, lambda: call("sh", "-ec", AGENT, "sh", *words))
             if not venv.exists():
                 part.rename(venv)
     return venv
@@ -261,6 +269,13 @@ def build(stage: str, folder: Path) -> None:
     made(folder / "opt/hermes")
     made(folder / "names")
     copy_from_checkout(copies, folder)
+    if maker()[0] is not Sandbox:
+        import in_place
+
+        homes = {"/opt/hermes": folder / "opt/hermes", "/names": folder / "names"}
+        argv, variables = ["sh", "-ec", commands], os.environ | {"SOURCE_DATE_EPOCH": "0"}
+        in_place.at_home(homes, lambda: subprocess.run(argv, env=variables, check=True, stdout=sys.stderr))
+        return
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
         prepare = f"mount -t tmpfs tmpfs {shlex.quote(work)}\n" if on_overlay(work) else ""
         prepare += f"cd {shlex.quote(work)}\nmkdir upper work root\n"

@@ -3,7 +3,8 @@
 
 New mount, PID, UTS and IPC namespaces over this machine's own root (an overlay; the machine is never changed), a tmpfs
 on /run, an own /etc/passwd and /etc/group with the user hermes, and the image's files as the Dockerfile lays them out
-(image.py). PID 1 is /init, as in the image. Needs root and util-linux (unshare, nsenter, mount).
+(image.py). PID 1 is /init, as in the image. Needs root and util-linux (unshare, nsenter, mount). Where namespaces are
+refused, as in a plain container, in_place.py takes over.
 
 s6-overlay itself is played by the scripts in docker/stand-in. They do as release 3.2.3.0 does, each thing tried on it:
 environment files and with-contenv, the process tree with the command lines that matter, owners and modes below /run,
@@ -89,6 +90,21 @@ def unsupported() -> str:
     return f"no namespaces or overlay here: {tried.stderr.strip()}" if tried.returncode else ""
 
 
+def maker() -> tuple[type[Sandbox], str]:
+    """Return what makes containers here, and why nothing does ("" when something does)."""
+    why = unsupported() if os.environ.get("HERMES_IN_PLACE") != "1" else "HERMES_IN_PLACE=1 is set"
+    if not why:
+        return Sandbox, ""
+    import in_place
+
+    other = in_place.unsupported()
+    return in_place.InPlace, f"{why}; {other}" if other else ""
+
+
+class CannotShow(Exception):
+    """What a container made in the way that this machine allows cannot have."""
+
+
 NAMESPACES = ["unshare", "-m", "-p", "-u", "-i", "--fork", "--kill-child", "--"]
 OVERLAY = 'mount -n -t overlay overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" "$1/root"\n'
 
@@ -98,11 +114,11 @@ def base_python() -> str:
     return "/usr/bin/python3" if os.path.exists("/usr/bin/python3") else os.path.realpath(sys.executable)
 
 
-def unreachable(program: str) -> str:
-    """Return why other users cannot start a program, "" when they can."""
-    for path in (Path(program).resolve(), *Path(program).resolve().parents):
+def unreachable(place: str | Path) -> str:
+    """Return why other users cannot start a program, or enter a folder, "" when they can."""
+    for path in (Path(place).resolve(), *Path(place).resolve().parents):
         if not path.stat().st_mode & 0o001:
-            return f"{program} cannot be run by other users, since {path} is closed to them"
+            return f"other users cannot have {place}, since {path} is closed to them"
     return ""
 
 
@@ -163,7 +179,18 @@ class Sandbox:
     def make_image(self, passwd: str, group: str) -> None:
         """Lay out the image's files and accounts; s6's programs of the machine's own are hidden."""
         mask = os.umask(0o022)
-        layer = image().layer()  # may take a download, which may be interrupted: nothing is half made then
+        self.make_layers(image().layer())  # may take a download, which may be interrupted: nothing is half made then
+        if not os.path.exists("/usr/bin/python3"):
+            (self.upper / "usr/bin/python3").symlink_to(base_python())
+        (self.upper / "opt/hermes/.venv").mkdir(exist_ok=True)
+        etc = self.upper / "etc"
+        (etc / "passwd").write_text(passwd)
+        (etc / "group").write_text(group)
+        (etc / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files dns\n")  # as in an image
+        os.umask(mask)
+
+    def make_layers(self, layer: Path) -> None:
+        """Make the writable layer of the image's; where this machine's root is an overlay, in memory."""
         layers = self.folder / "layers"
         layers.mkdir(parents=True)
         if on_overlay(layers):
@@ -173,14 +200,6 @@ class Sandbox:
         shutil.copytree(layer, self.upper, symlinks=True, ignore=lambda path, _: fixed(layer, path))
         for name in machines_own() - set(os.listdir(layer / "usr/bin")):
             os.mknod(self.upper / "usr/bin" / name, 0o020000, 0)  # overlayfs takes a device 0:0 for "not there"
-        if not os.path.exists("/usr/bin/python3"):
-            (self.upper / "usr/bin/python3").symlink_to(base_python())
-        (self.upper / "opt/hermes/.venv").mkdir(exist_ok=True)
-        etc = self.upper / "etc"
-        (etc / "passwd").write_text(passwd)
-        (etc / "group").write_text(group)
-        (etc / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files dns\n")  # as in an image
-        os.umask(mask)
 
     def put_agent(self, script: str) -> None:
         """Put a program in the agent's place: for what leads to it, or a gateway that misbehaves on command."""
@@ -394,17 +413,25 @@ def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def act(arguments: argparse.Namespace, words: list[str]) -> int:
     """Do what the command line asks; return the container's exit code."""
-    if why := unsupported():
+    make, why = maker()
+    if why:
         print(f"sandbox: {why}", file=sys.stderr)
         return 1
-    if arguments.command != "run":
-        return act_on_named(arguments, words)
+    try:
+        return act_on_named(make, arguments, words) if arguments.command != "run" else act_run(make, arguments, words)
+    except (image().CannotFetch, image().CannotShow) as error:
+        print(f"sandbox: {error}", file=sys.stderr)
+        return 1
+
+
+def act_run(make: type[Sandbox], arguments: argparse.Namespace, words: list[str]) -> int:
+    """Make a container and run it."""
     folder = (
         CACHE / "containers" / arguments.name if arguments.name else Path(tempfile.mkdtemp(prefix="hermes-sandbox-"))
     )
     mounts = dict(reversed(pair.split(":", 1)) for pair in arguments.volume)
     volume = Path(mounts.pop("/opt/data", CACHE / "volume")).resolve()
-    box = Sandbox(
+    box = make(
         folder,
         volume=volume,
         environment=dict(pair.split("=", 1) for pair in arguments.env),
@@ -423,7 +450,7 @@ def act(arguments: argparse.Namespace, words: list[str]) -> int:
             box.remove()
 
 
-def act_on_named(arguments: argparse.Namespace, words: list[str]) -> int:
+def act_on_named(make: type[Sandbox], arguments: argparse.Namespace, words: list[str]) -> int:
     """Do what the command line asks of a container that has a name."""
     named = CACHE / "containers" / arguments.name
     try:
@@ -431,7 +458,7 @@ def act_on_named(arguments: argparse.Namespace, words: list[str]) -> int:
     except OSError:
         print(f"sandbox: no container named {arguments.name}; `run --name {arguments.name}` makes it", file=sys.stderr)
         return 1
-    box = Sandbox(named, volume=Path(options["volume"]), environment=options["environment"], agent=True)
+    box = make(named, volume=Path(options["volume"]), environment=options["environment"], agent=True)
     if arguments.command == "exec" and not box.init():
         print(f"sandbox: {arguments.name} is not running; `restart {arguments.name}` starts it", file=sys.stderr)
         return 1

@@ -79,6 +79,7 @@ def listing(box, folder: str) -> list[str]:
     return sorted(line + "." if line.endswith(" ") else line for line in found)
 
 
+@pytest.mark.overlay
 @pytest.mark.sandbox
 def test_the_tree_after_a_boot_is_the_golden_one(container):
     """Owner, mode and kind of everything on the volume and in the scandir; what is s6-svscan's own aside."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MANAGER, ROUNDS, RUN
-from sandbox import wait_for
+from sandbox import Sandbox, maker, wait_for
 
 import hermes_boot
 
@@ -78,9 +78,13 @@ def named(name: str):
     return fault
 
 
+AT_THE_END: list[list] = []
+
+
 def immutable(home: Path) -> None:
     """Make a profile that even root cannot change."""
     subprocess.run(["chattr", "+i", home / "profiles/m"], check=True)
+    AT_THE_END.append(["chattr", "-i", home / "profiles/m"])
 
 
 def link_to(target: str):
@@ -233,22 +237,15 @@ def home(tmp_path):
     for name in ("a-good", "m", "z-good"):
         add_profile(home, name)
     yield home
-    subprocess.run(["chattr", "-i", home / "profiles/m"], capture_output=True)
+    while AT_THE_END:
+        subprocess.run(AT_THE_END.pop())
 
 
 def snapshot() -> list[tuple]:
-    """Return owner, mode, size and times of what must not change outside the volume."""
+    """Return owner, mode, size and times of what must not change outside the volume; in place, all but the times."""
+    fields = ["uid", "gid", "mode", "size"] + (["mtime_ns", "ctime_ns"] if maker()[0] is Sandbox else [])
     paths = ["/etc", "/etc/passwd", "/etc/shadow", "/etc/group"]
-    return [
-        (
-            path,
-            *(
-                getattr(os.lstat(path), f"st_{field}")
-                for field in ("uid", "gid", "mode", "size", "mtime_ns", "ctime_ns")
-            ),
-        )
-        for path in paths
-    ]
+    return [(path, *(getattr(os.lstat(path), f"st_{field}") for field in fields)) for path in paths]
 
 
 CHECK = """PATH=/command:$PATH

@@ -108,7 +108,7 @@ def test_a_stopped_gateway_stays_stopped_over_a_restart_and_a_killed_one_comes_b
     host = gateways({"a": RUN, "b": RUN}, "running")
     assert host.do("stop", "-p", "a").returncode == 0
     killed = host.pid("b")
-    host.box.exec("kill", "-9", killed)
+    host.box.exec("sh", "-c", f"kill -9 {killed}")
     started = time.monotonic()
     assert wait_for(lambda: host.up("b") and host.pid("b") != killed, 5)
     assert time.monotonic() - started < 2 * busy()

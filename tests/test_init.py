@@ -46,7 +46,7 @@ def test_gateways_are_supervised_all_the_same(gateways):
     host = gateways({"a": RUN, "b": RUN}, "running", entrypoint=INIT)
     assert wait_for(lambda: host.up("a") and host.up("b"))
     killed, started = host.pid("a"), time.monotonic()
-    host.box.exec("kill", "-9", killed)
+    host.box.exec("sh", "-c", f"kill -9 {killed}")
     assert wait_for(lambda: host.up("a") and host.pid("a") != killed) and time.monotonic() - started < 2 * busy()
     done = host.box.exec("hermes", "-p", "b", "gateway", "stop", user="hermes")
     assert (done.returncode, done.stdout) == (0, "b: stopped\n")

@@ -52,7 +52,7 @@ def test_a_logger_without_its_supervisor_is_found_and_ended(gateways):
     orphan = logger(host)
     supervisors = host.box.exec("ps", "axwwo", "pid,args").stdout.splitlines()
     (supervisor,) = [line.split()[0] for line in supervisors if line.endswith("s6-supervise gateway-a/log")]
-    host.box.exec("kill", "-9", supervisor)
+    host.box.exec("sh", "-c", f"kill -9 {supervisor}")
     assert wait_for(lambda: logger(host) not in ("-1", "", orphan), 15)
     assert wait_for(lambda: found(host) != [], 15)
     (check,) = found(host)
@@ -76,7 +76,7 @@ def test_what_a_gateway_leaves_behind(gateways, end):
     assert wait_for(lambda: "ready" in host.box.log())
     helper, own = ((host.folder("a") / name).read_text().strip() for name in ("helper", "own"))
     if end == "kill":
-        host.box.exec("kill", "-9", host.pid("a"))
+        host.box.exec("sh", "-c", f"kill -9 {host.pid('a')}")
         assert wait_for(lambda: host.starts("a") == 2)
     else:
         started = time.monotonic()

@@ -15,6 +15,8 @@ from conftest import ON_ENGINE
 from image import SUITE, s6_root
 from sandbox import WRAPPER, wait_for, write_script
 
+pytestmark = pytest.mark.overlay
+
 FILES = "/run/s6/container_environment"
 VALUES = {
     "EMPTY": "",

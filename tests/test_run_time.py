@@ -85,7 +85,7 @@ def test_a_slot_whose_profile_is_gone_parks_and_doctor_removes_it(gateways):
     host = gateways({"a": RUN}, "running")
     assert wait_for(lambda: host.up("a"))
     host.folder("a").rename(host.folder("b"))
-    host.box.exec("kill", host.pid("a"))
+    host.box.exec("sh", "-c", f"kill {host.pid('a')}")
     assert wait_for(lambda: "a: profiles/a is no folder, so its gateway is parked" in host.box.log())
     time.sleep(2.5)
     assert host.box.log().count("so its gateway is parked") == 1 and not host.up("a")

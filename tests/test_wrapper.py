@@ -104,6 +104,7 @@ def test_the_environment_survives_byte_for_byte(container):
     assert "LC_CTYPE" not in seen and "S6_CMD_ARG0" not in seen
 
 
+@pytest.mark.overlay
 def test_the_process_environment_is_right_with_keep_env(container):
     """With S6_KEEP_ENV=1 there is no folder to read."""
     done = container(environment={"S6_KEEP_ENV": "1", "MARK": "here"}).run(
@@ -173,6 +174,7 @@ def test_a_terminal_is_the_programs(container):
         os.close(terminal)
 
 
+@pytest.mark.overlay
 def test_the_program_is_execd_not_waited_for(container):
     """It has the pid that the wrapper had: rc.init's own child, with no process in between."""
     done = container().run("sh", "-c", "cat /proc/$PPID/cmdline | tr '\\0' ' '")
