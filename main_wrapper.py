@@ -369,22 +369,26 @@ def exposed_folders(environment: dict[str, str]) -> list[str]:
     return [] if ours and folders[-len(ours) :] == ours else ours
 
 
+def refuse(fault: str, code: int) -> int:
+    """Say why nothing can be started; return the exit code."""
+    print(f"init: fatal: {fault}", file=sys.stderr)
+    return code
+
+
 def init(words: list[str]) -> int:
     """Be /init: s6-overlay's own where that can start, else hermes_boot.py as the fallback init; in a container that
     is supervised already, the wrapper."""
     words, environment = launched(words), process_environment()
     if os.getpid() != 1 and supervised():
         return container_command(words)
-    fault, code = "", 1
-    if exposed := ":".join(exposed_folders(environment)):
-        fault = f"PATH has {exposed!r} before the system's folders, so hermes could put programs there for root to run;"
-        fault += " give the container a PATH (-e PATH=...) that has it last"
+    if exposed := exposed_folders(environment):  # one may be "", the working directory
+        fault = (
+            f"PATH has {':'.join(exposed)!r} before the system's folders, so hermes could put programs there for root"
+        )
+        return refuse(f"{fault} to run; give the container a PATH (-e PATH=...) that has it last", 1)
     if is_unusable(environment):
         fault = "/run is mounted noexec, so s6 cannot run anything there; mount it with exec: --tmpfs /run:exec"
-        code = NOT_EXECUTABLE
-    if fault:
-        print(f"init: fatal: {fault}", file=sys.stderr)
-        return code
+        return refuse(fault, NOT_EXECUTABLE)
     if why := obstacle():
         return execute([BOOT, "init", why, *words], environment)
     return execute([S6_INIT, *words], environment)

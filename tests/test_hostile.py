@@ -38,10 +38,12 @@ def swap(name, other):
 # a process
 turn = "mount --bind /srv/watched $at && umount -l $at"
 mounts = f"while [ ! -e /srv/stop ]; do for at in memories skills profiles; do {turn}; done; done"
-mounter = subprocess.Popen(["unshare", "-Urm", "sh", "-c", mounts], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+mounter = subprocess.Popen(["unshare", "-Urm", "sh", "-c", mounts], **quiet)
 for name in ("tool", "mine"):
     shutil.copy("/bin/true", "workspace/" + name)
 os.chmod("workspace/tool", 0o6755)
+print(rounds, flush=True)
 while not os.path.exists("/srv/stop"):
     folders = "skills", "hooks", "logs/gateways", "logs/gateways/default", "memories/sub", "profiles/a"
     for name in (*folders, "config.yaml", "SOUL.md"):
@@ -115,7 +117,7 @@ def play(box, boot: str, least: int) -> tuple[dict, dict, int]:
     before = json.loads(box.exec("/usr/bin/python3", "-c", WATCH).stdout)
     command = box.exec_command(["/usr/bin/python3", "-IBSc", AGENT], "hermes")
     agent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    rounds, number = 0, 0
+    rounds, number = int(agent.stdout.readline()), 0
     try:
         while rounds < least:
             for _ in range(5):

@@ -227,8 +227,8 @@ SIZES = {
     "hard links at the top": ("", fill_with_links, 80_000, "link-", 4),
     "managed files at the top": ("", fill_with_links, 80_000, "state.db-", 4),
     "temporary files at the top": ("", fill_with_links, 80_000, ".x.tmp-", 4),
-    "folders in a managed folder": ("sessions", fill_with_folders, 40_000, FOLDER, 2),
-    "folders far down": ("workspace/a/b/c/d/e/f/g/h", fill_with_folders, 40_000, FOLDER, 2),
+    "folders in a managed folder": ("sessions", fill_with_folders, 80_000, FOLDER, 5),
+    "folders far down": ("workspace/a/b/c/d/e/f/g/h", fill_with_folders, 80_000, FOLDER, 5),
     "folders in profiles": ("profiles", fill_with_folders, 80_000, FOLDER, 5),
     "links in profiles": ("profiles", fill_with_links, 80_000, LINK, 4),
     "files in a log folder": ("logs/gateways/default", fill_with_links, 80_000, "@", 4),
@@ -270,8 +270,7 @@ def test_a_profile_among_very_many_folders_has_its_gateway(container, tmp_path, 
         (profiles / name).mkdir()
         (profiles / name / "SOUL.md").touch()
     with hermes_boot.Folder(str(profiles)) as folder:
-        names = hermes_boot.profile_names(folder)
-        assert names == sorted(names) and names[-2:] == ["zy", "zz"] and 10 <= len(names) <= 12
+        assert hermes_boot.profile_names(folder) == ["zy", "zz"]
 
 
 @pytest.fixture
