@@ -2442,7 +2442,7 @@ def container_words() -> list[str]:
     runs the wrapper, or of the fallback init.
     """
     fallback = read_pid_file(SUPERVISOR_PROCESS)  # among others' processes, in a shared PID namespace
-    for process in [fallback] if fallback else [1, *families().get(1, [])]:
+    for process in [fallback] if fallback else first_processes():
         try:
             line = [os.fsdecode(word) for word in content(f"/proc/{process}/cmdline").split(b"\0")[:-1]]
         except OSError:
@@ -2450,6 +2450,16 @@ def container_words() -> list[str]:
         if words := wrapped_words(line, process in (1, fallback)):
             return words[2:] if words[1:2] == [USER] else words[1:]
     return []
+
+
+def first_processes() -> Iterator[int]:
+    """Yield PID 1 and its children; those that the kernel lists first: hundreds of others are s6's supervisors."""
+    yield 1
+    try:
+        yield from map(int, content("/proc/1/task/1/children").split())
+    except OSError:
+        pass  # not every kernel has that, and it may miss one while another ends
+    yield from families().get(1, [])
 
 
 def wrapped_words(line: list[str], is_init: bool) -> list[str]:
