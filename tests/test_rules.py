@@ -451,7 +451,7 @@ def test_a_built_slot_is_what_was_rendered(tmp_path):
 VERSIONS = ["0.9", "0.18.9", "0.19.0", "0.19.1", "0.20", "1.0", "10.0"]
 
 
-@pytest.mark.parametrize("older, newer", itertools.pairwise(VERSIONS))
+@pytest.mark.parametrize("older, newer", list(itertools.pairwise(VERSIONS)))
 def test_versions(older, newer):
     """By number, not by letter."""
     assert hermes_boot.version_key(older) < hermes_boot.version_key(newer)
