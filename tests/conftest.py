@@ -110,6 +110,8 @@ def text_of(thing: object, module: ModuleType, seen: set[object]) -> str:
     """Return the source of a test, with that of what it names in its module."""
     if isinstance(thing, str):
         return thing
+    if isinstance(thing, (dict, tuple)):
+        return "\n".join(text_of(part, module, seen) for part in (thing.values() if isinstance(thing, dict) else thing))
     thing = inspect.unwrap(thing) if callable(thing) else thing  # a fixture is a function too
     if not inspect.isfunction(thing) or thing in seen:
         return ""

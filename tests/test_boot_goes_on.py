@@ -52,6 +52,7 @@ id -un && touch "$HERMES_HOME/mine" && s6-svwait -t 5000 -u /run/service/gateway
 """
 
 
+@pytest.mark.overlay
 def test_hermes_as_the_entrypoint_below_an_engines_init(container, tmp_path):
     """`--init --entrypoint hermes`, on a volume of root's: as where hermes is PID 1. It boots once."""
     (tmp_path / "volume").mkdir()

@@ -85,14 +85,14 @@ FLOOD = "import os, sys\nfd = os.open(sys.argv[1], os.O_WRONLY)\nwhile True:\n  
 def test_who_floods_a_static_service_does_not_hold_up_the_end(container, reconcile):
     """The command ends, and so does the container, with its code: s6-rc waits for the dashboard for 5 seconds."""
     box = container(environment={"HERMES_RECONCILE": reconcile})
-    box.start("sh", "-c", "until [ -e /tmp/end ]; do sleep 0.1; done; exit 7")
+    box.start("sh", "-c", "until [ -e /opt/data/end ]; do sleep 0.1; done; exit 7")
     control = f"{SCANDIR}/%s/supervise/control"
     argv = ["/usr/bin/python3", "-IBSc", FLOOD]
     assert box.exec(*argv, control % "main-hermes", user="hermes").returncode == 1
     floods = [subprocess.Popen(box.exec_command([*argv, control % "dashboard"], "hermes")) for _ in range(2)]
     time.sleep(0.5)
     assert [flood.poll() for flood in floods] == [None, None]
-    box.exec("touch", "/tmp/end")
+    box.exec("touch", "/opt/data/end")
     try:
         assert box.process.wait(30) == 7
     finally:

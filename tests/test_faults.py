@@ -199,11 +199,13 @@ VOLUMES = {
     },
     "a file for logs": {
         "logs a file": (at("logs", Path.touch), "logs on the volume is a link, or not of the kind it should be"),
-        "profile immutable": (immutable, "could not be given to 10000:10000"),
     },
     "a link for logs": {
         "logs a link to /etc": (at("logs", link_to("/etc")), "logs on the volume is a link"),
         ".env a FIFO": (at(".env", os.mkfifo), SILENT),
+    },
+    "an immutable folder": {
+        "profile immutable": (immutable, "could not be given to 10000:10000"),
     },
     "files in logs": {
         "logs/gateways a file": (at("logs/gateways", Path.touch), "logs/gateways/m is a link, or not of the kind"),

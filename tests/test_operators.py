@@ -229,6 +229,7 @@ def diagnosis(host: Gateways, *words: str, user: str | None = None, **options) -
     return done.returncode, found
 
 
+@pytest.mark.overlay
 def test_doctor_finds_nothing_on_a_good_container(gateways):
     """Code 0, every line a pass, for root and for hermes."""
     host = gateways({"a": RUN}, "running")

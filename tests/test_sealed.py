@@ -303,7 +303,7 @@ tops = "/srv/watched", "/run/service", "/run/s6-rc/servicedirs", "/run/s6/basedi
 for top in (*tops, "/etc"):
     for path, folders, files in os.walk(top):
         for name in [path, *(os.path.join(path, entry) for entry in files + folders)]:
-            changing = name.rpartition("/")[2] in ("status", "death_tally", "lock", "state", "down")
+            changing = name.rpartition("/")[2] in ("status", "status.new", "death_tally", "lock", "state", "down")
             if not changing and not os.path.basename(path).startswith("."):
                 try:
                     look(name)
