@@ -169,12 +169,17 @@ def execute_as_hermes(argv: list[str], environment: dict[str, str]) -> int:
     return execute(as_hermes(argv), environment)
 
 
-def s6_is_pid_1() -> bool:
-    """Return whether s6-overlay supervises this container; needs no privilege, unlike /proc/1/exe."""
+def pid_1() -> str:
+    """Return PID 1's name, "" where that is hidden; needs no privilege, unlike /proc/1/exe."""
     try:
-        return content("/proc/1/comm") == b"s6-svscan\n" and os.path.isdir("/run/s6/basedir")
+        return os.fsdecode(content("/proc/1/comm")).strip()
     except OSError:
-        return False
+        return ""
+
+
+def s6_is_pid_1() -> bool:
+    """Return whether s6-overlay supervises this container."""
+    return pid_1() == "s6-svscan" and os.path.isdir("/run/s6/basedir")
 
 
 def supervised() -> bool:
@@ -192,6 +197,8 @@ def write_pid_file(path: str) -> None:
     may be everybody's to write, so no file that is there already is written to."""
     try:
         new = f"{path}.{os.getpid()}"
+        if os.path.lexists(new):
+            os.unlink(new)
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         os.write(fd, f"{os.getpid()} {start_time(os.getpid())}".encode())
         os.close(fd)
@@ -1227,10 +1234,11 @@ def given_groups() -> list[int]:
     """Return the GIDs of `--group-add`, of a mounted Docker socket and of render nodes, root's excepted."""
     groups: list[int] = []
     init = read_pid_file(SUPERVISOR_PROCESS) or 1  # PID 1 may be another container's
-    with open(f"/proc/{init}/status", "rb") as file:
-        for line in file:
-            if line.startswith(b"Groups:"):
-                groups = [int(number) for number in line.split()[1:]]
+    try:
+        lines = content(f"/proc/{init}/status").split(b"\n")
+        groups += [int(number) for line in lines if line.startswith(b"Groups:") for number in line.split()[1:]]
+    except OSError:
+        pass  # hidden from hermes
     try:
         nodes = [f"{RENDER_NODES}/{name}" for name in sorted(os.listdir(RENDER_NODES)) if name.startswith("renderD")]
     except OSError:
@@ -3255,6 +3263,8 @@ def most_wanted(boot: Boot, home: Folder, running: str | None) -> tuple[set[str]
     """Return the profiles that have a gateway where there are more than fit, and why no more do: default, those that
     start, then the others in name order, after those that have their slot. None when there is room for all."""
     limit, full = slot_limit(boot.scandir)
+    if limit == sys.maxsize:
+        return None, full  # nobody watches it, so nothing is to be counted
     try:
         with home.folder("profiles") as profiles:
             if len(profile_names(profiles)) < limit:
@@ -4876,22 +4886,23 @@ def unhealthy_reason(manager: S6ServiceManager, profile: str, status: SlotStatus
 
 def wanted_without_slot(boot: Boot, registered: dict[str, SlotStatus | None]) -> list[str]:
     """Return the profiles that should run and have no slot, with room for one. No other one's files are read."""
-    found = []
     try:
         with open_home(boot) as home:
-            names = ({"default"} | unregistered(home, set(registered), None)) - set(registered)
+            names = unregistered(home, set(registered), None) | ({"default"} - set(registered))
             if not names or len(registered) >= slot_limit(boot.scandir)[0] or no_gateways(boot, container_words()):
                 return []
-            for name in sorted(names):
-                try:
-                    with profile_folder(home, name) as folder:
-                        if decide(boot, folder, name, None).action == "started":
-                            found.append(name)
-                except OSError:
-                    continue  # gone meanwhile, or it cannot be read, which is for doctor to say
+            return [name for name in sorted(names) if would_start(boot, home, name)]
     except (OSError, Fatal):
-        pass  # nor can the volume
-    return found
+        return []  # the volume cannot be read, which is for doctor to say
+
+
+def would_start(boot: Boot, home: Folder, profile: str) -> bool:
+    """Return whether the next boot would start a profile's gateway; not where its folder is gone or cannot be read."""
+    try:
+        with profile_folder(home, profile) as folder:
+            return decide(boot, folder, profile, None).action == "started"
+    except OSError:
+        return False
 
 
 # Logs
@@ -5188,8 +5199,8 @@ def supervisor_checks(boot: Boot) -> list[Check]:
         return [Check("pass", "supervisor", "s6 is PID 1")]
     if read_pid_file(SUPERVISOR_PROCESS) == 1:
         return [Check("pass", "supervisor", "s6-svscan runs below our own PID 1")]
-    first = shown(os.fsdecode(content("/proc/1/comm")).strip())
-    found = f"s6-svscan answers on {boot.scandir}, below another PID 1 ({first}), which works too"
+    first = pid_1() or "hidden"
+    found = f"s6-svscan answers on {boot.scandir}, below another PID 1 ({shown(first)}), which works too"
     fix = "drop `--init` (compose: `init: true`) where you can, so that s6 is PID 1"
     return [Check("warn", "supervisor", found, fix)]
 

@@ -140,12 +140,17 @@ def execute_as_hermes(argv: list[str], environment: dict[str, str]) -> int:
     return execute(as_hermes(argv), environment)
 
 
-def s6_is_pid_1() -> bool:
-    """Return whether s6-overlay supervises this container; needs no privilege, unlike /proc/1/exe."""
+def pid_1() -> str:
+    """Return PID 1's name, "" where that is hidden; needs no privilege, unlike /proc/1/exe."""
     try:
-        return content("/proc/1/comm") == b"s6-svscan\n" and os.path.isdir("/run/s6/basedir")
+        return os.fsdecode(content("/proc/1/comm")).strip()
     except OSError:
-        return False
+        return ""
+
+
+def s6_is_pid_1() -> bool:
+    """Return whether s6-overlay supervises this container."""
+    return pid_1() == "s6-svscan" and os.path.isdir("/run/s6/basedir")
 
 
 def supervised() -> bool:
@@ -163,6 +168,8 @@ def write_pid_file(path: str) -> None:
     may be everybody's to write, so no file that is there already is written to."""
     try:
         new = f"{path}.{os.getpid()}"
+        if os.path.lexists(new):
+            os.unlink(new)
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         os.write(fd, f"{os.getpid()} {start_time(os.getpid())}".encode())
         os.close(fd)
@@ -208,7 +215,7 @@ WRAPPER = "/opt/hermes/docker/main-wrapper.sh"
 S6_INIT = "/init.s6-overlay"
 SUEXEC = "/command/s6-overlay-suexec"
 TINI = ("tini", "/usr/bin/tini")
-ENGINES_INITS = (b"docker-init\n", b"podman-init\n", b"catatonit\n", b"tini\n")  # what --init is to the kernel
+ENGINES_INITS = ("docker-init", "podman-init", "catatonit", "tini")  # what --init is to the kernel
 LAUNCHERS = ("/init", WRAPPER, "/opt/hermes/docker/entrypoint.sh", *TINI)
 SUBCOMMANDS = frozenset(  # of hermes, by hermes-agent's parser: programs of these names are run by their path
     "acp auth backup bundles chat checkpoints claw completion computer-use config console cron curator dashboard debug"
@@ -397,7 +404,7 @@ def init(words: list[str]) -> int:
 def is_below_engines_init() -> bool:
     """Return whether this is the process that `--init` runs, in a container that nobody has booted; `docker exec` has
     no parent there."""
-    return os.getppid() == 1 and content("/proc/1/comm") in ENGINES_INITS and not supervised()
+    return os.getppid() == 1 and pid_1() in ENGINES_INITS and not supervised()
 
 
 def main(argv: list[str]) -> int:

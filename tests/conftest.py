@@ -86,12 +86,9 @@ def nothing_is_left_behind():
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Name our marker; be on a machine without a user hermes."""
+    """Be on a machine without a user hermes."""
     if not ON_ENGINE:
         config.stash[HIDDEN] = hide_hermes()
-    config.addinivalue_line("markers", "sandbox: needs what only a sandbox can show, so it does not run on an engine")
-    config.addinivalue_line("markers", "plain: needs no container; every test that makes none has it")
-    config.addinivalue_line("markers", "overlay: needs s6-overlay as PID 1, which in place cannot be")
 
 
 # Programs that a small image has not or a plain container may not use, how a test calls them, and the capability that

@@ -262,13 +262,9 @@ class InPlace(Sandbox):
         """Return the path of a path in the running container: the same."""
         return Path(guest)
 
-    def exec_command(
-        self, words: list[str], user: str | None = None, environment: dict[str, str] | None = None
-    ) -> list[str]:
-        """Return the argv that runs a program as in the running container."""
-        variables = {"HOME": "/root"} | self.environment | (environment or {})
-        drop = ["/command/s6-setuidgid", user] if user else []
-        return ["env", "-C", "/", "-i", *(f"{name}={value}" for name, value in variables.items()), *drop, *words]
+    def enter(self) -> list[str]:
+        """Return the argv of an env that runs in the container."""
+        return ["env", "-C", "/"]
 
     def remove(self) -> None:
         """Stop and forget everything but a volume that was given."""

@@ -286,10 +286,13 @@ class Sandbox:
         self, words: list[str], user: str | None = None, environment: dict[str, str] | None = None
     ) -> list[str]:
         """Return the argv that enters the running container, as `docker exec`."""
-        enter = ["nsenter", f"--target={self.init()}", *"--mount --pid --uts --ipc --root --wd -- env -i".split()]
         variables = {"HOME": "/root"} | self.environment | (environment or {})
         drop = ["/command/s6-setuidgid", user] if user else []
-        return [*enter, *(f"{name}={value}" for name, value in variables.items()), *drop, *words]
+        return [*self.enter(), "-i", *(f"{name}={value}" for name, value in variables.items()), *drop, *words]
+
+    def enter(self) -> list[str]:
+        """Return the argv of an env that runs in the container."""
+        return ["nsenter", f"--target={self.init()}", *"--mount --pid --uts --ipc --root --wd -- env".split()]
 
     def exec(
         self, *words: str, user: str | None = None, environment: dict[str, str] | None = None, timeout: float = READY

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from conftest import MANAGER, RUN
-from sandbox import wait_for
+from sandbox import ENTRYPOINT, wait_for
 
 import hermes_boot
 
@@ -32,6 +32,17 @@ def test_a_gateway_is_known_by_its_services_name_everywhere(gateways):
     done = host.box.exec(MANAGER, "status", "-p", "gateway-a", "--json")
     assert done.returncode == 0 and [row["name"] for row in json.loads(done.stdout)] == ["a"], done
     assert "hello" in host.box.exec(MANAGER, "logs", "-p", "gateway-a").stdout
+
+
+@pytest.mark.sandbox
+def test_doctor_says_what_it_can_where_hermes_does_not_see_pid_1(container):
+    """A /proc with hidepid=2."""
+    box = container(entrypoint=ENTRYPOINT)
+    box.start("sleep", "infinity")
+    assert box.exec("mount", "-o", "remount,hidepid=2", "/proc").returncode == 0
+    done = box.exec(MANAGER, "doctor")
+    assert done.returncode == 0 and done.stderr == "", done
+    assert "warn  supervisor: s6-svscan answers on /run/service, below another PID 1 (hidden)" in done.stdout
 
 
 SINCE = {
