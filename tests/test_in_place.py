@@ -84,7 +84,7 @@ def test_a_killed_run_is_undone_by_the_next(gateways, container):
 @pytest.mark.skipif(bool(NOT_HERE), reason="shows a container in place")
 def test_a_second_one_at_once_is_refused_in_one_line(container):
     """On the command line; the first one goes on."""
-    box = container()
+    box = container(agent=True)  # else the second one would begin by fetching that
     box.start("sleep", "infinity")
     argv = [sys.executable, PROJECT / "tests/sandbox.py", "run", "true"]
     done = subprocess.run(argv, capture_output=True, text=True)
