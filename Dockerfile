@@ -109,6 +109,10 @@ RUN cd /opt/hermes/docker \
         "from ${stub#*:} import main" 'os._exit(main(sys.argv))' >"${stub%:*}"; \
       chmod 0755 "${stub%:*}"; \
     done \
+ && printf '%s\n' '#!/bin/sh' '[ "$RC_NAME" = legacy-cont-init ] && [ -e /run/hermes-reconciled ] ||' \
+      '  exec /opt/hermes/docker/02-reconcile-profiles' >reconcile \
+ && chmod 0755 reconcile \
+ && ln -s boot 02-reconcile-profiles \
  && ln -s boot stage2-hook.sh \
  && ln -s boot entrypoint.sh \
  && ln -s wrapper main-wrapper.sh \
@@ -116,7 +120,7 @@ RUN cd /opt/hermes/docker \
  && ln -s ../docker/boot ../bin/hermes-boot \
  && ln -s /opt/hermes/docker/wrapper /names/usr/bin/tini \
  && ln -s /opt/hermes/docker/boot /names/etc/cont-init.d/01-hermes-setup \
- && ln -s /opt/hermes/docker/boot /names/etc/cont-init.d/02-reconcile-profiles \
+ && ln -s /opt/hermes/docker/reconcile /names/etc/cont-init.d/02-reconcile-profiles \
  && ln -s /opt/hermes/docker/boot /names/etc/cont-finish.d/10-hermes-shutdown \
  && printf '%s\n' '# /etc/profile has set PATH anew: the one of the container goes before that.' \
       'PATH="$(cat /run/s6/container_environment/PATH 2>/dev/null || echo /opt/hermes/bin:/opt/hermes/.venv/bin):$PATH:/command"' \

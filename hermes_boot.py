@@ -2922,6 +2922,7 @@ def make_log_folder(home: Folder, profile: str) -> Fault | None:
 # --------------------------------------------------------------------------------------------------------------------
 
 SETUP_FAILED = "/run/hermes-setup.failed"
+RECONCILED = "/run/hermes-reconciled"  # by the setup's process; 02-reconcile-profiles, in the Dockerfile, looks for it
 STATIC_SERVICES = "/etc/s6-overlay/s6-rc.d"
 ASKED_LIMIT = 1 << 20  # bytes
 BOOT_LOG, BOOT_LOG_LIMIT = "container-boot.log", 256 << 10
@@ -3001,13 +3002,22 @@ def setup_phase(boot: Boot) -> int:
     if boot.dry_run or not supervised():  # nothing of ours is written outside of a container of ours
         return guarded(setup, boot)
     if not read_pid_file(COMMAND_PROCESS):  # at a boot, not by `docker exec`
-        mark_setup(failed=True)
+        mark(SETUP_FAILED, there=True)
+        mark(RECONCILED, there=False)
         if s6_is_pid_1() and is_cont_init(boot):
             watch_for_stop()
     code = guarded(setup, boot)
     if code == 0:
-        mark_setup(failed=False)
+        mark(SETUP_FAILED, there=False)
     return code
+
+
+def reconciles_too(boot: Boot) -> bool:
+    """Return whether the setup may do the reconciler's work in one go, which saves the start of a Python: at a boot,
+    where no script of somebody's comes between the two."""
+    scripts = [os.path.basename(path) for path in names_in(CONT_INIT)]
+    ours = "\n01-hermes-setup\n02-reconcile-profiles\n"
+    return is_cont_init(boot) and supervised() and ours in "\n".join(["", *scripts, ""])
 
 
 OF_THE_RUNNER = ("s6-ipcserverd", "s6-sudod")  # what s6-rc's oneshot runner is made of
@@ -3077,15 +3087,15 @@ def command_of(process: int) -> tuple[str, list[bytes]]:
         return "", []
 
 
-def mark_setup(*, failed: bool) -> None:
-    """Make or remove the file that keeps the reconciler from giving a gateway the wrong owner."""
+def mark(path: str, *, there: bool) -> None:
+    """Make or remove a file in /run that one of the boot's scripts leaves for the next."""
     try:
-        if failed:
-            os.close(os.open(SETUP_FAILED, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
-        elif os.path.lexists(SETUP_FAILED):
-            os.unlink(SETUP_FAILED)
+        if there:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
+        elif os.path.lexists(path):
+            os.unlink(path)
     except OSError as error:
-        warn(f"{SETUP_FAILED} {described(error)}; make /run writable")
+        warn(f"{path} {described(error)}; make /run writable")
 
 
 def no_gateways(boot: Boot, command: list[str]) -> str:
@@ -5602,7 +5612,14 @@ def run_phases(role: str, *, dry_run: bool) -> int:
         return shut_down(boot)
     end_on_sigterm()
     code = setup_phase(boot) if role != "reconcile" else 0
-    return code if code or role == "setup" else reconcile_phase(boot)
+    if code or (role == "setup" and not reconciles_too(boot)):
+        return code
+    if role == "setup":
+        sys.argv[0] = "02-reconcile-profiles"
+    code = guarded(reconcile_phase, boot)
+    if role == "setup":
+        mark(RECONCILED, there=True)
+    return code
 
 
 def run_command(arguments: argparse.Namespace) -> int:
