@@ -172,3 +172,33 @@ def test_a_reconcile_by_hand_is_taken_up_at_once(container, tmp_path, entrypoint
         assert box.exec(*command).returncode == 0
         slot = f"/run/service/gateway-{name}"
         assert wait_for(lambda slot=slot: box.exec("/command/s6-svok", slot).returncode == 0, 5)
+
+
+# Setup and reconcile in one process
+
+
+@PLACES
+@pytest.mark.sandbox
+def test_the_setup_reconciles_too_unless_a_script_comes_between(container, tmp_path, entrypoint):
+    """Each profile is reconciled once in either case, and one that a script between the two has made is not missed."""
+    box = container(entrypoint=entrypoint)
+    assert box.run("true").stderr.decode().count("profile=default ") == 1
+    between = "#!/bin/sh\n[ ! -e /run/service/gateway-default ] || exit 1\n"
+    between += "mkdir -p /opt/data/profiles/late && touch /opt/data/profiles/late/SOUL.md\n"
+    write_script(box.upper / "etc/cont-init.d/01-later", between)
+    done = box.run("ls", "-d", "/run/service/gateway-late")
+    assert done.returncode == 0, done.stderr.decode()
+    assert [done.stderr.decode().count(f"profile={name} ") for name in ("default", "late")] == [1, 1]
+
+
+@pytest.mark.sandbox
+def test_an_earlier_starts_reconcile_does_not_count(container, tmp_path):
+    """Where /run outlives the container, what the last setup has left there keeps nobody from reconciling."""
+    box = container(entrypoint=("/bin/sh", "-c"))
+    start = "/init /opt/hermes/docker/main-wrapper.sh"
+    script = "/etc/cont-init.d/01-later"
+    make = f"printf '#!/bin/sh\\n' >{script}; chmod +x {script}; mkdir -p /opt/data/profiles/late"
+    done = box.run(
+        f"{start} true && {make} && touch /opt/data/profiles/late/SOUL.md && {start} ls -d /run/service/gateway-late"
+    )
+    assert done.returncode == 0, done.stderr.decode()
