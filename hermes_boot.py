@@ -2867,12 +2867,12 @@ def tell(fifo: str, letters: bytes) -> None:
         os.close(fd)
 
 
-def has_reader(fifo: str) -> bool:
-    """Return whether somebody reads a FIFO that we may write."""
+def heard(fifo: str, letters: bytes = b"", *, unknown: bool = False) -> bool:
+    """Write control letters; return whether somebody was there to read them, or unknown where we may not write."""
     try:
-        tell(fifo, b"")
-    except OSError:
-        return False
+        tell(fifo, letters)
+    except OSError as error:
+        return unknown and isinstance(error, PermissionError)
     return True
 
 
@@ -3342,14 +3342,8 @@ START_GRACE = 10  # seconds that a wanted gateway may be down, and after which o
 
 
 def supervisor_answers(scandir: str) -> bool:
-    """Return whether an s6-svscan watches the scandir; a FIFO that we may not open, without gateways, says nothing."""
-    try:
-        tell(f"{scandir}/.s6-svscan/control", b"")
-    except PermissionError:
-        return supervised()
-    except OSError:
-        return False
-    return True
+    """Return whether an s6-svscan watches the scandir; its FIFO is root's alone in a container without gateways."""
+    return heard(f"{scandir}/.s6-svscan/control", unknown=supervised())
 
 
 def is_ours(slot: str, profile: str) -> bool:
@@ -3362,12 +3356,12 @@ def is_ours(slot: str, profile: str) -> bool:
 
 def is_supervised(slot: str) -> bool:
     """Return whether an s6-supervise reads a slot's control FIFO."""
-    return has_reader(f"{slot}/supervise/control")
+    return heard(f"{slot}/supervise/control")
 
 
 def end_back_off(slot: str) -> None:
     """Wake a finish that waits before the next start: opening its FIFO is the signal."""
-    has_reader(f"{slot}/back-off")
+    heard(f"{slot}/back-off")
 
 
 class SlotStatus:
@@ -3389,11 +3383,7 @@ def slot_status(slot: str) -> SlotStatus | None:
     Read from supervise/status, as s6-svstat does: a process for each of hundreds of slots would take half a second. s6
     2.12 put a process group in between; what is read here has kept its place, from the start and from the end.
     """
-    try:
-        tell(f"{slot}/supervise/control", b"")
-    except PermissionError:
-        pass  # main-hermes's is root's alone
-    except OSError:
+    if not heard(f"{slot}/supervise/control", unknown=True):  # main-hermes's is root's alone
         return None
     try:
         data = read_small(f"{slot}/supervise/status")
@@ -3458,14 +3448,11 @@ def stray_supervisors(scandir: str) -> list[str]:
     svscans = [1] if s6_is_pid_1() else children.get(read_pid_file(SUPERVISOR_PROCESS) or -1, [])
     strays, seen = [], set()
     for process in [child for svscan in svscans for child in children.get(svscan, [])]:
-        try:
-            words = [os.fsdecode(word) for word in content(f"/proc/{process}/cmdline").split(b"\0")]
-        except OSError:
-            continue  # ended meanwhile, or not ours to read
-        if words[0] == "s6-supervise" and words[1].startswith(SLOT_PREFIX):
-            if words[1] in seen or not os.path.isdir(f"{scandir}/{words[1]}"):
-                strays.append(words[1])
-            seen.add(words[1])
+        program, name = [*map(os.fsdecode, command_of(process)[1]), "", ""][:2]
+        if program == "s6-supervise" and name.startswith(SLOT_PREFIX):
+            if name in seen or not os.path.isdir(f"{scandir}/{name}"):
+                strays.append(name)
+            seen.add(name)
     return strays
 
 
@@ -3492,9 +3479,8 @@ def end_group(group: str) -> None:
         return True
 
     for number in (SIGTERM, SIGKILL) if number_in(group, 2, 1 << 22) else ():
-        if left():
-            os.killpg(int(group), number)
-            until(lambda: not left(), 1)
+        send(-int(group), number)
+        until(lambda: not left(), 1)
 
 
 def finish(profile: str, code: str, group: str = "") -> int:
@@ -3520,7 +3506,7 @@ def finish(profile: str, code: str, group: str = "") -> int:
 
 
 class GatewayError(Exception):
-    """What kept the manager from doing what it was asked; exit_code is the command line's."""
+    """What kept the manager from doing what it was asked, or s6 in time; exit_code is the command line's."""
 
     exit_code = 1
 
@@ -3541,32 +3527,27 @@ class InvalidName(GatewayError, ValueError):
     exit_code = 2
 
 
-class CommandFailed(GatewayError):
-    """What s6 was to bring about did not come about in time."""
-
-
 class S6ServiceManager:
     """Starts, stops, publishes and removes the gateways' slots, as hermes.
 
     scandir is s6-svscan's, home the root HERMES_HOME; both default to the container's. Names of services may have the
-    prefix `gateway-` or not. Works on slots of its own and on those that hermes-agent's manager made.
+    prefix `gateway-` or not. Works on slots of its own and on those that hermes-agent's manager made. What fails raises
+    GatewayError, or of its kinds NotRegistered, AlreadyRegistered, InvalidName.
     """
-
-    kind = "s6"
 
     def __init__(
         self, scandir: str | None = None, home: str | None = None, *, environment: dict[str, str] | None = None
     ) -> None:
-        environment = container_environment() if environment is None else environment
-        self.environment = environment
+        self.environment = environment = container_environment() if environment is None else environment
         self.home = home or root_home(environment)
         self.scandir = str(scandir or scandir_of(environment))
         self.stop_timeout = seconds(environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
+        self.patience = self.stop_timeout + 5  # seconds to wait for an end: a little longer than until s6 kills
 
     # Names
 
     def slot(self, name: str) -> str:
-        """Return the path of a registered gateway's slot. Raises InvalidName or NotRegistered."""
+        """Return the path of a registered gateway's slot."""
         profile = self.valid(name)
         path = f"{self.scandir}/{SLOT_PREFIX}{profile}"
         if not os.path.isdir(path):
@@ -3574,16 +3555,15 @@ class S6ServiceManager:
         return path
 
     def own_slot(self, name: str) -> str:
-        """Return a slot that we may control. Raises CommandFailed for one that is another user's, else as slot does."""
+        """Return the path of a slot that we may control."""
         slot = self.slot(name)
         control = f"{slot}/supervise/control"
         if os.path.exists(control) and not os.access(control, os.W_OK):
-            raise CommandFailed(f"{name}: UID {os.geteuid()} may not control it; run this as {USER} or root")
+            raise GatewayError(f"{name}: UID {os.geteuid()} may not control it; run this as {USER} or root")
         return slot
 
     def valid(self, name: str) -> str:
-        """Return the profile that a name is about: itself where it has a slot, else what follows `gateway-`. Raises
-        InvalidName."""
+        """Return the profile that a name is about: itself where it has a slot, else what follows `gateway-`."""
         exact = os.path.isdir(f"{self.scandir}/{SLOT_PREFIX}{name}") and not name_fault(name)
         profile = name if exact else name.removeprefix(SLOT_PREFIX)
         if fault := name_fault(profile):
@@ -3622,22 +3602,14 @@ class S6ServiceManager:
 
     # State
 
-    def status(self, name: str) -> SlotStatus:
-        """Return what s6 says of a gateway. Raises NotRegistered, InvalidName, CommandFailed."""
-        if (status := slot_status(self.slot(name))) is None:
-            raise CommandFailed(f"{name}: no supervisor answers; run `hermes-boot doctor`")
-        return status
-
     def is_running(self, name: str) -> bool:
-        """Return whether a gateway's process is up, by s6. Raises NotRegistered, CommandFailed."""
-        return self.status(name).up
-
-    def was_stopped(self, profile: str) -> bool:
-        """Return whether the operator wants a gateway down."""
-        return self.state_of(profile).get("desired_state") == "stopped"
+        """Return whether a gateway's process is up, by s6."""
+        if (status := slot_status(self.slot(name))) is None:
+            raise GatewayError(f"{name}: no supervisor answers; run `hermes-boot doctor`")
+        return status.up
 
     def record(self, name: str, desired: str) -> None:
-        """Write the intent to a profile's state file, keeping all other keys. Raises InvalidName, CommandFailed."""
+        """Write the intent to a profile's state file, keeping all other keys."""
         import json
 
         profile = self.valid(name)
@@ -3647,8 +3619,7 @@ class S6ServiceManager:
                 state = load_state(data) if data else {}
             except ValueError:
                 folder.replace(f"{STATE_FILE}.bad", data or b"", 0o600)
-                what = f"{STATE_FILE} of {profile} was no JSON object that can be read"
-                warn(f"{what} and starts anew; the old one is {STATE_FILE}.bad")
+                warn(f"{STATE_FILE} of {profile} was no JSON object, and starts anew; the old one is {STATE_FILE}.bad")
                 state = {}
             if state.get("desired_state") == desired and data:
                 return data
@@ -3664,7 +3635,7 @@ class S6ServiceManager:
             return  # a slot whose profile is gone has no intent to keep
         except OSError as error:
             what = f"{STATE_FILE} {described(error)}, so the next boot will not know; repair that, then repeat"
-            raise CommandFailed(f"{profile}: done, but {what}") from error
+            raise GatewayError(f"{profile}: done, but {what}") from error
 
     def state_of(self, profile: str) -> dict[str, object]:
         """Return a profile's state, empty where it has none that can be read."""
@@ -3683,72 +3654,59 @@ class S6ServiceManager:
         """Tell the gateway that the SIGTERM to come is meant: hermes-agent then ends with code 0 and says so in its
         log. It ends without the signal too, within 0.5 s, so s6 must hear of it at once."""
         try:
-            pid = self.status(profile).pid
+            status = slot_status(f"{self.scandir}/{SLOT_PREFIX}{profile}")
+            pid = status.pid if status else 0
             written = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
             words = f'"target_pid": {pid}, "target_start_time": {int(start_time(pid))}, "stopper_pid": {os.getpid()}'
             marker = f'{{{words}, "written_at": "{written}"}}\n'  # by hand: json takes as long as the whole stop
             with self.profile_folder(profile) as folder:
                 folder.write(".gateway-planned-stop.json", marker.encode(), 0o644, replace=True, sync=False)
-        except (OSError, ValueError, GatewayError):
+        except OSError:
             pass  # not up, or no profile: then there is nobody to tell
 
     # Life
 
-    def start(self, name: str, *, timeout: float = 10) -> None:
-        """Start one gateway and record that. Raises NotRegistered, InvalidName, CommandFailed; timeout in seconds."""
-        self.raise_first(self.start_all([name], timeout=timeout))
+    def start(self, name: str, *, timeout: float | None = None) -> None:
+        """Start one gateway and record that; timeout is in seconds."""
+        self.raise_first(self.carry_out("start", [name], timeout))
 
     def stop(self, name: str, *, timeout: float | None = None) -> None:
-        """Stop one gateway and record that; s6 kills it after its timeout-kill. Raises as start does."""
-        self.raise_first(self.stop_all([name], timeout=timeout))
+        """Stop one gateway and record that; s6 kills it after its timeout-kill."""
+        self.raise_first(self.carry_out("stop", [name], timeout))
 
     def restart(self, name: str, *, timeout: float | None = None) -> None:
-        """Stop and start one gateway, recording that it should run. Raises as start does."""
-        self.raise_first(self.restart_all([name], timeout=timeout))
-
-    def default_timeout(self, timeout: float | None) -> float:
-        """Return the seconds to wait for an end: as asked for, else a little longer than until s6 kills."""
-        return self.stop_timeout + 5 if timeout is None else timeout
+        """Stop and start one gateway, recording that it should run; timeout is for each of the two."""
+        self.raise_first(self.carry_out("restart", [name], timeout))
 
     def raise_first(self, failures: dict[str, GatewayError]) -> None:
         """Raise the failure of a single gateway's command."""
         for error in failures.values():
             raise error
 
-    def start_all(self, names: list[str], *, timeout: float = 10) -> dict[str, GatewayError]:
-        """Start gateways, all at once, publishing slots that are missing; return what failed, by name."""
-        failures: dict[str, GatewayError] = {}
-        ready = [name for name in dict.fromkeys(names) if self.tried(failures, name, self.publish_missing)]
-        return failures | self.carry_out(ready, "running", ((True, timeout),))
-
-    def stop_all(self, names: list[str], *, timeout: float | None = None) -> dict[str, GatewayError]:
-        """Stop gateways, all at once; return what failed, by name."""
-        return self.carry_out(names, "stopped", ((False, self.default_timeout(timeout)),))
-
-    def restart_all(self, names: list[str], *, timeout: float | None = None) -> dict[str, GatewayError]:
-        """Stop and start gateways, all at once; return what failed, by name."""
-        return self.carry_out(names, "running", ((False, self.default_timeout(timeout)), (True, 10)))
-
-    def carry_out(
-        self, names: list[str], desired: str, steps: tuple[tuple[bool, float], ...]
-    ) -> dict[str, GatewayError]:
-        """Take the steps, each (up, timeout), and record the intent; return what failed, by name.
+    def carry_out(self, action: str, names: list[str], timeout: float | None = None) -> dict[str, GatewayError]:
+        """Start, stop or restart gateways, all at once, and record the intent; return what failed, by name. A start
+        publishes slots that are missing.
 
         One command at a time works on a gateway, so the intent is the last one's. It is written as soon as s6 has been
         told, and once more at the end: the agent writes the same file without our lock, and may have put back what it
         read before. An intent that cannot be written is a failure, but the steps are taken all the same.
         """
+        desired = "stopped" if action == "stop" else "running"
         failures: dict[str, GatewayError] = {}
-        known = [name for name in dict.fromkeys(names) if self.tried(failures, name, self.own_slot)]
-        locks = self.lock_all(known, self.default_timeout(None) + 10, failures)  # what a restart may take
+        checks = [self.publish_missing, self.own_slot] if action == "start" else [self.own_slot]
+        known = [name for name in dict.fromkeys(names) if all(self.tried(failures, name, check) for check in checks)]
+        locks = self.lock_all(known, self.patience + 10, failures)  # what a restart may take
+
+        def able() -> list[str]:
+            return [name for name in known if name not in failures]
+
         try:
-            known = [name for name in known if name not in failures]
-            if desired == "running":
-                known = [name for name in known if self.tried(failures, name, self.make_ours)]
-            for index, (up, patience) in enumerate(steps):
-                able = [name for name in known if name not in failures]
-                failures |= self.bring(able, up=up, timeout=patience, desired="" if index else desired)
-            return failures | self.record_all([name for name in known if name not in failures], desired)
+            for name in able() if desired == "running" else ():
+                self.tried(failures, name, self.make_ours)
+            for up in {"start": (True,), "stop": (False,), "restart": (False, True)}[action]:
+                told = desired if not up or action == "start" else ""  # with the first step
+                failures |= self.bring(able(), up=up, timeout=timeout, desired=told)
+            return failures | self.record_all(able(), desired)
         finally:
             for lock in locks:
                 lock.__exit__()
@@ -3761,11 +3719,11 @@ class S6ServiceManager:
                 with Folder(self.slot(name)) as slot:
                     locks.append(Lock(slot, timeout=max(0, deadline - time.monotonic())).__enter__())
             except (OSError, GatewayError) as error:
-                failures[name] = CommandFailed(f"{name}: its slot cannot be used: {error}")
+                failures[name] = GatewayError(f"{name}: its slot cannot be used: {error}")
                 continue
             if not locks[-1].held:
                 busy = f"another command has been at work on it for {timeout:g} s; try again"
-                failures[name] = CommandFailed(f"{name}: {busy}")
+                failures[name] = GatewayError(f"{name}: {busy}")
         return locks
 
     def tried(
@@ -3784,10 +3742,13 @@ class S6ServiceManager:
         at_once(lambda name: self.tried(failures, name, self.record, desired), names)
         return {name: failures[name] for name in names if name in failures}
 
-    def bring(self, names: list[str], *, up: bool, timeout: float, desired: str = "") -> dict[str, GatewayError]:
+    def bring(
+        self, names: list[str], *, up: bool, timeout: float | None = None, desired: str = ""
+    ) -> dict[str, GatewayError]:
         """Tell s6 to bring slots up or down, all in parallel, record what is desired, if anything, and wait until s6
         has done it, timeout seconds at most; return what failed, by name. A supervisor that is not there yet is waited
         for: s6-svscan takes seconds to start hundreds of them."""
+        timeout = timeout if timeout is not None else START_TIMEOUT if up else self.patience
         waiting = {name: self.slot(name) for name in names}
         untold = set(names)
         failures: dict[str, GatewayError] = {}
@@ -3795,7 +3756,7 @@ class S6ServiceManager:
         progress = Progress(first=2 if len(names) > 1 else 10)
         aim = "come up" if up else "end"
         while waiting:
-            for name in filter(untold.__contains__, names):
+            for name in sorted(untold):
                 if not up:
                     self.announce_stop(self.valid(name))
                 if self.told(waiting[name], up):
@@ -3813,13 +3774,13 @@ class S6ServiceManager:
             progress.tell(lambda: f"waiting for {len(waiting)} of {len(names)} gateways to {aim}: {some}")  # noqa: B023
             time.sleep(0.005 if len(waiting) < 20 and time.time() - began < 1 else 0.05)
         progress.end()
-        for name in waiting:
-            if up and name not in untold and self.is_up(name):
-                continue  # it takes its time, which is no failure
-            unwatched = f"no supervisor answers within {timeout:g} s; run `hermes-boot doctor`"
-            overdue = f"did not {aim} within {timeout:g} s"
-            lost = name in untold or slot_status(waiting[name]) is None
-            failures[name] = CommandFailed(f"{name}: {unwatched if lost else overdue}")
+        for name, slot in waiting.items():
+            status = slot_status(slot)
+            if name in untold or status is None:
+                what = f"no supervisor answers within {timeout:g} s; run `hermes-boot doctor`"
+                failures[name] = GatewayError(f"{name}: {what}")
+            elif not (up and status.up):  # else it takes its time, which is no failure
+                failures[name] = GatewayError(f"{name}: did not {aim} within {timeout:g} s")
         return failures
 
     def told(self, slot: str, up: bool) -> bool:
@@ -3829,11 +3790,7 @@ class S6ServiceManager:
                 os.utime(f"{slot}/back-off", follow_symlinks=False)  # what died until now is no crash loop
         except OSError:
             pass  # hermes-agent's own slots have no back-off
-        try:
-            tell(f"{slot}/supervise/control", b"U" if up else b"D")
-        except OSError:
-            return False
-        return True
+        return heard(f"{slot}/supervise/control", b"U" if up else b"D")
 
     def settled(self, name: str, up: bool, began: float, failures: dict[str, GatewayError]) -> bool:
         """Return whether a slot is where it was told to be, or will not get there, which is a failure; began is when
@@ -3850,22 +3807,17 @@ class S6ServiceManager:
         ends = [ended for when, ended in deaths(slot) if when >= began]
         parked = bool(ends) and not status.up and not status.wanted  # else it has not been started yet
         if parked or len(ends) > 1:
-            what = f"ended with {ending(ends[-1])} and is parked"
-            what = what if parked else f"is in a crash loop, last end: {ending(ends[-1])}"
-            failures[name] = CommandFailed(f"{name}: {what}; `hermes-boot logs -p {name} -n 20` says why")
+            how = ending(ends[-1])
+            what = f"ended with {how} and is parked" if parked else f"is in a crash loop, last end: {how}"
+            failures[name] = GatewayError(f"{name}: {what}; `hermes-boot logs -p {name} -n 20` says why")
             return True
         return status.up and state_of(status, self.state_of(self.valid(name)), [], True) == "up"
-
-    def is_up(self, name: str) -> bool:
-        """Return whether a gateway's process is up, False too where nothing is known of it."""
-        status = slot_status(self.slot(name))
-        return status is not None and status.up
 
     # Registration
 
     def publish_missing(self, name: str) -> None:
         """Publish the slot of a profile that has come by import, install, rename or from outside; `slot` says what is
-        wrong with any other name. Raises as register_profile_gateway does."""
+        wrong with any other name."""
         profile = self.valid(name)
         if os.path.isdir(f"{self.scandir}/{SLOT_PREFIX}{profile}") or not os.access(self.scandir, os.W_OK):
             return
@@ -3881,9 +3833,8 @@ class S6ServiceManager:
             pass  # by somebody else meanwhile
 
     def make_ours(self, name: str) -> None:
-        """Bring a slot that hermes-agent's own manager has made to what the boot makes of it. Raises CommandFailed."""
-        slot = self.slot(name)
-        profile = self.valid(name)
+        """Bring a slot that hermes-agent's own manager has made to what the boot makes of it."""
+        slot, profile = self.slot(name), self.valid(name)
         if is_ours(slot, profile) or not is_supervised(slot):
             return
         try:
@@ -3893,15 +3844,14 @@ class S6ServiceManager:
             tell(f"{slot}/log/supervise/control", b"t")  # the logger too has a new run
         except OSError as error:
             if error.errno != errno.ENXIO:
-                raise CommandFailed(f"{profile}: its slot could not be brought up to date: {reason(error)}") from error
+                raise GatewayError(f"{profile}: its slot could not be brought up to date: {reason(error)}") from error
 
     def register_profile_gateway(
         self, profile: str, *, extra_env: dict[str, str] | None = None, start_now: bool = True
     ) -> None:
         """Publish a profile's slot, whole or not at all, and wait until s6 supervises it.
 
-        extra_env is exported to the gateway; without start_now the slot waits for `start`. Raises InvalidName,
-        AlreadyRegistered, CommandFailed.
+        extra_env is exported to the gateway; without start_now the slot waits for `start`.
         """
         self.valid(profile)
         for name, value in (extra_env or {}).items():
@@ -3912,31 +3862,30 @@ class S6ServiceManager:
 
     def made_ready(self, profile: str) -> bool:
         """Remove what is left of a dead process in a profile, which may have come from elsewhere, and make its log
-        folder; return whether that can be used. Raises CommandFailed."""
+        folder; return whether that can be used."""
+        left = None
         try:
             with Folder(self.home, follow=True) as home:
-                faults = [log_fault := make_log_folder(home, profile)]
+                log_fault = make_log_folder(home, profile)
                 try:
                     with profile_folder(home, profile) as folder:
-                        faults.append(clean_profile(folder))
+                        left = clean_profile(folder)
                 except OSError:
                     pass  # the gateway says what it thinks of that
         except OSError as error:
-            raise CommandFailed(f"{profile}: {shown(self.home)} cannot be used: {reason(error)}") from error
-        for fault in faults:
-            if fault:
-                warn(f"{profile}: {fault}")
+            raise GatewayError(f"{profile}: {shown(self.home)} cannot be used: {reason(error)}") from error
+        for fault in filter(None, (log_fault, left)):
+            warn(f"{profile}: {fault}")
         return not log_fault
 
     def publish(
         self, profile: str, files: dict[str, tuple[str, int]], *, start: bool, group: int | None = None
     ) -> None:
-        """Put a profile's slot into the scandir and wait until s6 supervises it. group is for root, see build. Raises
-        AlreadyRegistered, CommandFailed."""
+        """Put a profile's slot into the scandir and wait until s6 supervises it. group is for root, see build."""
         name = SLOT_PREFIX + profile
         limit, full = slot_limit(self.scandir)
         if len(self.list_profile_gateways()) >= limit:
-            raise CommandFailed(f"{profile}: {full}")
+            raise GatewayError(f"{profile}: {full}")
         if not os.path.lexists(f"{self.scandir}/{name}"):
             self.end_strays(name)
         try:
@@ -3946,38 +3895,35 @@ class S6ServiceManager:
                 build(scandir, name, files, start=start, group=group)
         except OSError as error:
             advice = f"; HERMES_SEALED leaves that to root: {REGISTER}" if is_sealed(self.environment) else ""
-            raise CommandFailed(f"{profile}: its slot could not be made: {reason(error)}{advice}") from error
+            raise GatewayError(f"{profile}: its slot could not be made: {reason(error)}{advice}") from error
         rescan(self.scandir)
         if not until(lambda: is_supervised(f"{self.scandir}/{name}"), 5) and is_watched(self.scandir):
             self.withdraw(profile)
-            raise CommandFailed(f"{profile}: s6-svscan did not take up its slot within 5 s")
+            raise GatewayError(f"{profile}: s6-svscan did not take up its slot within 5 s")
 
     def end_strays(self, name: str) -> None:
-        """End what runs in a slot of this name whose folder somebody has removed: the new one would run beside it.
-        Raises CommandFailed."""
+        """End what runs in a slot of this name whose folder somebody has removed: the new one would run beside it."""
 
         def strays() -> list[str]:
             return [found for found in stray_supervisors(self.scandir) if found in (name, f"{name}/log")]
 
-        patience = self.default_timeout(None)
-        if strays() and not let_go(self.scandir, lambda: name in strays(), lambda: f"{name}/log" in strays(), patience):
-            raise CommandFailed(f"{name}: a gateway without a slot runs on after {patience:g} s; end it by its pid")
+        runs, logs = (lambda: name in strays()), (lambda: f"{name}/log" in strays())
+        if strays() and not let_go(self.scandir, runs, logs, self.patience):
+            raise GatewayError(f"{name}: a gateway without a slot runs on after {self.patience} s; end it by its pid")
 
     def unregister_profile_gateway(self, profile: str, *, timeout: float | None = None) -> None:
-        """Stop a gateway within timeout seconds and remove its slot, supervisors and logger included.
-
-        Raises NotRegistered, InvalidName, CommandFailed; when it does not end in time, its slot stays.
-        """
+        """Stop a gateway and remove its slot, supervisors and logger included; where it does not end in timeout
+        seconds, that stays."""
         self.end(profile, timeout=timeout)
         self.withdraw(profile)
 
     def end(self, profile: str, *, timeout: float | None = None) -> None:
-        """Stop a gateway that is to be removed. Raises as unregister_profile_gateway does."""
+        """Stop a gateway that is to be removed."""
         if is_supervised(self.own_slot(profile)):
-            self.raise_first(self.bring([profile], up=False, timeout=self.default_timeout(timeout)))
+            self.raise_first(self.bring([profile], up=False, timeout=timeout))
 
     def withdraw(self, profile: str) -> None:
-        """Remove a slot whose gateway is down, and its supervisors. Raises as unregister_profile_gateway does."""
+        """Remove a slot whose gateway is down, and its supervisors."""
         name = SLOT_PREFIX + self.valid(profile)
         removed = f".{name}"[:230] + f".{time.time_ns():x}"
         try:
@@ -3986,7 +3932,7 @@ class S6ServiceManager:
                     os.rename(name, removed, src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
                 path = f"{self.scandir}/{removed}"
                 if not let_go(self.scandir, lambda: is_supervised(path), lambda: is_supervised(f"{path}/log"), 10):
-                    raise CommandFailed(f"{profile}: its supervisors did not end within 10 s")
+                    raise GatewayError(f"{profile}: its supervisors did not end within 10 s")
                 try:
                     scandir.remove(removed)
                 except PermissionError:
@@ -3994,9 +3940,10 @@ class S6ServiceManager:
         except FileNotFoundError:
             raise NotRegistered(f"no such gateway: {profile}; somebody else has just removed it") from None
         except OSError as error:
-            raise CommandFailed(f"{profile}: its slot could not be removed: {reason(error)}") from error
+            raise GatewayError(f"{profile}: its slot could not be removed: {reason(error)}") from error
 
 
+START_TIMEOUT = 10  # seconds; a gateway that is up by then takes its time, which is no failure
 DONE = {"start": "started", "stop": "stopped", "restart": "restarted"}
 REGISTER = "`docker exec CONTAINER hermes-boot gateway register -p NAME`"
 
@@ -4039,7 +3986,7 @@ def control_as_hermes(action: str, profile: str | None, every: bool, environment
     """Start, stop or restart one gateway or all, say what became of each, and go on past a failure."""
     manager = S6ServiceManager(environment=environment)
     names = manager.list_profile_gateways() if every else [named_profile(manager, profile)]
-    failures = getattr(manager, f"{action}_all")(names)
+    failures = manager.carry_out(action, names)
     for name in names:
         if name not in failures:
             print(f"{name}: {DONE[action]}")
@@ -4175,7 +4122,11 @@ def shut_down(boot: Boot) -> int:
         pass  # then every finish does its work
     try:
         with TimeLimit(patience + 1):
-            act_as_hermes()
+            if os.geteuid() == 0 and (owner := account()):
+                # Files are hermes's matter from here on. The process stays root's, which hermes cannot stop; another
+                # one, a limit could deny us.
+                os.setegid(owner[1])
+                os.seteuid(owner[0])
             end_gateways(boot, deadline)
     except TimeoutError:
         pass  # a file system that does not answer
@@ -4192,32 +4143,17 @@ def set_exit_code(code: int) -> None:
         pass  # the fallback init knows by itself
 
 
-def act_as_hermes() -> None:
-    """Reach files as hermes from here on, and stay root's process, which hermes cannot stop; and no other process is
-    needed, which a limit on these could deny."""
-    owner = account()
-    if os.geteuid() == 0 and owner:
-        os.setegid(owner[1])
-        os.seteuid(owner[0])
-
-
 def end_gateways(boot: Boot, deadline: float) -> None:
     """Bring all slots down, and wait for them and the container command until the monotonic clock's deadline."""
     manager = S6ServiceManager(environment=boot.environment)
     slots = [f"{manager.scandir}/{SLOT_PREFIX}{name}" for name in manager.list_profile_gateways()]
     for slot in slots:
-        try:
-            tell(f"{slot}/supervise/control", b"d")
-        except OSError:
-            continue  # no supervisor, or not ours
-
-    def runs(slot: str) -> bool:
-        end_back_off(slot)
-        status = slot_status(slot)
-        return status is not None and status.pid != 0
+        heard(f"{slot}/supervise/control", b"d")
 
     def all_ended() -> bool:
-        slots[:] = filter(runs, slots)
+        for slot in slots:
+            end_back_off(slot)
+        slots[:] = [slot for slot in slots if (status := slot_status(slot)) and status.pid]
         return not slots
 
     until(all_ended, deadline - time.monotonic())
@@ -4247,7 +4183,7 @@ def fallback_init(why: str, words: list[str]) -> int:
         svscan = children.start([s6_program("s6-svscan"), boot.scandir], environment)
     except OSError as error:
         raise Fatal(f"s6-svscan cannot be run: {reason(error)}; use the image as it was built") from error
-    until(lambda: has_reader(f"{boot.scandir}/.s6-svscan/control"), 5)
+    until(lambda: heard(f"{boot.scandir}/.s6-svscan/control"), 5)
     services = static_services(boot)
     publish_services(boot, children, environment, services)
     if not boot.quiet:
@@ -4534,7 +4470,7 @@ def gateway_run(words: list[str], environment: dict[str, str]) -> int:
     manager = S6ServiceManager(environment=environment)
     profile = chosen_profile(option, environment, None) if is_multiplexed(boot) else named_profile(manager, option)
     if profile in manager.list_profile_gateways():
-        stopped = manager.was_stopped(profile)
+        stopped = manager.state_of(profile).get("desired_state") == "stopped"
         if stopped:
             say("info", f"{profile} was stopped and stays so; start it with `hermes -p {profile} gateway start`")
         elif not s6_is_pid_1() or is_multiplexed(boot):
@@ -4881,8 +4817,9 @@ def unhealthy_reason(manager: S6ServiceManager, profile: str, status: SlotStatus
     if status is None:
         return "no supervisor"
     if not status.wanted:
-        parked = not status.up and status.ended == EX_CONFIG << 8 and not manager.was_stopped(profile)
-        return f"parked after {ending(status.ended)}" if parked else ""
+        parked = not status.up and status.ended == EX_CONFIG << 8
+        stopped = parked and manager.state_of(profile).get("desired_state") == "stopped"
+        return f"parked after code {EX_CONFIG}" if parked and not stopped else ""
     slot = f"{manager.scandir}/{SLOT_PREFIX}{profile}"
     if is_looping(status, death_times(slot)):
         return "crash loop"
@@ -5066,7 +5003,7 @@ def show_logs(
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise
-        raise CommandFailed(f"logs/gateways/{name} {described(error)}; `hermes-boot doctor` looks further") from error
+        raise GatewayError(f"logs/gateways/{name} {described(error)}; `hermes-boot doctor` looks further") from error
     return 0
 
 
