@@ -247,7 +247,7 @@ def gateway_request(words: list[str]) -> list[str]:
         return []
     if rest[2:] not in ([], ["--all"]):
         return []
-    return [*rest] if rest[2:] or profile is None else [*rest, "-p", profile]
+    return rest if rest[2:] or profile is None else [*rest, "-p", profile]
 
 
 def with_secrets(environment: dict[str, str]) -> dict[str, str]:
@@ -376,35 +376,26 @@ def exposed_folders(environment: dict[str, str]) -> list[str]:
     return [] if ours and folders[-len(ours) :] == ours else ours
 
 
-def refuse(fault: str, code: int) -> int:
-    """Say why nothing can be started; return the exit code."""
-    print(f"init: fatal: {fault}", file=sys.stderr)
-    return code
-
-
 def init(words: list[str]) -> int:
     """Be /init: s6-overlay's own where that can start, else hermes_boot.py as the fallback init; in a container that
     is supervised already, the wrapper."""
     words, environment = launched(words), process_environment()
     if os.getpid() != 1 and supervised():
         return container_command(words)
+    fault, code = "", 1
     if exposed := exposed_folders(environment):  # one may be "", the working directory
         fault = (
             f"PATH has {':'.join(exposed)!r} before the system's folders, so hermes could put programs there for root"
+            " to run; give the container a PATH (-e PATH=...) that has it last"
         )
-        return refuse(f"{fault} to run; give the container a PATH (-e PATH=...) that has it last", 1)
-    if is_unusable(environment):
+    elif is_unusable(environment):
         fault = "/run is mounted noexec, so s6 cannot run anything there; mount it with exec: --tmpfs /run:exec"
-        return refuse(fault, NOT_EXECUTABLE)
-    if why := obstacle():
-        return execute([BOOT, "init", why, *words], environment)
-    return execute([S6_INIT, *words], environment)
-
-
-def is_below_engines_init() -> bool:
-    """Return whether this is the process that `--init` runs, in a container that nobody has booted; `docker exec` has
-    no parent there."""
-    return os.getppid() == 1 and pid_1() in ENGINES_INITS and not supervised()
+        code = NOT_EXECUTABLE
+    if fault:
+        print(f"init: fatal: {fault}", file=sys.stderr)
+        return code
+    why = obstacle()
+    return execute([BOOT, "init", why, *words] if why else [S6_INIT, *words], environment)
 
 
 def main(argv: list[str]) -> int:
@@ -414,7 +405,8 @@ def main(argv: list[str]) -> int:
     name, words = os.path.basename(argv[0]), argv[1:]
     if name in ("init", "tini"):
         return init(words if name == "init" else [name, *words])
-    if os.getpid() == 1 or (name == USER and is_below_engines_init()):
+    below = os.getppid() == 1 and pid_1() in ENGINES_INITS  # by `--init`, while `docker exec` has no parent there
+    if os.getpid() == 1 or (name == USER and below and not supervised()):
         return init([WRAPPER, *([USER] if name == USER else []), *words])
     return hermes_command(words) if name == USER else container_command(words)
 
