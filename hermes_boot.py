@@ -3343,7 +3343,8 @@ START_GRACE = 10  # seconds that a wanted gateway may be down, and after which o
 
 def supervisor_answers(scandir: str) -> bool:
     """Return whether an s6-svscan watches the scandir; its FIFO is root's alone in a container without gateways."""
-    return heard(f"{scandir}/.s6-svscan/control", unknown=supervised())
+    fifo = f"{scandir}/.s6-svscan/control"
+    return heard(fifo) or (heard(fifo, unknown=True) and supervised())
 
 
 def is_ours(slot: str, profile: str) -> bool:
@@ -3357,11 +3358,6 @@ def is_ours(slot: str, profile: str) -> bool:
 def is_supervised(slot: str) -> bool:
     """Return whether an s6-supervise reads a slot's control FIFO."""
     return heard(f"{slot}/supervise/control")
-
-
-def end_back_off(slot: str) -> None:
-    """Wake a finish that waits before the next start: opening its FIFO is the signal."""
-    heard(f"{slot}/back-off")
 
 
 class SlotStatus:
@@ -3405,9 +3401,8 @@ def deaths(slot: str) -> list[tuple[float, int]]:
 
 
 def death_times(slot: str, tally: list[tuple[float, int]] | None = None) -> list[float]:
-    """Return when the last deaths in a slot were, in seconds since 1970, since an operator has started it: an end that
-    the operator asked for is no sign of a crash loop. The manager leaves the time of a start on the FIFO back-off.
-    tally is what deaths() has said, where that is known."""
+    """Return when the last deaths in a slot were, in seconds since 1970, after an operator's last start, since what the
+    operator ended is in no crash loop; that start's time is the FIFO back-off's. tally is deaths(), where known."""
     try:
         started = os.stat(f"{slot}/back-off", follow_symlinks=False).st_mtime
     except OSError:
@@ -3431,9 +3426,8 @@ def back_off(times: list[float]) -> int:
 def is_looping(status: SlotStatus, times: list[float]) -> bool:
     """Return whether these deaths are a crash loop now; a gateway that has come up to stay after them is in none."""
     delay, now = back_off(times), time.time()
-    return (
-        delay > 0 and now - times[-1] <= delay + RESTART_WINDOW and not (status.up and now - status.since > START_GRACE)
-    )
+    stays_up = status.up and now - status.since > START_GRACE
+    return delay > 0 and not stays_up and now - times[-1] <= delay + RESTART_WINDOW
 
 
 def stray_supervisors(scandir: str) -> list[str]:
@@ -3480,11 +3474,8 @@ def end_group(group: str) -> None:
 
 def finish(profile: str, code: str, group: str = "") -> int:
     """Be a slot's finish, as hermes, in the slot: park after EX_CONFIG, wait after many deaths, else return at once.
-
     profile is a name for the log; code is the exit code of run, 256 when a signal ended it; group is its process group,
-    which s6 names since 2.12. The wait is that of a process which reads the FIFO back-off, so whoever opens that for
-    writing ends it.
-    """
+    which s6 names since 2.12. What waits reads the FIFO back-off, so whoever opens that for writing ends the wait."""
     end_group(group)
     if code == str(EX_CONFIG):
         return PERMANENT_FAILURE
@@ -3608,18 +3599,17 @@ class S6ServiceManager:
         profile = self.valid(name)
 
         def edit(data: bytes | None) -> bytes:
+            intent = {"desired_state": desired}
             try:
                 state = load_state(data) if data else {}
-            except ValueError:
+                if data and state.get("desired_state") == desired:
+                    return data
+                text = json.dumps(state | intent)
+            except (ValueError, RecursionError):
                 folder.replace(f"{STATE_FILE}.bad", data or b"", 0o600)
                 warn(f"{STATE_FILE} of {profile} was no JSON object, and starts anew; the old one is {STATE_FILE}.bad")
-                state = {}
-            if state.get("desired_state") == desired and data:
-                return data
-            try:
-                return json.dumps(state | {"desired_state": desired}).encode() + b"\n"
-            except RecursionError:
-                raise OSError(errno.EINVAL, "is nested too deeply") from None
+                text = json.dumps(intent)
+            return text.encode() + b"\n"
 
         try:
             with self.profile_folder(profile) as folder:
@@ -3697,8 +3687,8 @@ class S6ServiceManager:
             for name in able() if desired == "running" else ():
                 self.tried(failures, name, self.make_ours)
             for up in {"start": (True,), "stop": (False,), "restart": (False, True)}[action]:
-                told = desired if not up or action == "start" else ""  # with the first step
-                failures |= self.bring(able(), up=up, timeout=timeout, desired=told)
+                first = not up or action == "start"
+                failures |= self.bring(able(), up=up, timeout=timeout, desired=desired if first else "")
             return failures | self.record_all(able(), desired)
         finally:
             for lock in locks:
@@ -3711,12 +3701,10 @@ class S6ServiceManager:
             try:
                 with Folder(self.slot(name)) as slot:
                     locks.append(Lock(slot, timeout=max(0, deadline - time.monotonic())).__enter__())
+                if not locks[-1].held:
+                    raise GatewayError(f"another command has been at work on it for {timeout:g} s; try again")
             except (OSError, GatewayError) as error:
                 failures[name] = GatewayError(f"{name}: its slot cannot be used: {error}")
-                continue
-            if not locks[-1].held:
-                busy = f"another command has been at work on it for {timeout:g} s; try again"
-                failures[name] = GatewayError(f"{name}: {busy}")
         return locks
 
     def tried(
@@ -3758,7 +3746,7 @@ class S6ServiceManager:
                 self.record_all(names, desired)
                 desired = ""
             for name, slot in [*waiting.items()]:
-                end_back_off(slot)
+                heard(f"{slot}/back-off")  # wakes a finish that waits
                 if name not in untold and self.settled(name, up, began, failures):
                     del waiting[name]
             if time.monotonic() > deadline or (untold and not supervisor_answers(self.scandir)):
@@ -3790,7 +3778,7 @@ class S6ServiceManager:
         it was told, in seconds since 1970. A gateway is up once it says so, or has been up for START_SECONDS."""
         try:
             slot = self.slot(name)
-        except GatewayError as error:
+        except GatewayError as error:  # somebody has removed it
             failures[name] = error
             return True
         if (status := slot_status(slot)) is None:
@@ -3809,21 +3797,17 @@ class S6ServiceManager:
     # Registration
 
     def publish_missing(self, name: str) -> None:
-        """Publish the slot of a profile that has come by import, install, rename or from outside; `slot` says what is
-        wrong with any other name."""
+        """Publish the slot of a profile that came by import, rename or from outside; `slot` says what else is wrong."""
         profile = self.valid(name)
         if os.path.isdir(f"{self.scandir}/{SLOT_PREFIX}{profile}") or not os.access(self.scandir, os.W_OK):
             return
         try:
             with self.profile_folder(profile) as folder:
-                if profile != "default" and soul_fault(folder):
-                    return
-        except OSError:
-            return
-        try:
-            self.register_profile_gateway(profile, start_now=False)
-        except AlreadyRegistered:
-            pass  # by somebody else meanwhile
+                is_one = profile == "default" or not soul_fault(folder)
+            if is_one:
+                self.register_profile_gateway(profile, start_now=False)
+        except (OSError, AlreadyRegistered):
+            pass  # not a profile that we can see, or somebody else has published it meanwhile
 
     def make_ours(self, name: str) -> None:
         """Bring a slot that hermes-agent's own manager has made to what the boot makes of it."""
@@ -3852,8 +3836,7 @@ class S6ServiceManager:
         self.publish(profile, files, start=start_now)
 
     def made_ready(self, profile: str) -> bool:
-        """Remove what is left of a dead process in a profile, which may have come from elsewhere, and make its log
-        folder; return whether that can be used."""
+        """Remove what a dead process has left in a profile, make its log folder; return whether that can be used."""
         left = None
         try:
             with Folder(self.home, follow=True) as home:
@@ -3885,7 +3868,8 @@ class S6ServiceManager:
                     raise AlreadyRegistered(f"{profile}: has a gateway already")
                 build(scandir, name, files, start=start, group=group)
         except OSError as error:
-            advice = f"; HERMES_SEALED leaves that to root: {REGISTER}" if is_sealed(self.environment) else ""
+            sealed = "; HERMES_SEALED leaves that to root: `docker exec CONTAINER hermes-boot gateway register -p NAME`"
+            advice = sealed if is_sealed(self.environment) else ""
             raise GatewayError(f"{profile}: its slot could not be made: {reason(error)}{advice}") from error
         rescan(self.scandir)
         if not until(lambda: is_supervised(f"{self.scandir}/{name}"), 5) and is_watched(self.scandir):
@@ -3935,7 +3919,6 @@ class S6ServiceManager:
 
 START_TIMEOUT = 10  # seconds; a gateway that is up by then takes its time, which is no failure
 DONE = {"start": "started", "stop": "stopped", "restart": "restarted"}
-REGISTER = "`docker exec CONTAINER hermes-boot gateway register -p NAME`"
 
 
 def is_sealed(environment: dict[str, str]) -> bool:
@@ -3948,8 +3931,7 @@ def is_sealed(environment: dict[str, str]) -> bool:
 
 
 def by_hermes(timeout: float, action: Callable[..., int], *arguments: object) -> int:
-    """Run an operator's command as hermes and return its exit code. hermes can stop what has become hermes, so root
-    looks after the time: timeout seconds."""
+    """Run an operator's command as hermes, who can stop it: so root ends it after timeout seconds. Return its code."""
     import _signal
 
     if os.geteuid() == 0:
@@ -3973,10 +3955,10 @@ def control_as_root(boot: Boot, action: str, profile: str | None) -> int:
         if action == "unregister":
             manager.withdraw(name)
             print(f"{name}: unregistered")
-            continue
-        files = slot_files(name, manager.stop_timeout, None, to_folder=to_folder)
-        manager.publish(name, files, start=start, group=boot.owner[1])
-        print(f"{name}: registered{', started' if start else ''}", flush=True)
+        else:
+            files = slot_files(name, manager.stop_timeout, None, to_folder=to_folder)
+            manager.publish(name, files, start=start, group=boot.owner[1])
+            print(f"{name}: registered{', started' if start else ''}", flush=True)
     return 1 if code == OVERDUE else code
 
 
@@ -4026,8 +4008,7 @@ def starts_by_itself(manager: S6ServiceManager, profile: str) -> bool:
 
 
 def gateway_command(boot: Boot, action: str, profile: str | None, every: bool) -> int:
-    """Run `hermes_boot.py gateway ...`; return the exit code. Where root alone can give a profile its slot, that comes
-    first."""
+    """Run `hermes_boot.py gateway ...`. Where root alone can give a profile its slot, or take it, that comes first."""
     if os.geteuid() == 0 and is_sealed(boot.environment) and not every:
         if action.endswith("register"):
             return control_as_root(boot, action, profile)
@@ -4083,12 +4064,9 @@ SHUTDOWN_TIMEOUT = 8  # seconds for all when the container ends, unless HERMES_S
 
 
 def shut_down(boot: Boot) -> int:
-    """End every gateway and the CMD, all at once, and return when the last is gone or HERMES_SHUTDOWN_TIMEOUT seconds
-    are over.
-
-    Run by s6-overlay from cont-finish.d, before its final kill. No intent is recorded, so what ran comes back at the
-    next boot.
-    """
+    """End every gateway and the container command, all at once, and return when the last is gone, or
+    HERMES_SHUTDOWN_TIMEOUT seconds are over. Run by s6-overlay from cont-finish.d, before its final kill. No intent is
+    recorded, so what ran comes back at the next boot."""
     patience = seconds(boot.environment, "HERMES_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT, 0)
     deadline = time.monotonic() + patience
     set_terminal_going()
@@ -4103,8 +4081,7 @@ def shut_down(boot: Boot) -> int:
     try:
         with TimeLimit(patience + 1):
             if os.geteuid() == 0 and (owner := account()):
-                # Files are hermes's matter from here on. The process stays root's, which hermes cannot stop; another
-                # one, a limit could deny us.
+                # As hermes to files, but still root's process, which hermes cannot stop; a limit could deny us another.
                 os.setegid(owner[1])
                 os.seteuid(owner[0])
             end_gateways(boot, deadline)
@@ -4132,7 +4109,7 @@ def end_gateways(boot: Boot, deadline: float) -> None:
 
     def all_ended() -> bool:
         for slot in slots:
-            end_back_off(slot)
+            heard(f"{slot}/back-off")  # wakes a finish that waits
         slots[:] = [slot for slot in slots if (status := slot_status(slot)) and status.pid]
         return not slots
 
@@ -4149,11 +4126,8 @@ SERVICE_TIMEOUT = 60  # seconds for a static service to come up, unless its time
 
 
 def fallback_init(why: str, words: list[str]) -> int:
-    """Be what s6-overlay is where that cannot start: set up, supervise, run the container command, end as it ended;
-    return the exit code. why says what keeps s6-overlay from starting.
-
-    s6-svscan itself needs no PID 1 and no folder of its own. The order, the scripts and their meaning are the same.
-    """
+    """Be what s6-overlay is where that cannot start, for the reason why: set up, supervise, run the container command,
+    and return its exit code. s6-svscan itself needs no PID 1; the order, the scripts and their meaning are the same."""
     sys.argv = ["/init"]
     boot = Boot(process_environment())
     lay_out_run(boot)
@@ -4195,8 +4169,7 @@ def fallback_init(why: str, words: list[str]) -> int:
 
 
 def lay_out_run(boot: Boot) -> None:
-    """Make /run as s6-overlay's start leaves it: an empty scandir, and the environment, one file a variable. Fatal when
-    it cannot be written, or is not root's."""
+    """Make /run as s6-overlay leaves it: an empty scandir, the environment a file a variable. Fatal where it cannot."""
     parent, _, folder = CONTAINER_ENVIRONMENT.rpartition("/")
     variables = {} if boot.setting("S6_KEEP_ENV") == "1" else boot.environment
     try:
@@ -4222,8 +4195,8 @@ def lay_out_run(boot: Boot) -> None:
 
 
 def own_run(folder: str) -> None:
-    """As root: see to it that nobody else can rename what root puts into /run, and remove a folder there that somebody
-    else has made. Raises OSError."""
+    """As root: let nobody else rename what root puts into /run, and remove a folder there that somebody else has made.
+    Raises OSError."""
     if os.geteuid() != 0:
         return
     with trusted_folder(os.path.dirname(folder)) as run:
@@ -4423,8 +4396,7 @@ def dashboard(environment: dict[str, str]) -> int:
 
 
 def gateway_run(words: list[str], environment: dict[str, str]) -> int:
-    """Be the container command `hermes [-p NAME] gateway run` where s6 keeps the gateways: see to the gateway, then
-    only wait.
+    """Be the container command `hermes [-p NAME] gateway run` where s6 keeps the gateways: see to it, then only wait.
 
     One that was stopped stays so, while hermes-agent would start it. Any other is hermes-agent's to start, by s6 where
     that is PID 1; below another one it does not see s6, and of multiplexing it knows nothing here, so we do it. Where
@@ -4453,7 +4425,6 @@ def gateway_run(words: list[str], environment: dict[str, str]) -> int:
 
 # Status
 # --------------------------------------------------------------------------------------------------------------------
-
 
 START_SECONDS = 3  # a gateway up for less is still starting, unless it has said more
 
@@ -4572,10 +4543,9 @@ def state_of(status: SlotStatus | None, state: dict[str, object], times: list[fl
     if status.wanted and is_looping(status, times):
         return "crash loop"
     if status.up:
-        ours = state.get("pid") == status.pid
-        young = time.time() - status.since < START_SECONDS and not (ours and state.get("gateway_state") == "running")
-        starting = young or (ours and state.get("gateway_state") == "starting")
-        return "stopping" if not status.wanted else "starting" if starting else "up"
+        own_word = state.get("gateway_state") if state.get("pid") == status.pid else None
+        young = time.time() - status.since < START_SECONDS and own_word != "running"
+        return "stopping" if not status.wanted else "starting" if young or own_word == "starting" else "up"
     if status.wanted:
         return "starting"
     if status.finishing:
@@ -4587,10 +4557,10 @@ def state_of(status: SlotStatus | None, state: dict[str, object], times: list[fl
 def autostart(boot: Boot, name: str, state: dict[str, object], fault: Fault | None) -> tuple[bool, str]:
     """Return whether a gateway starts at the next boot, and why."""
     intent, fault = (None, fault) if fault else intent_of(state)
+    if not fault and intent == "running" and is_multiplexed(boot, name):
+        fault = MULTIPLEXED
     if fault:
         return False, fault.text
-    if intent == "running" and is_multiplexed(boot, name):
-        return False, MULTIPLEXED.text
     return intent == "running", "never started" if intent is None else shown(intent)
 
 
@@ -4717,18 +4687,13 @@ def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | N
 # Health
 # --------------------------------------------------------------------------------------------------------------------
 
-
 HEALTH_TIMEOUT = 4  # seconds; the image's HEALTHCHECK has 5
 
 
 def health(environment: dict[str, str], live: bool) -> int:
-    """Return 0 when the supervisor answers and every gateway that should be up is, or is about to be; else 1, after one
-    line why.
-
-    For HEALTHCHECK and probes, so it takes no more than it must: no JSON unless a gateway is down, no command line
-    parser. With live, the supervisor alone counts: whoever restarts the container upon it would take good gateways down
-    for a bad one.
-    """
+    """Return 0 when the supervisor answers and every gateway that should be up is, or is about to be, else 1; print one
+    line. With live the supervisor alone counts: who restarts the container upon it would take good gateways down for a
+    bad one. For probes, so it takes no more than it must: no JSON unless a gateway is down, no command line parser."""
     boot = Boot(environment)
     if not supervisor_answers(boot.scandir):
         print(f"unhealthy: no supervisor answers on {boot.scandir}")
@@ -4807,11 +4772,9 @@ def open_log(logs: Folder, name: str) -> BinaryIO | None:
 
 
 def unread_logs(logs: Folder, last: int) -> list[BinaryIO]:
-    """Open the log files from the one with the inode last on (0: from the oldest), oldest first.
-
-    current is opened before the archives are listed: when s6-log rotates in between, it is found among them, and what
-    is newer comes with the next call. So nothing is read twice or missed.
-    """
+    """Open the log files from the one with the inode last on (0: from the oldest), oldest first. current is opened
+    before the archives are listed: when s6-log rotates in between, it is found among them, and what is newer comes with
+    the next call. So nothing is read twice or missed."""
     import heapq
 
     current = open_log(logs, "current")
@@ -4937,8 +4900,7 @@ def write_lines(lines: Iterable[bytes], harmless: bool) -> None:
 
 
 def visible(line: bytes) -> bytes:
-    """Return a line with its text as it is and all else as `cat -v` shows it: controls, bytes that are no text, and
-    what turns or hides text (bidi and other format characters)."""
+    """Return a line with its text as it is, and as `cat -v` shows it what is no text, or turns or hides that (bidi)."""
 
     def notation(byte: int) -> str:
         low = byte & 0x7F
@@ -4989,13 +4951,16 @@ def filled(text: str, width: int) -> str:
 
 
 def doctor(boot: Boot, *, as_json: bool, fix: bool) -> int:
-    """Look at everything that goes wrong in such a container; return 1 when a check fails. With fix, fix what is safe
-    to fix first.
-
-    Only owners need root, to be seen and to be fixed, so they come first; all else is done as hermes.
-    """
+    """Look at everything that goes wrong in such a container, with fix after what is safe to fix has been; return 1
+    when a check fails. Owners come first, as root, who alone sees and fixes them; all else is done as hermes."""
     if fix and os.geteuid() == 0:
-        fix_owners(boot)
+        try:
+            sweep = sweep_volume(boot)
+            if sweep.changed:
+                given = f"gave {sweep.changed} entries to {boot.owner[0]}:{boot.owner[1]}"
+                say("fixed", f"owners: {given}, the first: {sweep.first}")
+        except OSError:
+            pass  # what keeps it from that, the checks say
         if is_sealed(boot.environment) and not no_gateways(boot, container_words()):
             reconcile_phase(boot)
     timeout = command_timeout(boot.environment, waits=False)
@@ -5060,21 +5025,10 @@ def supervisor_checks(boot: Boot) -> list[Check]:
         return [Check("pass", "supervisor", "s6 is PID 1")]
     if read_pid_file(SUPERVISOR_PROCESS) == 1:
         return [Check("pass", "supervisor", "s6-svscan runs below our own PID 1")]
-    first = pid_1() or "hidden"
-    found = f"s6-svscan answers on {boot.scandir}, below another PID 1 ({shown(first)}), which works too"
+    first = shown(pid_1() or "hidden")
+    found = f"s6-svscan answers on {boot.scandir}, below another PID 1 ({first}), which works too"
     fix = "drop `--init` (compose: `init: true`) where you can, so that s6 is PID 1"
     return [Check("warn", "supervisor", found, fix)]
-
-
-def fix_owners(boot: Boot) -> None:
-    """As root: hand over what the boot hands over on the volume. What keeps it from that, the checks say."""
-    try:
-        sweep = sweep_volume(boot)
-    except OSError:
-        return
-    if sweep.changed:
-        given = f"gave {sweep.changed} entries to {boot.owner[0]}:{boot.owner[1]}"
-        say("fixed", f"owners: {given}, the first: {sweep.first}")
 
 
 def owner_checks(boot: Boot) -> list[Check]:
@@ -5114,7 +5068,7 @@ def owner_checks(boot: Boot) -> list[Check]:
 
 
 def volume_checks(boot: Boot) -> list[Check]:
-    """Look at the volume: space, inodes, whether it takes a write."""
+    """Look at the volume: its kind, its space, whether it takes a write."""
     checks = [Check("warn", "volume", fault.text, fault.fix) for fault in mount_faults(boot)]
     kind = holding_mount(boot.home, mount_points())[1]
     try:
@@ -5122,8 +5076,6 @@ def volume_checks(boot: Boot) -> list[Check]:
         space = free.f_bavail * free.f_frsize
         if space < 64 << 20:
             checks.append(Check("warn", "volume", f"only {space >> 20} MiB are free", "free some space"))
-        if free.f_files and free.f_favail < 1000:
-            checks.append(Check("warn", "volume", f"only {free.f_favail} more files fit (inodes)", "remove some"))
         with Folder(boot.home, follow=True) as home:
             probe(home)
     except OSError as error:
@@ -5312,8 +5264,7 @@ def dashboard_checks(boot: Boot) -> list[Check]:
 
 
 def repair_slot(boot: Boot, name: str) -> str:
-    """Have s6-svscan look again; where that does not help, publish the slot anew, as the next boot would. Raises
-    GatewayError."""
+    """Have s6-svscan look again, else publish the slot anew, as the next boot would. Raises GatewayError."""
     slot, manager = f"{boot.scandir}/{SLOT_PREFIX}{name}", S6ServiceManager(environment=boot.environment)
     rescan(boot.scandir)
     if until(lambda: is_supervised(slot), 1):
@@ -5340,7 +5291,6 @@ def logger_checks(boot: Boot, home: Folder, name: str) -> list[Check]:
     if not status.up:
         fix = f"make {folder} on the volume a plain folder that hermes can write"
         return [Check("fail", name, "its logger dies again and again", fix)]
-
     why = f"{folder} is locked by a logger without a supervisor (PID {holder})" if holder else f"{folder} is not used"
     found, fix = f"{why}, so its log goes to the container's alone", "hermes-boot doctor --fix"
     return [Check("fail", name, found, fix, lambda: renew_logger(boot, name))]
@@ -5486,19 +5436,13 @@ def run_command(arguments: argparse.Namespace) -> int:
 COMMANDS = {  # what it does, and examples
     "status": ("show every gateway in a table", "status", "status -p coder --json", "status --watch 5"),
     "doctor": ("say what is wrong, and the command that fixes it", "doctor", "doctor --fix"),
-    "health": (
-        "for health checks: end with 0 when every gateway that should be up is, else with 1",
-        *("health", "health --live"),
-    ),
+    "health": ("for health checks: end with 0 if each gateway that should be up is, else 1", "health", "health --live"),
     "logs": ("print a gateway's log", "logs -p coder -f", "logs -p coder --since 10m", "logs -n 50"),
     "gateway": (
         "start, stop, restart, list, add (register) or remove gateways",
         *("gateway start -p coder", "gateway restart --all", "gateway list"),
     ),
-    "setup": (
-        "set hermes's UID and GID, give it its files on the volume, add missing files, migrate the configuration",
-        "setup --dry-run",
-    ),
+    "setup": ("set hermes's UID and GID, give it its files, add missing ones, migrate the settings", "setup --dry-run"),
     "reconcile": ("give every profile a slot, which is where s6 runs its gateway", "reconcile --dry-run"),
     "shutdown": ("stop all gateways and the container's command, as `docker stop` does",),
 }

@@ -268,8 +268,7 @@ UPDATE = (
 
 
 def hermes_command(words: list[str]) -> int:
-    """Be the `hermes` command: answer for the gateways that s6 supervises, hand everything else to the real program
-    untouched."""
+    """Be the `hermes` command: answer for gateways that s6 supervises; all else is the real program's, untouched."""
     environment = with_secrets(process_environment())
     if "HERMES_HOME" not in environment:  # a login shell's, by ssh
         environment = container_environment()
@@ -302,8 +301,7 @@ def hand_over_stdio() -> None:
 
 
 def container_command(words: list[str]) -> int:
-    """Be the container command: a program as hermes; hermes_boot.py first where that is `gateway run` and s6 keeps
-    the gateways."""
+    """Be the container command: a program as hermes, after hermes_boot.py for `gateway run` where s6 keeps gateways."""
     environment = program_environment(container_environment())
     program = program_of(launched([WRAPPER, *words])[1:], environment)
     if supervised():
@@ -347,11 +345,9 @@ def is_unusable(environment: dict[str, str]) -> bool:
 
 
 def obstacle() -> str:
-    """Return what keeps s6-overlay from starting, "" when nothing does.
-
-    It must be PID 1, and /run must be its user's: else it takes it, by a setuid program that needs the capability CHOWN
-    (number 0), which Kubernetes' no_new_privs and dropped capabilities forbid.
-    """
+    """Return what keeps s6-overlay from starting, "" when nothing does. It must be PID 1, and /run its user's: else it
+    takes that, by a setuid program that needs the capability CHOWN (number 0), which Kubernetes' no_new_privs and
+    dropped capabilities forbid."""
     if os.getpid() != 1:
         return "another process is PID 1"
     if os.geteuid() in (0, os.stat("/run").st_uid):
