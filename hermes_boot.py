@@ -4772,9 +4772,9 @@ def open_log(logs: Folder, name: str) -> BinaryIO | None:
 
 
 def unread_logs(logs: Folder, last: int) -> list[BinaryIO]:
-    """Open the log files from the one with the inode last on (0: from the oldest), oldest first. current is opened
-    before the archives are listed: when s6-log rotates in between, it is found among them, and what is newer comes with
-    the next call. So nothing is read twice or missed."""
+    """Open the log files after the one with the inode last (0: from the oldest), oldest first. current is opened before
+    the archives are listed: when s6-log rotates in between, it is found among them, and what is newer comes with the
+    next call. So nothing is read twice or missed."""
     import heapq
 
     current = open_log(logs, "current")
@@ -4783,7 +4783,7 @@ def unread_logs(logs: Folder, last: int) -> list[BinaryIO]:
     archives = [open_log(logs, name) for name in reversed(archived)]
     files = [file for file in (*archives, current) if file]
     inodes = [os.fstat(file.fileno()).st_ino for file in files]
-    start = inodes.index(last) if last in inodes else 0
+    start = inodes.index(last) + 1 if last in inodes else 0
     end = inodes.index(inodes[-1]) + 1 if current else len(files)
     for file in files[:start] + files[end:]:
         file.close()
@@ -4811,15 +4811,13 @@ def log_lines(logs: Folder, *, count: int | None, follow: bool) -> Iterator[byte
     None in pauses. With a count, start where at least as many lines are left, unless there are fewer."""
     last: BinaryIO | None = None
     while True:
-        inode = os.fstat(last.fileno()).st_ino if last else 0
-        files = unread_logs(logs, inode)
+        files = unread_logs(logs, os.fstat(last.fileno()).st_ino if last else 0)
+        if last:
+            yield from whole_lines(last)
         for file in files if last or count is None else last_files(files, count):
-            if last and os.fstat(file.fileno()).st_ino == inode:
-                file.close()
-            else:
-                if last:
-                    last.close()
-                last = file
+            if last:
+                last.close()
+            last = file
             yield from whole_lines(last)
         if not follow:
             return
