@@ -247,7 +247,7 @@ def gateway_request(words: list[str]) -> list[str]:
         return []
     if rest[2:] not in ([], ["--all"]):
         return []
-    return [*rest] if rest[2:] or profile is None else [*rest, "-p", profile]
+    return rest if rest[2:] or profile is None else [*rest, "-p", profile]
 
 
 def with_secrets(environment: dict[str, str]) -> dict[str, str]:
@@ -268,8 +268,7 @@ UPDATE = (
 
 
 def hermes_command(words: list[str]) -> int:
-    """Be the `hermes` command: answer for the gateways that s6 supervises, hand everything else to the real program
-    untouched."""
+    """Be the `hermes` command: answer for gateways that s6 supervises; all else is the real program's, untouched."""
     environment = with_secrets(process_environment())
     if "HERMES_HOME" not in environment:  # a login shell's, by ssh
         environment = container_environment()
@@ -302,8 +301,7 @@ def hand_over_stdio() -> None:
 
 
 def container_command(words: list[str]) -> int:
-    """Be the container command: a program as hermes; hermes_boot.py first where that is `gateway run` and s6 keeps
-    the gateways."""
+    """Be the container command: a program as hermes, after hermes_boot.py for `gateway run` where s6 keeps gateways."""
     environment = program_environment(container_environment())
     program = program_of(launched([WRAPPER, *words])[1:], environment)
     if supervised():
@@ -347,11 +345,9 @@ def is_unusable(environment: dict[str, str]) -> bool:
 
 
 def obstacle() -> str:
-    """Return what keeps s6-overlay from starting, "" when nothing does.
-
-    It must be PID 1, and /run must be its user's: else it takes it, by a setuid program that needs the capability CHOWN
-    (number 0), which Kubernetes' no_new_privs and dropped capabilities forbid.
-    """
+    """Return what keeps s6-overlay from starting, "" when nothing does. It must be PID 1, and /run its user's: else it
+    takes that, by a setuid program that needs the capability CHOWN (number 0), which Kubernetes' no_new_privs and
+    dropped capabilities forbid."""
     if os.getpid() != 1:
         return "another process is PID 1"
     if os.geteuid() in (0, os.stat("/run").st_uid):
@@ -376,35 +372,26 @@ def exposed_folders(environment: dict[str, str]) -> list[str]:
     return [] if ours and folders[-len(ours) :] == ours else ours
 
 
-def refuse(fault: str, code: int) -> int:
-    """Say why nothing can be started; return the exit code."""
-    print(f"init: fatal: {fault}", file=sys.stderr)
-    return code
-
-
 def init(words: list[str]) -> int:
     """Be /init: s6-overlay's own where that can start, else hermes_boot.py as the fallback init; in a container that
     is supervised already, the wrapper."""
     words, environment = launched(words), process_environment()
     if os.getpid() != 1 and supervised():
         return container_command(words)
+    fault, code = "", 1
     if exposed := exposed_folders(environment):  # one may be "", the working directory
         fault = (
             f"PATH has {':'.join(exposed)!r} before the system's folders, so hermes could put programs there for root"
+            " to run; give the container a PATH (-e PATH=...) that has it last"
         )
-        return refuse(f"{fault} to run; give the container a PATH (-e PATH=...) that has it last", 1)
-    if is_unusable(environment):
+    elif is_unusable(environment):
         fault = "/run is mounted noexec, so s6 cannot run anything there; mount it with exec: --tmpfs /run:exec"
-        return refuse(fault, NOT_EXECUTABLE)
-    if why := obstacle():
-        return execute([BOOT, "init", why, *words], environment)
-    return execute([S6_INIT, *words], environment)
-
-
-def is_below_engines_init() -> bool:
-    """Return whether this is the process that `--init` runs, in a container that nobody has booted; `docker exec` has
-    no parent there."""
-    return os.getppid() == 1 and pid_1() in ENGINES_INITS and not supervised()
+        code = NOT_EXECUTABLE
+    if fault:
+        print(f"init: fatal: {fault}", file=sys.stderr)
+        return code
+    why = obstacle()
+    return execute([BOOT, "init", why, *words] if why else [S6_INIT, *words], environment)
 
 
 def main(argv: list[str]) -> int:
@@ -414,7 +401,8 @@ def main(argv: list[str]) -> int:
     name, words = os.path.basename(argv[0]), argv[1:]
     if name in ("init", "tini"):
         return init(words if name == "init" else [name, *words])
-    if os.getpid() == 1 or (name == USER and is_below_engines_init()):
+    below = os.getppid() == 1 and pid_1() in ENGINES_INITS  # by `--init`, while `docker exec` has no parent there
+    if os.getpid() == 1 or (name == USER and below and not supervised()):
         return init([WRAPPER, *([USER] if name == USER else []), *words])
     return hermes_command(words) if name == USER else container_command(words)
 

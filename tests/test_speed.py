@@ -203,6 +203,20 @@ def test_follow_goes_on_where_the_last_lines_end(plain, logs):
         process.stdout.close()
 
 
+def test_follow_reads_a_file_to_its_end_that_is_gone_by_then(logs):
+    """s6-log may rotate more often than one looks, and it removes the oldest."""
+    with hermes_boot.Folder(str(logs)) as folder:
+        lines = hermes_boot.log_lines(folder, count=None, follow=True)
+        while next(lines) is not None:
+            pass
+        with open(logs / "current", "a") as log:
+            log.write(" and done\n")
+        for path in (*logs.glob("@*"), logs / "current"):
+            path.unlink()
+        (logs / "current").write_text("next\n")
+        assert [next(lines), next(lines), next(lines)] == [b"begun and done\n", b"next\n", None]
+
+
 def test_states_of_platforms_that_are_none(plain):
     """Whatever the agent has written there, status goes on."""
     for platforms in ([], 3, "x", {"a": None, "b": {"state": 4}}):
