@@ -3492,7 +3492,7 @@ def finish(profile: str, code: str, group: str = "") -> int:
 
 
 class GatewayError(Exception):
-    """What kept the manager from doing what it was asked, or s6 in time; exit_code is the command line's."""
+    """What kept the manager from doing what it was asked; exit_code is the command line's."""
 
     exit_code = 1
 
@@ -3513,12 +3513,16 @@ class InvalidName(GatewayError, ValueError):
     exit_code = 2
 
 
+class CommandFailed(GatewayError):
+    """What s6 was to bring about did not come about in time."""
+
+
 class S6ServiceManager:
     """Starts, stops, publishes and removes the gateways' slots, as hermes.
 
     scandir is s6-svscan's, home the root HERMES_HOME; both default to the container's. Names of services may have the
-    prefix `gateway-` or not. Works on slots of its own and on those that hermes-agent's manager made. What fails raises
-    GatewayError, or of its kinds NotRegistered, AlreadyRegistered, InvalidName.
+    prefix `gateway-` or not. Works on slots of its own and on those that hermes-agent's manager made. Timeouts are in
+    seconds. Raises GatewayError, by its kinds: NotRegistered, AlreadyRegistered, InvalidName, CommandFailed.
     """
 
     def __init__(
@@ -3545,7 +3549,7 @@ class S6ServiceManager:
         slot = self.slot(name)
         control = f"{slot}/supervise/control"
         if os.path.exists(control) and not os.access(control, os.W_OK):
-            raise GatewayError(f"{name}: UID {os.geteuid()} may not control it; run this as {USER} or root")
+            raise CommandFailed(f"{name}: UID {os.geteuid()} may not control it; run this as {USER} or root")
         return slot
 
     def valid(self, name: str) -> str:
@@ -3589,7 +3593,7 @@ class S6ServiceManager:
     def is_running(self, name: str) -> bool:
         """Return whether a gateway's process is up, by s6."""
         if (status := slot_status(self.slot(name))) is None:
-            raise GatewayError(f"{name}: no supervisor answers; run `hermes-boot doctor`")
+            raise CommandFailed(f"{name}: no supervisor answers; run `hermes-boot doctor`")
         return status.up
 
     def record(self, name: str, desired: str) -> None:
@@ -3618,7 +3622,7 @@ class S6ServiceManager:
             return  # a slot whose profile is gone has no intent to keep
         except OSError as error:
             what = f"{STATE_FILE} {described(error)}, so the next boot will not know; repair that, then repeat"
-            raise GatewayError(f"{profile}: done, but {what}") from error
+            raise CommandFailed(f"{profile}: done, but {what}") from error
 
     def state_of(self, profile: str) -> dict[str, object]:
         """Return a profile's state, empty where it has none that can be read."""
@@ -3650,7 +3654,7 @@ class S6ServiceManager:
     # Life
 
     def start(self, name: str, *, timeout: float | None = None) -> None:
-        """Start one gateway and record that; timeout is in seconds."""
+        """Start one gateway and record that."""
         self.raise_first(self.carry_out("start", [name], timeout))
 
     def stop(self, name: str, *, timeout: float | None = None) -> None:
@@ -3702,9 +3706,9 @@ class S6ServiceManager:
                 with Folder(self.slot(name)) as slot:
                     locks.append(Lock(slot, timeout=max(0, deadline - time.monotonic())).__enter__())
                 if not locks[-1].held:
-                    raise GatewayError(f"another command has been at work on it for {timeout:g} s; try again")
+                    raise CommandFailed(f"another command has been at work on it for {timeout:g} s; try again")
             except (OSError, GatewayError) as error:
-                failures[name] = GatewayError(f"{name}: its slot cannot be used: {error}")
+                failures[name] = CommandFailed(f"{name}: its slot cannot be used: {error}")
         return locks
 
     def tried(
@@ -3730,7 +3734,7 @@ class S6ServiceManager:
         has done it, timeout seconds at most; return what failed, by name. A supervisor that is not there yet is waited
         for: s6-svscan takes seconds to start hundreds of them."""
         timeout = timeout if timeout is not None else START_TIMEOUT if up else self.patience
-        waiting = {name: self.slot(name) for name in names}
+        waiting = {name: f"{self.scandir}/{SLOT_PREFIX}{self.valid(name)}" for name in names}
         untold = set(names)
         failures: dict[str, GatewayError] = {}
         began, deadline = time.time(), time.monotonic() + timeout
@@ -3747,7 +3751,9 @@ class S6ServiceManager:
                 desired = ""
             for name, slot in [*waiting.items()]:
                 heard(f"{slot}/back-off")  # wakes a finish that waits
-                if name not in untold and self.settled(name, up, began, failures):
+                told = name not in untold or not os.path.isdir(slot)  # or removed by somebody
+                if told and self.settled(name, up, began, failures):
+                    untold.discard(name)
                     del waiting[name]
             if time.monotonic() > deadline or (untold and not supervisor_answers(self.scandir)):
                 break
@@ -3759,9 +3765,9 @@ class S6ServiceManager:
             status = slot_status(slot)
             if name in untold or status is None:
                 what = f"no supervisor answers within {timeout:g} s; run `hermes-boot doctor`"
-                failures[name] = GatewayError(f"{name}: {what}")
+                failures[name] = CommandFailed(f"{name}: {what}")
             elif not (up and status.up):  # else it takes its time, which is no failure
-                failures[name] = GatewayError(f"{name}: did not {aim} within {timeout:g} s")
+                failures[name] = CommandFailed(f"{name}: did not {aim} within {timeout:g} s")
         return failures
 
     def told(self, slot: str, up: bool) -> bool:
@@ -3790,7 +3796,7 @@ class S6ServiceManager:
         if parked or len(ends) > 1:
             how = ending(ends[-1])
             what = f"ended with {how} and is parked" if parked else f"is in a crash loop, last end: {how}"
-            failures[name] = GatewayError(f"{name}: {what}; `hermes-boot logs -p {name} -n 20` says why")
+            failures[name] = CommandFailed(f"{name}: {what}; `hermes-boot logs -p {name} -n 20` says why")
             return True
         return status.up and state_of(status, self.state_of(self.valid(name)), [], True) == "up"
 
@@ -3821,7 +3827,7 @@ class S6ServiceManager:
             tell(f"{slot}/log/supervise/control", b"t")  # the logger too has a new run
         except OSError as error:
             if error.errno != errno.ENXIO:
-                raise GatewayError(f"{profile}: its slot could not be brought up to date: {reason(error)}") from error
+                raise CommandFailed(f"{profile}: its slot could not be brought up to date: {reason(error)}") from error
 
     def register_profile_gateway(
         self, profile: str, *, extra_env: dict[str, str] | None = None, start_now: bool = True
@@ -3847,7 +3853,7 @@ class S6ServiceManager:
                 except OSError:
                     pass  # the gateway says what it thinks of that
         except OSError as error:
-            raise GatewayError(f"{profile}: {shown(self.home)} cannot be used: {reason(error)}") from error
+            raise CommandFailed(f"{profile}: {shown(self.home)} cannot be used: {reason(error)}") from error
         for fault in filter(None, (log_fault, left)):
             warn(f"{profile}: {fault}")
         return not log_fault
@@ -3859,7 +3865,7 @@ class S6ServiceManager:
         name = SLOT_PREFIX + profile
         limit, full = slot_limit(self.scandir)
         if len(self.list_profile_gateways()) >= limit:
-            raise GatewayError(f"{profile}: {full}")
+            raise CommandFailed(f"{profile}: {full}")
         if not os.path.lexists(f"{self.scandir}/{name}"):
             self.end_strays(name)
         try:
@@ -3870,11 +3876,11 @@ class S6ServiceManager:
         except OSError as error:
             sealed = "; HERMES_SEALED leaves that to root: `docker exec CONTAINER hermes-boot gateway register -p NAME`"
             advice = sealed if is_sealed(self.environment) else ""
-            raise GatewayError(f"{profile}: its slot could not be made: {reason(error)}{advice}") from error
+            raise CommandFailed(f"{profile}: its slot could not be made: {reason(error)}{advice}") from error
         rescan(self.scandir)
         if not until(lambda: is_supervised(f"{self.scandir}/{name}"), 5) and is_watched(self.scandir):
             self.withdraw(profile)
-            raise GatewayError(f"{profile}: s6-svscan did not take up its slot within 5 s")
+            raise CommandFailed(f"{profile}: s6-svscan did not take up its slot within 5 s")
 
     def end_strays(self, name: str) -> None:
         """End what runs in a slot of this name whose folder somebody has removed: the new one would run beside it."""
@@ -3884,17 +3890,17 @@ class S6ServiceManager:
             return [stray.removeprefix(name) for stray in strays if stray in (name, f"{name}/log")]
 
         if left() and not let_go(self.scandir, left, self.patience):
-            raise GatewayError(f"{name}: a gateway without a slot runs on after {self.patience} s; end it by its pid")
+            raise CommandFailed(f"{name}: a gateway without a slot runs on after {self.patience} s; end it by its pid")
 
-    def unregister_profile_gateway(self, profile: str) -> None:
+    def unregister_profile_gateway(self, profile: str, *, timeout: float | None = None) -> None:
         """Stop a gateway, and once it has ended remove its slot, supervisors and logger included."""
-        self.end(profile)
+        self.end(profile, timeout)
         self.withdraw(profile)
 
-    def end(self, profile: str) -> None:
+    def end(self, profile: str, timeout: float | None = None) -> None:
         """Stop a gateway that is to be removed."""
         if is_supervised(self.own_slot(profile)):
-            self.raise_first(self.bring([profile], up=False))
+            self.raise_first(self.bring([profile], up=False, timeout=timeout))
 
     def withdraw(self, profile: str) -> None:
         """Remove a slot whose gateway is down, and its supervisors."""
@@ -3906,7 +3912,7 @@ class S6ServiceManager:
                     os.rename(name, removed, src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
                 path = f"{self.scandir}/{removed}"
                 if not let_go(self.scandir, lambda: [own for own in ("", "/log") if is_supervised(path + own)], 10):
-                    raise GatewayError(f"{profile}: its supervisors did not end within 10 s")
+                    raise CommandFailed(f"{profile}: its supervisors did not end within 10 s")
                 try:
                     scandir.remove(removed)
                 except PermissionError:
@@ -3914,7 +3920,7 @@ class S6ServiceManager:
         except FileNotFoundError:
             raise NotRegistered(f"no such gateway: {profile}; somebody else has just removed it") from None
         except OSError as error:
-            raise GatewayError(f"{profile}: its slot could not be removed: {reason(error)}") from error
+            raise CommandFailed(f"{profile}: its slot could not be removed: {reason(error)}") from error
 
 
 START_TIMEOUT = 10  # seconds; a gateway that is up by then takes its time, which is no failure
@@ -4914,6 +4920,8 @@ def visible(line: bytes) -> bytes:
 # Doctor
 # --------------------------------------------------------------------------------------------------------------------
 
+SLOW_WRITE = 0.5  # seconds for a small file, synced
+
 
 class Check:
     """One line of `doctor`: pass, warn or fail, what was looked at, what was found, and the command that fixes it."""
@@ -5066,7 +5074,7 @@ def owner_checks(boot: Boot) -> list[Check]:
 
 
 def volume_checks(boot: Boot) -> list[Check]:
-    """Look at the volume: its kind, its space, whether it takes a write."""
+    """Look at the volume: its kind, its space, whether and how fast it takes a write."""
     checks = [Check("warn", "volume", fault.text, fault.fix) for fault in mount_faults(boot)]
     kind = holding_mount(boot.home, mount_points())[1]
     try:
@@ -5074,6 +5082,7 @@ def volume_checks(boot: Boot) -> list[Check]:
         space = free.f_bavail * free.f_frsize
         if space < 64 << 20:
             checks.append(Check("warn", "volume", f"only {space >> 20} MiB are free", "free some space"))
+        started = time.monotonic()
         with Folder(boot.home, follow=True) as home:
             probe(home)
     except OSError as error:
@@ -5082,7 +5091,12 @@ def volume_checks(boot: Boot) -> list[Check]:
         found = f"{shown(boot.home)} ({kind}) cannot be written: {reason(error)}"
         fix = known.get(error.errno or 0, "`hermes-boot doctor --fix` as root")
         return [*checks, Check("fail", "volume", found, fix)]
-    return checks or [Check("pass", "volume", f"{kind}, {space >> 20} MiB free")]
+    if (took := time.monotonic() - started) > SLOW_WRITE:
+        found, fix = f"writing a file took {took * 1000:.0f} ms ({kind})", "keep HERMES_HOME on a local volume"
+        checks.append(Check("warn", "volume", found, fix))
+    return checks or [
+        Check("pass", "volume", f"{kind}, {space >> 20} MiB free, a file written in {took * 1000:.0f} ms")
+    ]
 
 
 def version_checks(boot: Boot) -> list[Check]:

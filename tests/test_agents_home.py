@@ -209,6 +209,19 @@ def test_a_volume_that_cannot_sync_a_folder_works(container, tmp_path, number):
     assert "SOUL.md could not be seeded" in box.exec(*inject, "inject=fsync:error=EIO", OURS, "setup").stderr
 
 
+@sandbox_only
+def test_doctor_names_a_slow_volume(container):
+    """As a network's may be: by the time that a small file takes."""
+    if not shutil.which("strace"):
+        pytest.skip("needs strace")
+    box = container()
+    box.start("sleep", "infinity")
+    delay = "inject=fsync:delay_enter=600000"
+    done = box.exec("strace", "-f", "-o", "/tmp/trace", "-e", delay, "/opt/hermes/bin/hermes-boot", "doctor")
+    slow = r"^warn  volume: writing a file took \d{3,4} ms \(.+\); keep HERMES_HOME on a local volume$"
+    assert re.search(slow, done.stdout, re.MULTILINE), done
+
+
 # Where things are
 
 

@@ -499,6 +499,19 @@ def test_two_managers_interleave_without_a_leftover(gateways):
     assert "s6-log" not in host.box.exec("ps", "axo", "args").stdout
 
 
+def test_a_slot_that_goes_meanwhile_is_that_gateways_failure_alone(gateways):
+    """Somebody unregisters one between its lock and its signal; the others stop."""
+    host = gateways({"a": RUN})
+    script = (
+        "import sys; sys.path.insert(0, '/opt/hermes/docker'); import hermes_boot; hermes_boot.become_hermes()\n"
+        "manager = hermes_boot.S6ServiceManager(environment={'HERMES_HOME': '/opt/data'})\n"
+        "print(*manager.bring(['gone', 'a'], up=False).values(), manager.is_running('a'))\n"
+    )
+    assert host.do("start", "-p", "a").returncode == 0
+    done = host.box.exec("/usr/bin/python3", "-IBSc", script)
+    assert re.fullmatch(r"no such gateway: gone; .* False\n", done.stdout), done
+
+
 def test_extra_env_reaches_the_gateway_as_data(gateways):
     """Quotes, newlines and $() included; a name that is none is refused."""
     host = gateways({"a": 'env -0 > "$folder/env"\n' + RUN})
