@@ -851,15 +851,15 @@ def shell_code(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def in_child(action: Callable[..., int], *arguments: object, timeout: float) -> int:
-    """Run an action in a child process, for timeout seconds at most; return its exit code, see wait_for."""
+def forked(action: Callable[[], int]) -> int:
+    """Run an action in a child process, which ends with its code; return the child's pid."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
-        code = guarded(action, *arguments)
+        code = guarded(action)
         sys.stdout.flush()
         os._exit(code)
-    return wait_for(child, timeout)
+    return child
 
 
 def wait_for(child: int, timeout: float) -> int:
@@ -917,7 +917,7 @@ def as_owner(owner: Owner, action: Callable[..., int], *arguments: object, timeo
 
     if os.geteuid() != 0 or owner[0] == 0:
         return guarded(action, *arguments)
-    code = in_child(dropped, timeout=timeout)
+    code = wait_for(forked(dropped), timeout)
     if code == OVERDUE:
         say("error", f"what ran as {USER} was stopped by somebody, or took more than {timeout:g} s, so it was ended")
     elif code == 128 + SIGKILL:
@@ -954,7 +954,7 @@ def run_helper(argv: list[str], environment: dict[str, str]) -> int:
         set_terminal_going()
         return OVERDUE if code is None else shell_code(code)
 
-    return in_child(watch, timeout=HELPER_TIMEOUT + 60)
+    return wait_for(forked(watch), HELPER_TIMEOUT + 60)
 
 
 def kill_all_of_hermes() -> bool:
@@ -1384,32 +1384,27 @@ class Sweep:
     to put it by links on the volume: of its entries, too, only those of the former UIDs change, unless it is empty.
     """
 
-    COUNTED = (
-        *"changed checked linked failed kept deep strangers left_behind".split(),  # numbers, then words
-        *"first failure first_kept first_stranger first_left_behind".split(),
-    )
+    COUNTED = "changed checked linked failed kept deep first failure first_kept".split()  # numbers, then texts
 
-    def __init__(self, boot: Boot, *, former: int = -1, mounted: bool = False) -> None:
-        """former is the UID that hermes had before, -1 for none; mounted says whether there are other file systems
+    def __init__(self, boot: Boot, *, former: int = 0, mounted: bool = False) -> None:
+        """former is the UID that hermes had before, 0 for none; mounted says whether there are other file systems
         that it could move below a folder that is checked."""
-        self.uid, self.gid = boot.owner
-        self.by_group = boot.by_group
-        self.dry_run = boot.dry_run
-        self.former = {former, self.uid}
+        self.boot, (self.uid, self.gid) = boot, boot.owner
+        self.former = {self.uid, former or self.uid}
         self.home: MountId = (-1, b"")  # where the volume itself is
         self.held = 0  # names of folders in memory
         # Nothing of hermes's runs before the CMD; from then on it can move what is mounted elsewhere.
         self.mounted = mounted or os.path.exists(COMMAND_PROCESS)
-        self.path, self.progress = boot.home, Progress(quiet=boot.quiet)
-        self.counts: list[int] | memoryview[int] = [0] * MOST_SWEEPERS  # what each process has checked
-        self.index = 0  # which of them we are
+        self.progress = Progress(quiet=boot.quiet)
+        self.output = -1  # in a process that shares the work: where it tells what it has counted
+        self.strangers = self.left_behind = 0
+        self.first_stranger = self.first_left_behind = ""
         self.reset()
 
     def reset(self) -> None:
         """Forget what was counted."""
-        self.changed = self.checked = self.linked = self.failed = 0
-        self.kept = self.deep = self.strangers = self.left_behind = 0
-        self.first = self.failure = self.first_kept = self.first_stranger = self.first_left_behind = ""
+        self.changed = self.checked = self.linked = self.failed = self.kept = self.deep = 0
+        self.first = self.failure = self.first_kept = ""
 
     def claim(self, name: str, at: int, *, writable: bool = False) -> None:
         """Give one entry to hermes; with writable, for a file at the top of the volume, which may be mounted there
@@ -1420,31 +1415,33 @@ class Sweep:
             return  # removed while we looked
         except OSError as error:
             return self.fail(name, at, error)
+        path = f"/proc/self/fd/{fd}"
         try:
             status = os.fstat(fd)
-            if not self.may_change(status) or (
-                self.mounted and self.is_theirs(fd, at, status) and self.keep(name, at, status)
-            ):
+            theirs = self.mounted and self.is_theirs(fd, at, status)
+            if not self.may_change(status) or (theirs and self.keep(name, at, status)):
                 return
-            path = f"/proc/self/fd/{fd}"
+            unusable = stat.S_ISREG(status.st_mode) and status.st_mode & 0o600 != 0o600
+            if writable and unusable and not self.boot.dry_run:
+                os.chmod(path, stat.S_IMODE(status.st_mode) | 0o600)
             if (status.st_uid, status.st_gid) != (self.uid, self.gid):
-                if not self.dry_run:
-                    os.chown(path, self.uid, self.gid)
-                self.note(name, at, status)
-            if writable and stat.S_ISREG(status.st_mode) and status.st_mode & 0o600 != 0o600 and not self.dry_run:
-                os.chmod(path, stat.S_IMODE(os.fstat(fd).st_mode) | 0o600)
+                self.give(name, at, status, path)
         except OSError as error:
             self.fail(name, at, error)
         finally:
             os.close(fd)
 
-    def note(self, name: str, at: int, status: os.stat_result) -> None:
-        """Count a wrong owner; the first one is shown, by its path."""
-        if self.by_group and is_groups(status, self.gid):
-            return
-        self.changed += 1
-        if not self.first:
-            self.first = f"{path_in(at, name)} belongs to {status.st_uid}:{status.st_gid}"
+    def give(self, name: str, at: int, status: os.stat_result, opened: str = "") -> None:
+        """Give an entry of an open folder (or as "." that itself) to hermes: by the path of its descriptor, or by its
+        name where nobody but root can move it. The first wrong owner is shown."""
+        try:
+            if not self.boot.dry_run:
+                os.chown(opened or name, self.uid, self.gid, dir_fd=at, follow_symlinks=bool(opened))
+        except OSError as error:
+            return self.fail(name, at, error)
+        if not (self.boot.by_group and is_groups(status, self.gid)):
+            self.changed += 1
+            self.first = self.first or f"{path_in(at, name)} belongs to {status.st_uid}:{status.st_gid}"
 
     def notice(self, entry: os.DirEntry[str]) -> None:
         """Count an entry at the top of the volume that nobody manages, where it is not hermes's."""
@@ -1452,19 +1449,12 @@ class Sweep:
             status = entry.stat(follow_symlinks=False)
         except OSError:
             return  # removed while we looked
-        if status.st_uid != self.uid and not (self.by_group and is_groups(status, self.gid)):
+        if status.st_uid != self.uid and not (self.boot.by_group and is_groups(status, self.gid)):
             self.strangers += 1
             self.first_stranger = self.first_stranger or entry.name
             if status.st_uid in self.former:
                 self.left_behind += 1
                 self.first_left_behind = self.first_left_behind or entry.name
-
-    def kept_fault(self, boot: Boot) -> Fault:
-        """Return what there is to say of mounts whose entries stay whose they are."""
-        mount = holding_mount(self.first_kept, mount_points())[0].rstrip("/")
-        found = f"{self.kept} entries of mounts below {shown(boot.home)} are not {USER}'s and stay so"
-        fix = f"if {USER} is to write there: chown -hR {self.uid}:{self.gid} on the host, in what is mounted"
-        return Fault(f"{found}, the first in {shown(mount)}", fix)
 
     def may_change(self, status: os.stat_result) -> bool:
         """Return whether root may act on an entry, by its descriptor's status."""
@@ -1486,7 +1476,9 @@ class Sweep:
         if status.st_uid in self.former:
             return False
         self.kept += 1
-        self.first_kept = self.first_kept or os.path.normpath(os.path.join(os.readlink(f"/proc/self/fd/{at}"), name))
+        if not self.first_kept:
+            path = os.path.normpath(os.path.join(os.readlink(f"/proc/self/fd/{at}"), name))
+            self.first_kept = shown(holding_mount(path, mount_points())[0].rstrip("/"))
         return True
 
     def place(self, fd: int) -> MountId:
@@ -1509,8 +1501,11 @@ class Sweep:
         uid, gid, checked = self.uid, self.gid, 0
         own, theirs = os.fstat(fd), place != self.home
         still = not self.mounted and not theirs and own.st_uid != uid and not own.st_mode & 0o022
-        if still and own.st_uid and not self.dry_run:
-            still = self.taken(fd)
+        if still and own.st_uid and not self.boot.dry_run:
+            try:
+                os.chown(fd, 0, -1)
+            except OSError:
+                still = False
         with os.scandir(fd) as listing:
             for entry in listing:
                 checked += 1
@@ -1527,13 +1522,12 @@ class Sweep:
                 if not still:
                     self.claim(entry.name, fd)
                 elif self.may_change(status):
-                    self.change(entry.name, fd, status, True)
+                    self.give(entry.name, fd, status)
         self.checked += checked
-        self.counts[self.index] += checked
-        if not self.index:
-            self.progress.tell(self.so_far)
-        if (own.st_uid != uid or own.st_gid != gid) and not (theirs and self.keep(".", fd, own)):
-            self.change(".", fd, own, False)
+        self.tell()
+        empty_mount = theirs and not checked  # as good as new
+        if (own.st_uid != uid or own.st_gid != gid) and (not theirs or empty_mount or not self.keep(".", fd, own)):
+            self.give(".", fd, own)
         return folders
 
     def room(self) -> int:
@@ -1541,81 +1535,62 @@ class Sweep:
         every level has some."""
         return max(16, (MOST_NAMES - self.held) // 4)
 
-    def more_folders(self, fd: int, skip: int, room: int) -> list[str]:
-        """Return an open folder's next folders' names, so many at most: a listing is read again, not kept."""
-        names: list[str] = []
-        with os.scandir(fd) as listing:
-            for entry in listing:
-                if not entry.is_dir(follow_symlinks=False):
-                    continue
-                if skip:
-                    skip -= 1
-                elif len(names) < room:
-                    names.append(entry.name)
-                else:
-                    break
-        return names
-
-    def taken(self, fd: int) -> bool:
-        """Make an open folder root's own until its entries are checked; return whether that could be."""
-        try:
-            os.chown(fd, 0, -1)
-        except OSError:
-            return False
-        return True
+    def tell(self) -> None:
+        """Say how far we are, when it is time to; to the process whose work we share, every thousand entries."""
+        if self.output < 0:
+            self.progress.tell(self.so_far)
+        elif self.checked >= 1000:
+            self.send()
 
     def so_far(self) -> str:
         """Return what has been done until now; how much there is, the file system knows, with what else it has."""
-        aim = f"giving {shown(self.path)} to {self.uid}:{self.gid}" if self.changed else f"owners on {shown(self.path)}"
-        files = os.statvfs(self.path)
+        home = self.boot.home
+        aim = f"giving {shown(home)} to {self.uid}:{self.gid}" if self.changed else f"owners on {shown(home)}"
+        files = os.statvfs(home)
         most = f" of at most {files.f_files - files.f_ffree:,}" if files.f_files > files.f_ffree else ""
-        return f"{aim}: {sum(self.counts):,}{most} entries"
+        return f"{aim}: {self.checked:,}{most} entries"
 
-    def change(self, name: str, fd: int, status: os.stat_result, inside: bool) -> None:
-        """Give an open folder (as "."), or an entry inside of it that nobody but root can move, to hermes."""
-        try:
-            if self.dry_run:
-                pass
-            elif inside:
-                os.chown(name, self.uid, self.gid, dir_fd=fd, follow_symlinks=False)
-            else:
-                os.chown(fd, self.uid, self.gid)
-        except OSError as error:
-            self.fail(name, fd, error)
-        else:
-            self.note(name, fd, status)
-
-    def tree(self, folder: Folder, names: list[str] | None = None) -> None:
-        """Check an open folder and all below it; it is closed. names are its first folders, where its entries have been
-        checked. One descriptor at any depth: the way back up is `..`, checked to be where we came from."""
+    def tree(self, folder: Folder, first: list[str] | None = None) -> None:
+        """Check an open folder and all below it; it is closed. first are the first of its folders, where its entries
+        have been checked. One descriptor at any depth: the way back up is `..`, checked to be where we came from."""
         fd, held = folder.fd, self.held
+
+        def folders(names: list[str] | None = None) -> Iterator[str]:
+            """Check the current folder; yield its folders. Where there was no room for all, it is listed again."""
+            room, listed = self.room() if names is None else len(names), 0
+            names = self.entries(fd, place, room) if names is None else names
+            while names:
+                full, listed = len(names) >= room, listed + len(names)
+                self.held += len(names)
+                while names:
+                    self.held -= 1
+                    yield names.pop()
+                if full:
+                    room = self.room()
+                    names = more_folders(fd, listed, room)
+
         try:
             place = self.place(fd)
-            above = [Level(self, fd, place, names)]
-            while True:
-                if name := above[-1].next(self, fd):
-                    fd = self.descend(fd, name, place, above)
+            levels = [(os.fstat(fd).st_ino, folders(first))]
+            while levels:
+                if name := next(levels[-1][1], ""):
+                    if len(levels) >= MOST_LEVELS:
+                        self.deep += 1
+                    elif child := self.open_folder(fd, name, place):
+                        os.close(fd)
+                        fd = child.fd
+                        levels.append((os.fstat(fd).st_ino, folders()))
                     continue
-                above.pop()
-                if not above:
-                    return
-                fd = replace_fd(fd, os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd))
-                if os.fstat(fd).st_ino != above[-1].inode:
-                    raise OSError(errno.ESTALE, "was moved while it was being swept")
+                levels.pop()
+                if levels:
+                    up = os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+                    os.close(fd)
+                    fd = up
+                    if os.fstat(fd).st_ino != levels[-1][0]:
+                        raise OSError(errno.ESTALE, "was moved while it was being swept")
         finally:
             os.close(fd)
             self.held = held
-
-    def descend(self, fd: int, name: str, place: MountId, above: list[Level]) -> int:
-        """Check a folder and make it the current one, unless open_folder says no, or no path leads so deep."""
-        if len(above) >= MOST_LEVELS:
-            self.deep += 1
-            return fd
-        child = self.open_folder(fd, name, place)
-        if child is None:
-            return fd
-        above.append(Level(self, child.fd, place))
-        return replace_fd(fd, child.fd)
 
     def open_folder(self, fd: int, name: str, place: MountId) -> Folder | None:
         """Open a folder, None when it is gone, unreadable, or of another file system, which mount() checks."""
@@ -1636,13 +1611,15 @@ class Sweep:
     def mount(self, top: Folder) -> None:
         """Check what is mounted below the volume; it is closed. What belongs to a former UID is hermes's there too, and
         an empty one is as good as new. Without these only its top is looked at: the rest may be a host's whole disk."""
-        status, empty = os.fstat(top.fd), is_empty(top)
-        if not empty and len(self.former - {-1}) > 1:
+        with os.scandir(top.fd) as listing:
+            empty = next(listing, None) is None
+        if empty or len(self.former) > 1:
             self.tree(top)
             return
         with top:
-            if (status.st_uid, status.st_gid) != (self.uid, self.gid) and (empty or not self.keep(".", top.fd, status)):
-                self.change(".", top.fd, status, False)
+            status = os.fstat(top.fd)
+            if (status.st_uid, status.st_gid) != (self.uid, self.gid) and not self.keep(".", top.fd, status):
+                self.give(".", top.fd, status)
 
     def volume(self, home: Folder, names: list[str]) -> None:
         """Check the managed folders: the upper levels here, the rest by all cores, once there is enough to share."""
@@ -1653,8 +1630,7 @@ class Sweep:
         while done < len(waiting) < SHARED_FOLDERS:
             path, place = waiting[done]
             done += 1
-            deep = path.count("/") >= SHARED_DEPTH
-            waiting += self.below(home, path, place, self.tree if deep else self.opened)
+            waiting += self.below(home, path, place, whole=path.count("/") >= SHARED_DEPTH)
         if done < len(waiting):
             self.share(home, waiting[done:])
 
@@ -1669,13 +1645,10 @@ class Sweep:
                 warn(f"{name} on the volume {described(error)}; its owners were not checked; put a plain folder there")
             return []
         self.checked += 1
-        if self.place(folder.fd) != self.home and is_empty(folder):
-            self.mount(folder)
-            return []
-        return [(f"{name}/{below}", place) for below, place in self.opened(folder)]
+        return self.opened(folder, name)
 
-    def opened(self, folder: Folder) -> list[tuple[str, MountId]]:
-        """Check an open folder's entries and close it; return its folders, and where they must be. One with too many to
+    def opened(self, folder: Folder, path: str) -> list[tuple[str, MountId]]:
+        """Check an open folder's entries and close it; return its folders, as volume() wants them. One with too many to
         share is checked here with all below it."""
         place, room = self.place(folder.fd), min(MOST_SHARED, self.room())
         names = self.entries(folder.fd, place, room)
@@ -1684,83 +1657,84 @@ class Sweep:
             return []
         os.close(folder.fd)
         self.held += len(names)
-        return [(name, place) for name in names]
+        return [(f"{path}/{name}", place) for name in names]
 
-    def below(
-        self, home: Folder, path: str, place: MountId, action: Callable[[Folder], list[tuple[str, MountId]] | None]
-    ) -> list[tuple[str, MountId]]:
-        """Open a folder anew and take an action on it; return the folders it names, as volume() wants them. Whatever
-        became of the folder since we saw it is counted."""
+    def below(self, home: Folder, path: str, place: MountId, *, whole: bool) -> list[tuple[str, MountId]]:
+        """Open a folder anew and check it, as a whole or as opened() does; return what that returns. Whatever became of
+        the folder since we saw it is counted."""
         parent, _, name = path.rpartition("/")
         try:
             with home.folder(parent) as above:
                 folder = self.open_folder(above.fd, name, place)
-            found = action(folder) if folder else None
-            return [(f"{path}/{name}", place) for name, place in found or ()]
+            if folder and not whole:
+                return self.opened(folder, path)
+            if folder:
+                self.tree(folder)
         except FileNotFoundError:
-            return []  # removed while we looked
+            pass  # removed while we looked
         except OSError as error:
             self.fail(path, home.fd, error)
-            return []
+        return []
 
     def share(self, home: Folder, folders: list[tuple[str, MountId]]) -> None:
-        """Check folders in as many processes as there are cores; each takes the next group by a byte from a pipe."""
-        groups = min(256, len(folders))
-        tokens, filled = os.pipe()
-        os.write(filled, bytes(range(groups)))
+        """Check folders in as many processes as there are cores. Each takes the number of the next group from one pipe,
+        and tells by another what it has counted."""
+        import marshal
+
+        count = min(256, len(folders))
+        numbers, filled = os.pipe()
+        os.write(filled, bytes(range(count)))
         os.close(filled)
+        results, output = os.pipe()
+
+        def check(group: int) -> None:
+            for path, place in folders[group::count]:
+                self.below(home, path, place, whole=True)
 
         def work() -> int:
-            while token := os.read(tokens, 1):
-                for path, place in folders[token[0] :: groups]:
-                    self.below(home, path, place, self.tree)
+            os.close(results)
+            self.output = output
+            self.reset()
+            while group := os.read(numbers, 1):
+                check(group[0])
+                self.send(group[0])
             return 0
 
-        import mmap
-        import select
-
-        self.counts = memoryview(mmap.mmap(-1, 8 * MOST_SWEEPERS)).cast("q")
-        self.counts[0] = self.checked
-        workers = min(MOST_SWEEPERS, len(os.sched_getaffinity(0)))
-        children = [self.fork(work, index) for index in range(1, workers)]
-        work()
-        os.close(tokens)
-        for index, (child, result) in enumerate(children, 1):
-            while not select.select([result], [], [], 1)[0]:
-                self.progress.tell(self.so_far)
-            with open(result, "rb") as file:
-                data = file.read()
-            if os.waitpid(child, 0)[1] == 0:
-                self.add(data)
-                continue
-            warn("a process that checked owners was ended, most likely for want of memory; its work is done again")
-            self.counts[index] = 0
-            for path, place in folders:
-                self.below(home, path, place, self.tree)
-
-    def fork(self, work: Callable[[], int], index: int) -> tuple[int, int]:
-        """Start a process, the index-th, that works and writes what it counted; return its pid and where to read."""
-        import marshal
-
-        result, output = os.pipe()
-        sys.stderr.flush()
-        child = os.fork()
-        if child == 0:
-            self.index = index
-            self.reset()
-            code = guarded(work)
-            os.write(output, marshal.dumps([getattr(self, name) for name in self.COUNTED]))
-            os._exit(code)
+        children = [forked(work) for _ in range(min(MOST_SWEEPERS, len(os.sched_getaffinity(0))))]
+        os.close(numbers)
         os.close(output)
-        return child, result
+        left = set(range(count))
+        with open(results, "rb") as told:
+            while told.peek(1):
+                group, counted = marshal.load(told)
+                left.discard(group)
+                self.add(counted)
+                self.tell()
+        for child in children:
+            os.waitpid(child, 0)
+        if left:
+            warn("a process that checked owners was ended, most likely for want of memory; its work is done again")
+        for group in left:
+            check(group)
 
-    def add(self, data: bytes) -> None:
-        """Add what another process counted."""
+    def send(self, group: int = -1) -> None:
+        """Tell the process whose work we share what we have counted since the last time, and which group is done."""
         import marshal
 
-        for name, value in zip(self.COUNTED, marshal.loads(data), strict=True):
+        os.write(self.output, marshal.dumps((group, [getattr(self, name) for name in self.COUNTED])))
+        self.reset()
+
+    def add(self, counted: list[Any]) -> None:
+        """Add what another process has counted."""
+        for name, value in zip(self.COUNTED, counted, strict=True):
             ours = getattr(self, name)
             setattr(self, name, ours or value if isinstance(value, str) else ours + value)
+
+    def kept_fault(self, boot: Boot) -> Fault:
+        """Return what there is to say of mounts whose entries stay whose they are."""
+        found = f"{self.kept} entries of mounts below {shown(boot.home)} are not {USER}'s and stay so"
+        fix = f"if {USER} is to write there: chown -hR {self.uid}:{self.gid} on the host, in what is mounted"
+        return Fault(f"{found}, the first in {self.first_kept}", fix)
 
     def report(self, boot: Boot) -> None:
         """Say what was changed, what could not be, and what was left alone for safety."""
@@ -1788,36 +1762,13 @@ class Sweep:
             )
 
 
-class Level:
-    """A folder on the way down through a tree: which it is, and which of its folders are still to be checked."""
+def more_folders(fd: int, skip: int, room: int) -> list[str]:
+    """Return an open folder's next folders' names, so many at most: a listing is read again, not kept."""
+    from itertools import islice
 
-    def __init__(self, sweep: Sweep, fd: int, place: MountId, names: list[str] | None = None) -> None:
-        room = sweep.room() if names is None else len(names)
-        names = sweep.entries(fd, place, room) if names is None else names
-        self.inode, self.listed = os.fstat(fd).st_ino, 0
-        self.take(sweep, names, room)
-
-    def take(self, sweep: Sweep, names: list[str], room: int) -> None:
-        """Keep names; where there was no room for more, there may be more."""
-        self.names, self.cut = names, len(names) >= room
-        self.listed += len(names)
-        sweep.held += len(names)
-
-    def next(self, sweep: Sweep, fd: int) -> str:
-        """Return the next folder's name, "" when all are checked."""
-        if not self.names and self.cut:
-            room = sweep.room()
-            self.take(sweep, sweep.more_folders(fd, self.listed, room), room)
-        if not self.names:
-            return ""
-        sweep.held -= 1
-        return self.names.pop()
-
-
-def is_empty(folder: Folder) -> bool:
-    """Return whether nothing is in a folder."""
-    with os.scandir(folder.fd) as listing:
-        return next(listing, None) is None
+    with os.scandir(fd) as listing:
+        folders = (entry.name for entry in listing if entry.is_dir(follow_symlinks=False))
+        return list(islice(folders, skip, skip + room))
 
 
 def is_groups(status: os.stat_result, gid: int) -> bool:
@@ -1829,12 +1780,6 @@ def is_groups(status: os.stat_result, gid: int) -> bool:
 def path_in(folder: int, name: str) -> str:
     """Return the path of an entry of an open folder, for people."""
     return shown(os.path.normpath(os.path.join(os.readlink(f"/proc/self/fd/{folder}"), name)))
-
-
-def replace_fd(old: int, new: int) -> int:
-    """Close one descriptor and return another."""
-    os.close(old)
-    return new
 
 
 def mount_points() -> list[tuple[str, str]]:
@@ -1905,7 +1850,7 @@ def sweep_volume(boot: Boot) -> Sweep:
         mounts = mount_points()
         holder = holding_mount(boot.home, mounts)[0]
         others = any(point != holder and point.startswith(holder) for point, _ in mounts)  # hermes may move these
-        sweep = Sweep(boot, former=top or -1, mounted=others)
+        sweep = Sweep(boot, former=top, mounted=others)
         sweep.home = sweep.place(home.fd)
         folders: list[str] = []
         with os.scandir(home.fd) as listing:
