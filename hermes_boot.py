@@ -38,6 +38,8 @@ VERSION = "1.1.0"
 
 Owner = tuple[int, int]  # UID, GID
 MountId = tuple[int, bytes]  # device and mount that a folder is on
+Files = dict[str, tuple[str, int]]  # of a slot: path, text, mode
+Asked = dict[str, tuple[bool, bool]]  # by profile: whether its gateway starts, and whether it has a log folder
 
 # ====================================================================================================================
 # BOOT
@@ -480,12 +482,16 @@ class Folder:
     def __exit__(self, *_: object) -> None:
         os.close(self.fd)
 
-    def folder(self, path: str) -> Folder:
-        """Open a folder below this one, link-free at every step."""
+    def folder(self, path: str, *, make: bool = False) -> Folder:
+        """Open a folder below this one, link-free at every step, making what is missing of it if asked to."""
         parent = self
         for name in path.split("/"):
             try:
                 child = Folder(name, parent.fd)
+            except FileNotFoundError:
+                if not make:
+                    raise
+                child = parent.made(name)
             finally:
                 if parent is not self:
                     os.close(parent.fd)
@@ -494,14 +500,7 @@ class Folder:
 
     def make(self, path: str) -> Folder:
         """Open a folder below this one, making what is missing of it."""
-        try:
-            return self.folder(path)
-        except FileNotFoundError:
-            parent, _, name = path.rpartition("/")
-        if not parent:
-            return self.made(name)
-        with self.make(parent) as above:
-            return above.made(name)
+        return self.folder(path, make=True)
 
     def made(self, name: str) -> Folder:
         """Make a folder in this one, unless it is there by now, and open it."""
@@ -536,22 +535,25 @@ class Folder:
             raise OSError(errno.EFBIG, f"is longer than {limit} bytes")
         return data
 
-    def write(self, name: str, data: bytes, mode: int, *, replace: bool, sync: bool = True) -> bool:
-        """Put a file in place whole, or not at all: beside, fsync, rename. Without replace an existing entry stays;
-        False then. Without sync, for what only this boot needs, whole is meant for processes, not for a power cut.
+    def write(self, name: str, data: bytes, mode: int, *, replace: bool, sync: bool = True) -> None:
+        """Put a file in place whole, or not at all: beside, fsync, rename. Without replace an existing entry stays.
+        Without sync, for what only this boot needs, whole is meant for processes, not for a power cut.
 
         mode holds from the first instant (it is open's, not a later chmod's), so a secret is never readable by others.
         """
         with Lock(self, name):
             if replace:
-                self.replace(name, data, mode, sync=sync)
-                return True
+                return self.replace(name, data, mode, sync=sync)
             temporary = self.write_beside(name, data, mode)
-            if not self.reserve(temporary, name):
-                self.unlinked(temporary)
-                return False
+            try:  # link() decides in the kernel whether something has the name
+                os.link(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
+            except FileExistsError:
+                pass
+            except OSError:  # CIFS, exFAT and FUSE may have no hard links
+                if self.stat(name) is None:
+                    os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            self.unlinked(temporary)
             self.sync()
-        return True
 
     def sync(self) -> None:
         """Bring the folder's names to disk, where its file system can: virtiofs, vboxsf and old CIFS cannot."""
@@ -605,19 +607,6 @@ class Folder:
             self.unlinked(temporary)
             raise
         return temporary
-
-    def reserve(self, temporary: str, name: str) -> bool:
-        """Give a file its name unless something has it; link() decides that in the kernel, where there is one."""
-        try:
-            os.link(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
-            self.unlinked(temporary)
-        except FileExistsError:
-            return False
-        except OSError:  # CIFS, exFAT and FUSE may have no hard links
-            if self.stat(name):
-                return False
-            os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-        return True
 
     def is_roots(self) -> bool:
         """Return whether nobody but root can replace what root has put into this folder."""
@@ -742,17 +731,14 @@ def changes(status: os.stat_result) -> tuple[int, int, int]:
 
 class Lock:
     """An exclusive flock on a folder, between containers too, waited for for timeout seconds: a hostile holder must not
-    stop a boot.
-
-    Once it is held, what killed writers of the given names left is removed.
-    """
+    stop a boot. Once it is held, what killed writers of the given names left is removed."""
 
     def __init__(self, folder: Folder, *names: str, timeout: float = 1) -> None:
         self.folder, self.names, self.timeout, self.fd, self.held = folder, names, timeout, -1, False
 
     def __enter__(self) -> Lock:
         self.fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.folder.fd)
-        self.held = self.acquired()
+        until(self.tried, self.timeout)
         if self.held and self.names:
             self.folder.remove_temporaries(*self.names)
         return self
@@ -760,21 +746,18 @@ class Lock:
     def __exit__(self, *_: object) -> None:
         os.close(self.fd)
 
-    def acquired(self) -> bool:
-        """Try to get the lock; return whether we have it."""
+    def tried(self) -> bool:
+        """Try to get the lock; return whether there is nothing to wait for."""
         import fcntl
 
-        deadline = time.monotonic() + self.timeout
-        while True:
-            try:
-                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    return False
-                time.sleep(0.02)
-            except OSError:
-                return False  # NFS locks no folders; two boots on one volume are then as safe as link() and rename()
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.held = True
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # NFS locks no folders; two boots on one volume are then as safe as link() and rename()
+        return True
 
 
 def read_small(path: str) -> bytes:
@@ -931,9 +914,8 @@ def run_helper(argv: list[str], environment: dict[str, str]) -> int:
     """Run a program as hermes: stdin empty, stdout on stderr, killed after HELPER_TIMEOUT seconds. Returns its code,
     124 when killed.
 
-    It reads what hermes has left on the volume, and may leave processes behind, which could stop what the boot does as
-    hermes later on, and a terminal whose output is stopped: they all come to the process that watches it here, and end
-    with it.
+    It reads what hermes has left on the volume, and may leave a terminal whose output is stopped, and processes, which
+    could stop what the boot does as hermes later on: they come to the process that watches it here, and end with it.
     """
 
     def watch() -> int:
@@ -1115,18 +1097,16 @@ PATHS = ("AZURE_FEDERATED_TOKEN_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE")  # which a
 MAX_ID = 2**32 - 2  # 2**32 - 1 is chown's "leave it as it is"
 
 
-def wanted_id(boot: Boot, *names: str) -> int | None:
-    """Return the UID or GID of the first non-empty of these variables, None for none; Fatal when it is no such."""
+def wanted_id(boot: Boot, *names: str) -> int:
+    """Return the UID or GID of the first non-empty of these variables, 0 for none; Fatal when it is no such."""
     for name in names:
-        value = boot.setting(name)
-        if not value:
-            continue
-        if (number := number_in(value, 1, MAX_ID)) is None:
+        if value := boot.setting(name):
+            if number := number_in(value, 1, MAX_ID):
+                return number
             root = "0 is root, as which the agent never runs; " if value == "0" else ""
             which = f"a number from 1 to {MAX_ID}; {root}unset it or give your host's (id -u, id -g)"
             raise Fatal(f"{name}={value!r} is not {which}")
-        return number
-    return None
+    return 0
 
 
 def rewrite(path: str, edit: Callable[[list[bytes]], list[bytes]], *, dry_run: bool = False) -> bool:
@@ -1192,9 +1172,8 @@ def remap(boot: Boot) -> None:
     Not by usermod: that walks the user's whole home folder, which here is the volume. Fatal when a value is wrong, or
     when another user has the UID; a GID may be shared (macOS users have 20, NAS users 100).
     """
-    uid = wanted_id(boot, "HERMES_UID", "PUID")
-    gid = wanted_id(boot, "HERMES_GID", "PGID")
-    wanted = (boot.owner[0] if uid is None else uid, boot.owner[1] if gid is None else gid)
+    uid, gid = wanted_id(boot, "HERMES_UID", "PUID"), wanted_id(boot, "HERMES_GID", "PGID")
+    wanted = (uid or boot.owner[0], gid or boot.owner[1])
     if wanted == boot.owner:
         return
     if os.geteuid() != 0:
@@ -1239,11 +1218,7 @@ def given_groups() -> list[int]:
         groups += [int(number) for line in lines if line.startswith(b"Groups:") for number in line.split()[1:]]
     except OSError:
         pass  # hidden from hermes
-    try:
-        nodes = [f"{RENDER_NODES}/{name}" for name in sorted(os.listdir(RENDER_NODES)) if name.startswith("renderD")]
-    except OSError:
-        nodes = []
-    for path in (DOCKER_SOCKET, *nodes):
+    for path in (DOCKER_SOCKET, *(node for node in names_in(RENDER_NODES) if "/renderD" in node)):
         try:
             status = os.stat(path)
             if stat.S_ISSOCK(status.st_mode) or stat.S_ISCHR(status.st_mode):
@@ -1799,11 +1774,8 @@ def mount_points() -> list[tuple[str, str]]:
 def holding_mount(path: str, mounts: list[tuple[str, str]]) -> tuple[str, str]:
     """Return the mount that a path is on."""
     real = os.path.realpath(path).rstrip("/") + "/"
-    return max(
-        (mount for mount in reversed(mounts) if real.startswith(mount[0])),
-        key=lambda mount: len(mount[0]),
-        default=("/", "unknown"),
-    )
+    above = [mount for mount in reversed(mounts) if real.startswith(mount[0])]
+    return max(above, key=lambda mount: len(mount[0]), default=("/", "unknown"))
 
 
 WAL_IS_UNSAFE = frozenset("9p cifs fakeowner nfs nfs4 smb3 smbfs vboxsf virtiofs".split())
@@ -1829,9 +1801,6 @@ def loses_wal(kind: str) -> bool:
 
 def own_volume(boot: Boot) -> None:
     """Hand HERMES_HOME itself and what is managed at its top to hermes. All else there is the user's."""
-    if not os.path.isdir(boot.home) and not boot.announce(f"make {shown(boot.home)}"):
-        return
-    make_home(boot)
     try:
         sweep = sweep_volume(boot)
     except PermissionError as error:
@@ -1871,7 +1840,7 @@ def sweep_volume(boot: Boot) -> Sweep:
 
 def make_home(boot: Boot) -> None:
     """Make HERMES_HOME with its parents, unless it is there. Fatal when that cannot be."""
-    if os.path.isdir(boot.home):
+    if os.path.isdir(boot.home) or not boot.announce(f"make {shown(boot.home)}"):
         return
     try:
         os.close(trusted_folder(boot.home, make=True).fd)
@@ -1912,8 +1881,7 @@ def seeds(boot: Boot) -> list[tuple[str, int, bytes]]:
     result = []
     for name, mode, template in TEMPLATES:
         try:
-            with open(f"{IMAGE}/{template}", "rb") as file:
-                data = file.read()
+            data = content(f"{IMAGE}/{template}")
         except OSError:
             data = BUILT_IN[name].encode()
         result.append((name, mode, data))
@@ -2031,19 +1999,19 @@ def try_volume(boot: Boot, home: Folder) -> None:
             warn(f"{shown(boot.home)}: {reason(error)}; free some space, or gateways will not start well")
             return
         status = os.fstat(home.fd)
-        advice = "chown it on the host"
-        if status.st_uid:
-            advice = f"start with HERMES_UID={status.st_uid} HERMES_GID={status.st_gid}"
-        if os.geteuid() != status.st_uid and boot.by_group:
-            advice = "give it to group 0 (chgrp -R 0, chmod -R g+rwX)"
         if error.errno == errno.EROFS:
             advice = "mount it writable"
         elif status.st_uid == boot.owner[0]:
             advice = "chmod u+rwx it"
+        elif boot.by_group:
+            advice = "give it to group 0 (chgrp -R 0, chmod -R g+rwX)"
+        elif status.st_uid:
+            advice = f"start with HERMES_UID={status.st_uid} HERMES_GID={status.st_gid}"
+        else:
+            advice = "chown it on the host"
         raise Fatal(
             f"{shown(boot.home)} cannot be written by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)};"
-            f" it belongs to {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o};"
-            f" {advice}{rootless_advice(boot.owner)}"
+            f" it {owner_and_mode('.', home.fd)}; {advice}{rootless_advice(boot.owner)}"
         ) from error
 
 
@@ -2171,10 +2139,8 @@ def is_newer(version: str, than: str) -> bool:
 
 
 def wants_migration(boot: Boot, home: Folder, *, fresh: bool) -> bool:
-    """As hermes: return whether the image's agent is newer than the one that last ran on this volume.
-
-    Which that was is kept in a file on the volume; a fresh volume has nothing to migrate.
-    """
+    """As hermes: return whether the image's agent is newer than the one that last ran on this volume, which a file
+    there says; a fresh volume has nothing to migrate."""
     version, last = image_version(), volume_version(home)
     if not version or switch(boot.setting("HERMES_SKIP_CONFIG_MIGRATION")) or not is_newer(version, last):
         return False
@@ -2344,11 +2310,8 @@ def read_state(folder: Folder) -> tuple[dict[str, object], Fault | None]:
 
 
 def intent_of(state: dict[str, object]) -> tuple[str | None, Fault | None]:
-    """Return the state that a gateway should be in, and what is wrong with it.
-
-    desired_state is the operator's intent and wins; gateway_state is the gateway's own word, in which draining and
-    degraded are ways of running.
-    """
+    """Return the state that a gateway should be in, and what is wrong with it: desired_state, the operator's intent,
+    wins; gateway_state is the gateway's own word, in which draining and degraded are ways of running."""
     intent = state.get("desired_state")
     if intent is None:
         intent = state.get("gateway_state")
@@ -2376,24 +2339,19 @@ def prior_exit(folder: Folder, state: dict[str, object]) -> str:
 
 def soul_fault(folder: Folder) -> Fault | None:
     """Return why a folder is not a profile by its SOUL.md."""
-    status = folder.stat("SOUL.md")
-    if status is None:
+    if folder.stat("SOUL.md") is None:
         return Fault("no SOUL.md, so not a profile")
-    if stat.S_ISLNK(status.st_mode):
-        try:
-            status = folder.stat("SOUL.md", follow=True)
-        except OSError:
-            status = None
+    try:
+        status = folder.stat("SOUL.md", follow=True)
+    except OSError:
+        status = None
     regular = status and stat.S_ISREG(status.st_mode)
     return None if regular else Fault("SOUL.md is not a file", "make it one, or remove it if this is no profile")
 
 
 def container_words() -> list[str]:
-    """Return the words of hermes's command line that the container was started with.
-
-    Cont-init scripts do not see them; they are on the command line of rc.init, a child of PID 1's, of PID 1 where that
-    runs the wrapper, or of the fallback init.
-    """
+    """Return the words of hermes's command line that the container was started with. Cont-init scripts do not see them;
+    rc.init does, a child of PID 1's, or PID 1 where that runs the wrapper, or the fallback init."""
     fallback = read_pid_file(SUPERVISOR_PROCESS)  # among others' processes, in a shared PID namespace
     for process in [fallback] if fallback else first_processes():
         try:
@@ -2511,11 +2469,8 @@ def yaml_value(text: str, key: str, section: str) -> str:
 
 
 def list_profiles(boot: Boot, home: Folder, running: str | None) -> list[Profile]:
-    """Return every profile of the volume with what to do about it: default first, then the folders of profiles/ in name
-    order.
-
-    running is the profile that the container command starts, should it have no state yet.
-    """
+    """Return every profile of the volume with what to do about it, default first, then in name order; running is the
+    one that the container command starts, should it have no state yet."""
     return [profile for profile, _ in open_profiles(boot, home, running)]
 
 
@@ -2641,13 +2596,11 @@ def dropping(command: str) -> list[str]:
 
 
 def run_script(profile: str, extra_env: dict[str, str] | None = None) -> str:
-    """Return a slot's run: the gateway of a profile, as hermes. Root does nothing here but drop; hermes can restart it
-    at will.
+    """Return a slot's run: the gateway of a profile. Root only drops here: hermes can restart it at will.
 
     HERMES_S6_SUPERVISED_CHILD (HERMES_SUPERVISED_CHILD in later agents) keeps hermes-agent from handing the gateway to
-    s6 once more, and a sticky active_profile from capturing the slot. `hermes` there is main_wrapper.py, which sets
-    what all of hermes's programs have. The API_SERVER_ variables are one gateway's, the default's: two on one port
-    would loop.
+    s6 once more, and a sticky active_profile from capturing the slot. `hermes` is main_wrapper.py, which sets what all
+    of hermes's programs have. The API_SERVER_ variables are the default gateway's alone: two on one port would loop.
     """
     arguments = "gateway run --replace" if profile == "default" else f"-p {profile} gateway run --replace"
     lines = [
@@ -2694,10 +2647,8 @@ def log_run_script(profile: str, *, to_folder: bool = True) -> str:
     return "\n".join([*lines, f"ulimit -v {LOGGER_MEMORY}", *dropping(logger)]) + "\n"
 
 
-def slot_files(
-    profile: str, stop_timeout: int, extra_env: dict[str, str] | None, *, to_folder: bool
-) -> dict[str, tuple[str, int]]:
-    """Return path, content and mode of a slot's regular files but `down`, for the boot and for run time."""
+def slot_files(profile: str, stop_timeout: int, extra_env: dict[str, str] | None, *, to_folder: bool) -> Files:
+    """Return a slot's regular files but `down`, for the boot and for run time."""
     return {
         "type": ("longrun\n", 0o644),
         "run": (run_script(profile, extra_env), 0o755),
@@ -2736,35 +2687,23 @@ def make_fifo(folder: Folder, name: str, mode: int, sealed_mode: int, group: int
     os.chmod(name, mode if group is None else sealed_mode, dir_fd=folder.fd)
 
 
-def publish(
-    scandir: Folder,
-    name: str,
-    found: os.stat_result | None,
-    files: dict[str, tuple[str, int]],
-    *,
-    start: bool,
-    group: int | None = None,
-) -> None:
-    """Put a slot into the scandir. One that was found there, and perhaps runs, keeps its folder and its process."""
+def publish(scandir: Folder, name: str, files: Files, *, start: bool, group: int | None = None) -> None:
+    """Put a slot into the scandir. One that is there, and perhaps runs, keeps its folder and its process."""
+    found = scandir.stat(name)
     if found and stat.S_ISDIR(found.st_mode):
-        refresh(scandir, name, files, start=start, group=group)
-        return
+        return refresh(scandir, name, files, start=start, group=group)
     if found:
         scandir.remove(name)
     build(scandir, name, files, start=start, group=group)
 
 
-def build(
-    scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool, group: int | None = None
-) -> None:
+def build(scandir: Folder, name: str, files: Files, *, start: bool, group: int | None = None) -> None:
     """Make a slot that is not there yet: built under a dot name, which s6-svscan ignores, then renamed into place. With
     group it stays ours, and is that group's to control."""
     temporary = f".{name}"[: 255 - len(".tmp")] + ".tmp"
-    try:
-        os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
-    except FileExistsError:  # a killed boot's
+    if scandir.stat(temporary):  # a killed boot's
         scandir.remove(temporary)
-        os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
+    os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
     with Folder(temporary, scandir.fd) as slot:
         make_skeleton(slot, "", group)
         if "log/run" in files:
@@ -2778,9 +2717,7 @@ def build(
     os.rename(temporary, name, src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
 
 
-def refresh(
-    scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool, group: int | None = None
-) -> None:
+def refresh(scandir: Folder, name: str, files: Files, *, start: bool, group: int | None = None) -> None:
     """Bring an existing slot's files up to date, each replaced whole; its process, if it has one, goes on. Takes no
     lock: who manages the slot has that."""
     wanted = dict(files) if start else files | {"down": ("", 0o644)}
@@ -2907,13 +2844,14 @@ def setup(boot: Boot) -> int:
     if euid == 0:
         follow_home(boot)
         join_groups(boot)
-        own_volume(boot)
     elif not boot.dry_run:
         who = f"UID {euid} with GID 0" if boot.by_group else f"{USER} itself"
         boot.announce(f"started as {who}, so owners, groups and services stay as they are")
-        make_home(boot)
+    make_home(boot)
     if not os.path.isdir(boot.home):
         return 0  # dry run on a volume that is still to be made
+    if euid == 0:
+        own_volume(boot)
     reader = image_owner if boot.dry_run else boot.owner  # a dry run has not given the volume to the new one
     code = as_owner(reader, seed, boot)
     if code not in (0, OVERDUE, TO_MIGRATE):
@@ -2975,10 +2913,8 @@ def is_cont_init(boot: Boot) -> bool:
 
 def watch_for_stop() -> None:
     """Have a stop of the container end the boot first: s6-overlay's waits until that is over, however long it takes.
-
-    s6-svscan runs a script of its folder's upon SIGTERM; ours calls end-boot, then s6-overlay's own. With
-    S6_CMD_RECEIVE_SIGNALS=1 that has another name.
-    """
+    s6-svscan runs a script of its folder's upon SIGTERM (with S6_CMD_RECEIVE_SIGNALS=1 it has another name); ours calls
+    end-boot, then s6-overlay's own."""
     script = f"{SCANDIR}/.s6-svscan/SIGTERM"
     if os.path.exists(f"{script}.s6-linux-init"):
         script += ".s6-linux-init"
@@ -3082,11 +3018,9 @@ def reconcile_phase(boot: Boot) -> int:
     return 0 if code == OVERDUE else code
 
 
-def asked_by_hermes(
-    boot: Boot, action: Callable[..., int], *arguments: object
-) -> tuple[int, dict[str, tuple[bool, bool]]]:
-    """Run an action as hermes that asks for slots, by ask_for; return its exit code, and for each profile whether its
-    gateway starts, and whether it has a log folder. What hermes says is checked, and is all that root takes from it."""
+def asked_by_hermes(boot: Boot, action: Callable[..., int], *arguments: object) -> tuple[int, Asked]:
+    """Run an action as hermes that asks for slots, by ask_for; return its exit code and what it has asked for. That is
+    checked, and is all that root takes from hermes."""
     with trusted_folder(boot.scandir) as scandir:
         asked = os.open(".asked", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=scandir.fd)
         scandir.unlinked(".asked")  # not a pipe: one of this size the kernel may refuse a root with few capabilities
@@ -3103,14 +3037,14 @@ def ask_for(output: int, profile: str, *, start: bool, to_folder: bool) -> None:
     os.write(output, f"{profile} {'start' if start else ''} {'log' if to_folder else ''}\n".encode())
 
 
-def publish_for_hermes(boot: Boot, wanted: dict[str, tuple[bool, bool]]) -> None:
+def publish_for_hermes(boot: Boot, wanted: Asked) -> None:
     """As root: publish the slots that hermes has asked for, so that hermes can control them and nothing more."""
     timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
     with trusted_folder(boot.scandir) as scandir:
         for profile, (start, to_folder) in wanted.items():
             name, files = SLOT_PREFIX + profile, slot_files(profile, timeout, None, to_folder=to_folder)
             try:
-                publish(scandir, name, scandir.stat(name), files, start=start, group=boot.owner[1])
+                publish(scandir, name, files, start=start, group=boot.owner[1])
             except OSError as error:
                 say("error", f"{profile}: its slot could not be made ({reason(error)}); make space in /run")
     if not is_cont_init(boot):
@@ -3218,8 +3152,6 @@ def most_wanted(boot: Boot, home: Folder, running: str | None) -> tuple[set[str]
     """Return the profiles that have a gateway where there are more than fit, and why no more do: default, those that
     start, then the others in name order, after those that have their slot. None when there is room for all."""
     limit, full = slot_limit(boot.scandir)
-    if limit == sys.maxsize:
-        return None, full  # nobody watches it, so nothing is to be counted
     try:
         with home.folder("profiles") as profiles:
             if len(profile_names(profiles)) < limit:
@@ -3232,24 +3164,21 @@ def most_wanted(boot: Boot, home: Folder, running: str | None) -> tuple[set[str]
     return {profile.name for profile in found[:limit]}, full
 
 
-def register(
-    home: Folder, folder: Folder, scandir: Folder, profile: Profile, timeout: int, output: int | None = None
-) -> None:
+def register(home: Folder, folder: Folder, scandir: Folder, profile: Profile, timeout: int, output: int | None) -> None:
     """Publish one profile's slot, or with output ask root to; what hinders it or its log becomes its reason."""
     try:
         name = SLOT_PREFIX + profile.name
-        found = scandir.stat(name)
-        status = slot_status(f"/proc/self/fd/{scandir.fd}/{name}") if found else None
-        if not (status and status.up):  # else these files are a living process's
-            profile.fault = clean_profile(folder) or profile.fault
-        else:
+        status = slot_status(f"/proc/self/fd/{scandir.fd}/{name}")
+        if status and status.up:  # these files are a living process's
             profile.prior_exit = ""
+        else:
+            profile.fault = clean_profile(folder) or profile.fault
         log_fault = make_log_folder(home, profile.name)
         profile.fault = profile.fault or log_fault
         start = profile.action == "started"
         if output is not None:
             return ask_for(output, profile.name, start=start, to_folder=not log_fault)
-        publish(scandir, name, found, slot_files(profile.name, timeout, None, to_folder=not log_fault), start=start)
+        publish(scandir, name, slot_files(profile.name, timeout, None, to_folder=not log_fault), start=start)
     except OSError as error:
         profile.action = "skipped"
         fix = "make the scandir writable for hermes, with space left"
