@@ -581,12 +581,10 @@ class Folder:
                 if new == data:
                     return
                 temporary = self.write_beside(name, new, stat.S_IMODE(before.st_mode) if before else 0o644)
-                after = self.stat(name)
                 try:
-                    if before is after is None or (before and after and changes(before) == changes(after)):
+                    if changes(before) == changes(self.stat(name)):
                         os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-                        self.sync()
-                        return
+                        return self.sync()
                     os.unlink(temporary, dir_fd=self.fd)
                 except FileNotFoundError:
                     continue  # we had to do without the lock, and who has it took our file for a dead writer's
@@ -724,9 +722,9 @@ def mount_id(fd: int) -> MountId:
     return os.fstat(fd).st_dev, mount_of(fd)
 
 
-def changes(status: os.stat_result) -> tuple[int, int, int]:
-    """Return what differs once somebody has written or replaced a file."""
-    return status.st_ino, status.st_mtime_ns, status.st_size
+def changes(status: os.stat_result | None) -> tuple[int, int, int] | None:
+    """Return what differs once somebody has written, replaced or removed a file."""
+    return (status.st_ino, status.st_mtime_ns, status.st_size) if status else None
 
 
 class Lock:
@@ -1071,13 +1069,10 @@ class Children:
             if not (left := descendants(os.getpid())):
                 return True
             late = time.monotonic() >= deadline
-            for pid in left:
-                if late:
-                    send(pid, SIGKILL)
-                elif pid not in told:
-                    send(pid, SIGTERM)
-                told.add(pid)
-                self.codes[pid] = None
+            for pid in left if late else set(left) - told:
+                send(pid, SIGKILL if late else SIGTERM)
+            told.update(left)
+            self.codes |= dict.fromkeys(left)
             self.wait(*left, timeout=0 if late else 0.05)  # what forks all the time is to be killed faster than that
         return False
 
@@ -1761,13 +1756,12 @@ def mount_points() -> list[tuple[str, str]]:
     """Return where something is mounted, as a path that ends with a slash, and the kind of file system, of every
     mount. See proc(5)."""
     result = []
-    with open("/proc/self/mountinfo", "rb") as file:
-        for line in file:
-            before, _, after = line.partition(b" - ")
-            path = before.split(b" ")[4]
-            for octal, character in ((b"\\040", b" "), (b"\\011", b"\t"), (b"\\012", b"\n"), (b"\\134", b"\\")):
-                path = path.replace(octal, character)
-            result.append((os.fsdecode(path).rstrip("/") + "/", os.fsdecode(after.split(b" ")[0])))
+    for line in content("/proc/self/mountinfo").split(b"\n")[:-1]:
+        before, _, after = line.partition(b" - ")
+        path = before.split(b" ")[4]
+        for octal, character in ((b"\\040", b" "), (b"\\011", b"\t"), (b"\\012", b"\n"), (b"\\134", b"\\")):
+            path = path.replace(octal, character)
+        result.append((os.fsdecode(path).rstrip("/") + "/", os.fsdecode(after.split(b" ")[0])))
     return result
 
 
