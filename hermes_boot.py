@@ -1562,8 +1562,9 @@ class Sweep:
             os.close(fd)
             self.held = held
 
-    def open_folder(self, fd: int, name: str, place: MountId) -> Folder | None:
-        """Open a folder, None when it is gone, unreadable, or of another file system, which mount() checks."""
+    def open_folder(self, fd: int, name: str, place: MountId | None) -> Folder | None:
+        """Open a folder, None when it is gone, unreadable, or elsewhere than in its place, if given: mount() checks
+        that."""
         try:
             child = Folder(name, fd)
         except (FileNotFoundError, NotADirectoryError):
@@ -1573,7 +1574,7 @@ class Sweep:
                 self.claim(name, fd)
                 self.fail(name, fd, error)
             return None
-        if self.place(child.fd) == place:
+        if place in (None, self.place(child.fd)):
             return child
         self.mount(child)
         return None
@@ -1593,9 +1594,8 @@ class Sweep:
 
     def volume(self, home: Folder, names: list[str]) -> None:
         """Check the managed folders: the upper levels here, the rest by all cores, once there is enough to share."""
-        waiting: list[tuple[str, MountId]] = []  # a folder's path, and where it must be
-        for name in names:
-            waiting += self.check_managed(home, name)
+        self.checked += len(names)
+        waiting = [found for name in names for found in self.below(home, name, None, whole=False)]
         done = 0
         while done < len(waiting) < SHARED_FOLDERS:
             path, place = waiting[done]
@@ -1604,22 +1604,9 @@ class Sweep:
         if done < len(waiting):
             self.share(home, waiting[done:])
 
-    def check_managed(self, home: Folder, name: str) -> list[tuple[str, MountId]]:
-        """Check one managed folder; return its folders. A link or a file instead stays, and we say so of our own."""
-        try:
-            folder = home.folder(name)
-        except FileNotFoundError:
-            return []  # removed while we looked
-        except OSError as error:
-            if any(path.partition("/")[0] == name for path in MANAGED_FOLDERS):
-                warn(f"{name} on the volume {described(error)}; its owners were not checked; put a plain folder there")
-            return []
-        self.checked += 1
-        return self.opened(folder, name)
-
     def opened(self, folder: Folder, path: str) -> list[tuple[str, MountId]]:
-        """Check an open folder's entries and close it; return its folders, as volume() wants them. One with too many to
-        share is checked here with all below it."""
+        """Check an open folder's entries and close it; return its folders' paths, and where they must be. One with too
+        many to share is checked here with all below it."""
         place, room = self.place(folder.fd), min(MOST_SHARED, self.room())
         names = self.entries(folder.fd, place, room)
         if len(names) >= room:
@@ -1629,12 +1616,12 @@ class Sweep:
         self.held += len(names)
         return [(f"{path}/{name}", place) for name in names]
 
-    def below(self, home: Folder, path: str, place: MountId, *, whole: bool) -> list[tuple[str, MountId]]:
-        """Open a folder anew and check it, as a whole or as opened() does; return what that returns. Whatever became of
-        the folder since we saw it is counted."""
+    def below(self, home: Folder, path: str, place: MountId | None, *, whole: bool) -> list[tuple[str, MountId]]:
+        """Open a folder of the volume and check it, as a whole or as opened() does; return what that returns. Whatever
+        became of the folder since we saw it is counted."""
         parent, _, name = path.rpartition("/")
         try:
-            with home.folder(parent) as above:
+            with home.folder(parent or ".") as above:
                 folder = self.open_folder(above.fd, name, place)
             if folder and not whole:
                 return self.opened(folder, path)
