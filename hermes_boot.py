@@ -38,6 +38,8 @@ VERSION = "1.1.0"
 
 Owner = tuple[int, int]  # UID, GID
 MountId = tuple[int, bytes]  # device and mount that a folder is on
+Files = dict[str, tuple[str, int]]  # of a slot: path, text, mode
+Asked = dict[str, tuple[bool, bool]]  # by profile: whether its gateway starts, and whether it has a log folder
 
 # ====================================================================================================================
 # BOOT
@@ -480,12 +482,16 @@ class Folder:
     def __exit__(self, *_: object) -> None:
         os.close(self.fd)
 
-    def folder(self, path: str) -> Folder:
-        """Open a folder below this one, link-free at every step."""
+    def folder(self, path: str, *, make: bool = False) -> Folder:
+        """Open a folder below this one, link-free at every step, making what is missing of it if asked to."""
         parent = self
         for name in path.split("/"):
             try:
                 child = Folder(name, parent.fd)
+            except FileNotFoundError:
+                if not make:
+                    raise
+                child = parent.made(name)
             finally:
                 if parent is not self:
                     os.close(parent.fd)
@@ -494,14 +500,7 @@ class Folder:
 
     def make(self, path: str) -> Folder:
         """Open a folder below this one, making what is missing of it."""
-        try:
-            return self.folder(path)
-        except FileNotFoundError:
-            parent, _, name = path.rpartition("/")
-        if not parent:
-            return self.made(name)
-        with self.make(parent) as above:
-            return above.made(name)
+        return self.folder(path, make=True)
 
     def made(self, name: str) -> Folder:
         """Make a folder in this one, unless it is there by now, and open it."""
@@ -536,22 +535,25 @@ class Folder:
             raise OSError(errno.EFBIG, f"is longer than {limit} bytes")
         return data
 
-    def write(self, name: str, data: bytes, mode: int, *, replace: bool, sync: bool = True) -> bool:
-        """Put a file in place whole, or not at all: beside, fsync, rename. Without replace an existing entry stays;
-        False then. Without sync, for what only this boot needs, whole is meant for processes, not for a power cut.
+    def write(self, name: str, data: bytes, mode: int, *, replace: bool, sync: bool = True) -> None:
+        """Put a file in place whole, or not at all: beside, fsync, rename. Without replace an existing entry stays.
+        Without sync, for what only this boot needs, whole is meant for processes, not for a power cut.
 
         mode holds from the first instant (it is open's, not a later chmod's), so a secret is never readable by others.
         """
         with Lock(self, name):
             if replace:
-                self.replace(name, data, mode, sync=sync)
-                return True
+                return self.replace(name, data, mode, sync=sync)
             temporary = self.write_beside(name, data, mode)
-            if not self.reserve(temporary, name):
-                self.unlinked(temporary)
-                return False
+            try:  # link() decides in the kernel whether something has the name
+                os.link(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
+            except FileExistsError:
+                pass
+            except OSError:  # CIFS, exFAT and FUSE may have no hard links
+                if self.stat(name) is None:
+                    os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            self.unlinked(temporary)
             self.sync()
-        return True
 
     def sync(self) -> None:
         """Bring the folder's names to disk, where its file system can: virtiofs, vboxsf and old CIFS cannot."""
@@ -579,12 +581,10 @@ class Folder:
                 if new == data:
                     return
                 temporary = self.write_beside(name, new, stat.S_IMODE(before.st_mode) if before else 0o644)
-                after = self.stat(name)
                 try:
-                    if before is after is None or (before and after and changes(before) == changes(after)):
+                    if changes(before) == changes(self.stat(name)):
                         os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-                        self.sync()
-                        return
+                        return self.sync()
                     os.unlink(temporary, dir_fd=self.fd)
                 except FileNotFoundError:
                     continue  # we had to do without the lock, and who has it took our file for a dead writer's
@@ -605,19 +605,6 @@ class Folder:
             self.unlinked(temporary)
             raise
         return temporary
-
-    def reserve(self, temporary: str, name: str) -> bool:
-        """Give a file its name unless something has it; link() decides that in the kernel, where there is one."""
-        try:
-            os.link(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
-            self.unlinked(temporary)
-        except FileExistsError:
-            return False
-        except OSError:  # CIFS, exFAT and FUSE may have no hard links
-            if self.stat(name):
-                return False
-            os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-        return True
 
     def is_roots(self) -> bool:
         """Return whether nobody but root can replace what root has put into this folder."""
@@ -735,24 +722,21 @@ def mount_id(fd: int) -> MountId:
     return os.fstat(fd).st_dev, mount_of(fd)
 
 
-def changes(status: os.stat_result) -> tuple[int, int, int]:
-    """Return what differs once somebody has written or replaced a file."""
-    return status.st_ino, status.st_mtime_ns, status.st_size
+def changes(status: os.stat_result | None) -> tuple[int, int, int] | None:
+    """Return what differs once somebody has written, replaced or removed a file."""
+    return (status.st_ino, status.st_mtime_ns, status.st_size) if status else None
 
 
 class Lock:
     """An exclusive flock on a folder, between containers too, waited for for timeout seconds: a hostile holder must not
-    stop a boot.
-
-    Once it is held, what killed writers of the given names left is removed.
-    """
+    stop a boot. Once it is held, what killed writers of the given names left is removed."""
 
     def __init__(self, folder: Folder, *names: str, timeout: float = 1) -> None:
         self.folder, self.names, self.timeout, self.fd, self.held = folder, names, timeout, -1, False
 
     def __enter__(self) -> Lock:
         self.fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.folder.fd)
-        self.held = self.acquired()
+        until(self.tried, self.timeout)
         if self.held and self.names:
             self.folder.remove_temporaries(*self.names)
         return self
@@ -760,21 +744,18 @@ class Lock:
     def __exit__(self, *_: object) -> None:
         os.close(self.fd)
 
-    def acquired(self) -> bool:
-        """Try to get the lock; return whether we have it."""
+    def tried(self) -> bool:
+        """Try to get the lock; return whether there is nothing to wait for."""
         import fcntl
 
-        deadline = time.monotonic() + self.timeout
-        while True:
-            try:
-                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    return False
-                time.sleep(0.02)
-            except OSError:
-                return False  # NFS locks no folders; two boots on one volume are then as safe as link() and rename()
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.held = True
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # NFS locks no folders; two boots on one volume are then as safe as link() and rename()
+        return True
 
 
 def read_small(path: str) -> bytes:
@@ -851,15 +832,15 @@ def shell_code(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def in_child(action: Callable[..., int], *arguments: object, timeout: float) -> int:
-    """Run an action in a child process, for timeout seconds at most; return its exit code, see wait_for."""
+def forked(action: Callable[[], int]) -> int:
+    """Run an action in a child process, which ends with its code; return the child's pid."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
-        code = guarded(action, *arguments)
+        code = guarded(action)
         sys.stdout.flush()
         os._exit(code)
-    return wait_for(child, timeout)
+    return child
 
 
 def wait_for(child: int, timeout: float) -> int:
@@ -917,7 +898,7 @@ def as_owner(owner: Owner, action: Callable[..., int], *arguments: object, timeo
 
     if os.geteuid() != 0 or owner[0] == 0:
         return guarded(action, *arguments)
-    code = in_child(dropped, timeout=timeout)
+    code = wait_for(forked(dropped), timeout)
     if code == OVERDUE:
         say("error", f"what ran as {USER} was stopped by somebody, or took more than {timeout:g} s, so it was ended")
     elif code == 128 + SIGKILL:
@@ -931,9 +912,8 @@ def run_helper(argv: list[str], environment: dict[str, str]) -> int:
     """Run a program as hermes: stdin empty, stdout on stderr, killed after HELPER_TIMEOUT seconds. Returns its code,
     124 when killed.
 
-    It reads what hermes has left on the volume, and may leave processes behind, which could stop what the boot does as
-    hermes later on, and a terminal whose output is stopped: they all come to the process that watches it here, and end
-    with it.
+    It reads what hermes has left on the volume, and may leave a terminal whose output is stopped, and processes, which
+    could stop what the boot does as hermes later on: they come to the process that watches it here, and end with it.
     """
 
     def watch() -> int:
@@ -954,7 +934,7 @@ def run_helper(argv: list[str], environment: dict[str, str]) -> int:
         set_terminal_going()
         return OVERDUE if code is None else shell_code(code)
 
-    return in_child(watch, timeout=HELPER_TIMEOUT + 60)
+    return wait_for(forked(watch), HELPER_TIMEOUT + 60)
 
 
 def kill_all_of_hermes() -> bool:
@@ -1089,13 +1069,10 @@ class Children:
             if not (left := descendants(os.getpid())):
                 return True
             late = time.monotonic() >= deadline
-            for pid in left:
-                if late:
-                    send(pid, SIGKILL)
-                elif pid not in told:
-                    send(pid, SIGTERM)
-                told.add(pid)
-                self.codes[pid] = None
+            for pid in left if late else set(left) - told:
+                send(pid, SIGKILL if late else SIGTERM)
+            told.update(left)
+            self.codes |= dict.fromkeys(left)
             self.wait(*left, timeout=0 if late else 0.05)  # what forks all the time is to be killed faster than that
         return False
 
@@ -1115,18 +1092,16 @@ PATHS = ("AZURE_FEDERATED_TOKEN_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE")  # which a
 MAX_ID = 2**32 - 2  # 2**32 - 1 is chown's "leave it as it is"
 
 
-def wanted_id(boot: Boot, *names: str) -> int | None:
-    """Return the UID or GID of the first non-empty of these variables, None for none; Fatal when it is no such."""
+def wanted_id(boot: Boot, *names: str) -> int:
+    """Return the UID or GID of the first non-empty of these variables, 0 for none; Fatal when it is no such."""
     for name in names:
-        value = boot.setting(name)
-        if not value:
-            continue
-        if (number := number_in(value, 1, MAX_ID)) is None:
+        if value := boot.setting(name):
+            if number := number_in(value, 1, MAX_ID):
+                return number
             root = "0 is root, as which the agent never runs; " if value == "0" else ""
             which = f"a number from 1 to {MAX_ID}; {root}unset it or give your host's (id -u, id -g)"
             raise Fatal(f"{name}={value!r} is not {which}")
-        return number
-    return None
+    return 0
 
 
 def rewrite(path: str, edit: Callable[[list[bytes]], list[bytes]], *, dry_run: bool = False) -> bool:
@@ -1192,9 +1167,8 @@ def remap(boot: Boot) -> None:
     Not by usermod: that walks the user's whole home folder, which here is the volume. Fatal when a value is wrong, or
     when another user has the UID; a GID may be shared (macOS users have 20, NAS users 100).
     """
-    uid = wanted_id(boot, "HERMES_UID", "PUID")
-    gid = wanted_id(boot, "HERMES_GID", "PGID")
-    wanted = (boot.owner[0] if uid is None else uid, boot.owner[1] if gid is None else gid)
+    uid, gid = wanted_id(boot, "HERMES_UID", "PUID"), wanted_id(boot, "HERMES_GID", "PGID")
+    wanted = (uid or boot.owner[0], gid or boot.owner[1])
     if wanted == boot.owner:
         return
     if os.geteuid() != 0:
@@ -1239,11 +1213,7 @@ def given_groups() -> list[int]:
         groups += [int(number) for line in lines if line.startswith(b"Groups:") for number in line.split()[1:]]
     except OSError:
         pass  # hidden from hermes
-    try:
-        nodes = [f"{RENDER_NODES}/{name}" for name in sorted(os.listdir(RENDER_NODES)) if name.startswith("renderD")]
-    except OSError:
-        nodes = []
-    for path in (DOCKER_SOCKET, *nodes):
+    for path in (DOCKER_SOCKET, *(node for node in names_in(RENDER_NODES) if "/renderD" in node)):
         try:
             status = os.stat(path)
             if stat.S_ISSOCK(status.st_mode) or stat.S_ISCHR(status.st_mode):
@@ -1384,32 +1354,27 @@ class Sweep:
     to put it by links on the volume: of its entries, too, only those of the former UIDs change, unless it is empty.
     """
 
-    COUNTED = (
-        *"changed checked linked failed kept deep strangers left_behind".split(),  # numbers, then words
-        *"first failure first_kept first_stranger first_left_behind".split(),
-    )
+    COUNTED = "changed checked linked failed kept deep first failure first_kept".split()  # numbers, then texts
 
-    def __init__(self, boot: Boot, *, former: int = -1, mounted: bool = False) -> None:
-        """former is the UID that hermes had before, -1 for none; mounted says whether there are other file systems
+    def __init__(self, boot: Boot, *, former: int = 0, mounted: bool = False) -> None:
+        """former is the UID that hermes had before, 0 for none; mounted says whether there are other file systems
         that it could move below a folder that is checked."""
-        self.uid, self.gid = boot.owner
-        self.by_group = boot.by_group
-        self.dry_run = boot.dry_run
-        self.former = {former, self.uid}
+        self.boot, (self.uid, self.gid) = boot, boot.owner
+        self.former = {self.uid, former or self.uid}
         self.home: MountId = (-1, b"")  # where the volume itself is
         self.held = 0  # names of folders in memory
         # Nothing of hermes's runs before the CMD; from then on it can move what is mounted elsewhere.
         self.mounted = mounted or os.path.exists(COMMAND_PROCESS)
-        self.path, self.progress = boot.home, Progress(quiet=boot.quiet)
-        self.counts: list[int] | memoryview[int] = [0] * MOST_SWEEPERS  # what each process has checked
-        self.index = 0  # which of them we are
+        self.progress = Progress(quiet=boot.quiet)
+        self.output = -1  # in a process that shares the work: where it tells what it has counted
+        self.strangers = self.left_behind = 0
+        self.first_stranger = self.first_left_behind = ""
         self.reset()
 
     def reset(self) -> None:
         """Forget what was counted."""
-        self.changed = self.checked = self.linked = self.failed = 0
-        self.kept = self.deep = self.strangers = self.left_behind = 0
-        self.first = self.failure = self.first_kept = self.first_stranger = self.first_left_behind = ""
+        self.changed = self.checked = self.linked = self.failed = self.kept = self.deep = 0
+        self.first = self.failure = self.first_kept = ""
 
     def claim(self, name: str, at: int, *, writable: bool = False) -> None:
         """Give one entry to hermes; with writable, for a file at the top of the volume, which may be mounted there
@@ -1420,31 +1385,33 @@ class Sweep:
             return  # removed while we looked
         except OSError as error:
             return self.fail(name, at, error)
+        path = f"/proc/self/fd/{fd}"
         try:
             status = os.fstat(fd)
-            if not self.may_change(status) or (
-                self.mounted and self.is_theirs(fd, at, status) and self.keep(name, at, status)
-            ):
+            theirs = self.mounted and self.is_theirs(fd, at, status)
+            if not self.may_change(status) or (theirs and self.keep(name, at, status)):
                 return
-            path = f"/proc/self/fd/{fd}"
+            unusable = stat.S_ISREG(status.st_mode) and status.st_mode & 0o600 != 0o600
+            if writable and unusable and not self.boot.dry_run:
+                os.chmod(path, stat.S_IMODE(status.st_mode) | 0o600)
             if (status.st_uid, status.st_gid) != (self.uid, self.gid):
-                if not self.dry_run:
-                    os.chown(path, self.uid, self.gid)
-                self.note(name, at, status)
-            if writable and stat.S_ISREG(status.st_mode) and status.st_mode & 0o600 != 0o600 and not self.dry_run:
-                os.chmod(path, stat.S_IMODE(os.fstat(fd).st_mode) | 0o600)
+                self.give(name, at, status, path)
         except OSError as error:
             self.fail(name, at, error)
         finally:
             os.close(fd)
 
-    def note(self, name: str, at: int, status: os.stat_result) -> None:
-        """Count a wrong owner; the first one is shown, by its path."""
-        if self.by_group and is_groups(status, self.gid):
-            return
-        self.changed += 1
-        if not self.first:
-            self.first = f"{path_in(at, name)} belongs to {status.st_uid}:{status.st_gid}"
+    def give(self, name: str, at: int, status: os.stat_result, opened: str = "") -> None:
+        """Give an entry of an open folder (or as "." that itself) to hermes: by the path of its descriptor, or by its
+        name where nobody but root can move it. The first wrong owner is shown."""
+        try:
+            if not self.boot.dry_run:
+                os.chown(opened or name, self.uid, self.gid, dir_fd=at, follow_symlinks=bool(opened))
+        except OSError as error:
+            return self.fail(name, at, error)
+        if not (self.boot.by_group and is_groups(status, self.gid)):
+            self.changed += 1
+            self.first = self.first or f"{path_in(at, name)} belongs to {status.st_uid}:{status.st_gid}"
 
     def notice(self, entry: os.DirEntry[str]) -> None:
         """Count an entry at the top of the volume that nobody manages, where it is not hermes's."""
@@ -1452,19 +1419,12 @@ class Sweep:
             status = entry.stat(follow_symlinks=False)
         except OSError:
             return  # removed while we looked
-        if status.st_uid != self.uid and not (self.by_group and is_groups(status, self.gid)):
+        if status.st_uid != self.uid and not (self.boot.by_group and is_groups(status, self.gid)):
             self.strangers += 1
             self.first_stranger = self.first_stranger or entry.name
             if status.st_uid in self.former:
                 self.left_behind += 1
                 self.first_left_behind = self.first_left_behind or entry.name
-
-    def kept_fault(self, boot: Boot) -> Fault:
-        """Return what there is to say of mounts whose entries stay whose they are."""
-        mount = holding_mount(self.first_kept, mount_points())[0].rstrip("/")
-        found = f"{self.kept} entries of mounts below {shown(boot.home)} are not {USER}'s and stay so"
-        fix = f"if {USER} is to write there: chown -hR {self.uid}:{self.gid} on the host, in what is mounted"
-        return Fault(f"{found}, the first in {shown(mount)}", fix)
 
     def may_change(self, status: os.stat_result) -> bool:
         """Return whether root may act on an entry, by its descriptor's status."""
@@ -1486,7 +1446,9 @@ class Sweep:
         if status.st_uid in self.former:
             return False
         self.kept += 1
-        self.first_kept = self.first_kept or os.path.normpath(os.path.join(os.readlink(f"/proc/self/fd/{at}"), name))
+        if not self.first_kept:
+            path = os.path.normpath(os.path.join(os.readlink(f"/proc/self/fd/{at}"), name))
+            self.first_kept = shown(holding_mount(path, mount_points())[0].rstrip("/"))
         return True
 
     def place(self, fd: int) -> MountId:
@@ -1509,8 +1471,11 @@ class Sweep:
         uid, gid, checked = self.uid, self.gid, 0
         own, theirs = os.fstat(fd), place != self.home
         still = not self.mounted and not theirs and own.st_uid != uid and not own.st_mode & 0o022
-        if still and own.st_uid and not self.dry_run:
-            still = self.taken(fd)
+        if still and own.st_uid and not self.boot.dry_run:
+            try:
+                os.chown(fd, 0, -1)
+            except OSError:
+                still = False
         with os.scandir(fd) as listing:
             for entry in listing:
                 checked += 1
@@ -1527,13 +1492,12 @@ class Sweep:
                 if not still:
                     self.claim(entry.name, fd)
                 elif self.may_change(status):
-                    self.change(entry.name, fd, status, True)
+                    self.give(entry.name, fd, status)
         self.checked += checked
-        self.counts[self.index] += checked
-        if not self.index:
-            self.progress.tell(self.so_far)
-        if (own.st_uid != uid or own.st_gid != gid) and not (theirs and self.keep(".", fd, own)):
-            self.change(".", fd, own, False)
+        self.tell()
+        empty_mount = theirs and not checked  # as good as new
+        if (own.st_uid != uid or own.st_gid != gid) and (not theirs or empty_mount or not self.keep(".", fd, own)):
+            self.give(".", fd, own)
         return folders
 
     def room(self) -> int:
@@ -1541,84 +1505,66 @@ class Sweep:
         every level has some."""
         return max(16, (MOST_NAMES - self.held) // 4)
 
-    def more_folders(self, fd: int, skip: int, room: int) -> list[str]:
-        """Return an open folder's next folders' names, so many at most: a listing is read again, not kept."""
-        names: list[str] = []
-        with os.scandir(fd) as listing:
-            for entry in listing:
-                if not entry.is_dir(follow_symlinks=False):
-                    continue
-                if skip:
-                    skip -= 1
-                elif len(names) < room:
-                    names.append(entry.name)
-                else:
-                    break
-        return names
-
-    def taken(self, fd: int) -> bool:
-        """Make an open folder root's own until its entries are checked; return whether that could be."""
-        try:
-            os.chown(fd, 0, -1)
-        except OSError:
-            return False
-        return True
+    def tell(self) -> None:
+        """Say how far we are, when it is time to; to the process whose work we share, every thousand entries."""
+        if self.output < 0:
+            self.progress.tell(self.so_far)
+        elif self.checked >= 1000:
+            self.send()
 
     def so_far(self) -> str:
         """Return what has been done until now; how much there is, the file system knows, with what else it has."""
-        aim = f"giving {shown(self.path)} to {self.uid}:{self.gid}" if self.changed else f"owners on {shown(self.path)}"
-        files = os.statvfs(self.path)
+        home = self.boot.home
+        aim = f"giving {shown(home)} to {self.uid}:{self.gid}" if self.changed else f"owners on {shown(home)}"
+        files = os.statvfs(home)
         most = f" of at most {files.f_files - files.f_ffree:,}" if files.f_files > files.f_ffree else ""
-        return f"{aim}: {sum(self.counts):,}{most} entries"
+        return f"{aim}: {self.checked:,}{most} entries"
 
-    def change(self, name: str, fd: int, status: os.stat_result, inside: bool) -> None:
-        """Give an open folder (as "."), or an entry inside of it that nobody but root can move, to hermes."""
-        try:
-            if self.dry_run:
-                pass
-            elif inside:
-                os.chown(name, self.uid, self.gid, dir_fd=fd, follow_symlinks=False)
-            else:
-                os.chown(fd, self.uid, self.gid)
-        except OSError as error:
-            self.fail(name, fd, error)
-        else:
-            self.note(name, fd, status)
-
-    def tree(self, folder: Folder, names: list[str] | None = None) -> None:
-        """Check an open folder and all below it; it is closed. names are its first folders, where its entries have been
-        checked. One descriptor at any depth: the way back up is `..`, checked to be where we came from."""
+    def tree(self, folder: Folder, first: list[str] | None = None) -> None:
+        """Check an open folder and all below it; it is closed. first are the first of its folders, where its entries
+        have been checked. One descriptor at any depth: the way back up is `..`, checked to be where we came from."""
         fd, held = folder.fd, self.held
+
+        def folders(names: list[str] | None = None) -> Iterator[str]:
+            """Check the current folder; yield its folders. Where there was no room for all, it is listed again."""
+            room, listed = self.room() if names is None else len(names), 0
+            names = self.entries(fd, place, room) if names is None else names
+            while names:
+                full, listed = len(names) >= room, listed + len(names)
+                self.held += len(names)
+                while names:
+                    self.held -= 1
+                    yield names.pop()
+                if full:
+                    room = self.room()
+                    names = more_folders(fd, listed, room)
+
         try:
             place = self.place(fd)
-            above = [Level(self, fd, place, names)]
-            while True:
-                if name := above[-1].next(self, fd):
-                    fd = self.descend(fd, name, place, above)
+            levels = [(os.fstat(fd).st_ino, folders(first))]
+            while levels:
+                if name := next(levels[-1][1], ""):
+                    if len(levels) >= MOST_LEVELS:
+                        self.deep += 1
+                    elif child := self.open_folder(fd, name, place):
+                        os.close(fd)
+                        fd = child.fd
+                        levels.append((os.fstat(fd).st_ino, folders()))
                     continue
-                above.pop()
-                if not above:
-                    return
-                fd = replace_fd(fd, os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd))
-                if os.fstat(fd).st_ino != above[-1].inode:
-                    raise OSError(errno.ESTALE, "was moved while it was being swept")
+                levels.pop()
+                if levels:
+                    up = os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+                    os.close(fd)
+                    fd = up
+                    if os.fstat(fd).st_ino != levels[-1][0]:
+                        raise OSError(errno.ESTALE, "was moved while it was being swept")
         finally:
             os.close(fd)
             self.held = held
 
-    def descend(self, fd: int, name: str, place: MountId, above: list[Level]) -> int:
-        """Check a folder and make it the current one, unless open_folder says no, or no path leads so deep."""
-        if len(above) >= MOST_LEVELS:
-            self.deep += 1
-            return fd
-        child = self.open_folder(fd, name, place)
-        if child is None:
-            return fd
-        above.append(Level(self, child.fd, place))
-        return replace_fd(fd, child.fd)
-
-    def open_folder(self, fd: int, name: str, place: MountId) -> Folder | None:
-        """Open a folder, None when it is gone, unreadable, or of another file system, which mount() checks."""
+    def open_folder(self, fd: int, name: str, place: MountId | None) -> Folder | None:
+        """Open a folder, None when it is gone, unreadable, or elsewhere than in its place, if given: mount() checks
+        that."""
         try:
             child = Folder(name, fd)
         except (FileNotFoundError, NotADirectoryError):
@@ -1628,7 +1574,7 @@ class Sweep:
                 self.claim(name, fd)
                 self.fail(name, fd, error)
             return None
-        if self.place(child.fd) == place:
+        if place in (None, self.place(child.fd)):
             return child
         self.mount(child)
         return None
@@ -1636,47 +1582,31 @@ class Sweep:
     def mount(self, top: Folder) -> None:
         """Check what is mounted below the volume; it is closed. What belongs to a former UID is hermes's there too, and
         an empty one is as good as new. Without these only its top is looked at: the rest may be a host's whole disk."""
-        status, empty = os.fstat(top.fd), is_empty(top)
-        if not empty and len(self.former - {-1}) > 1:
+        with os.scandir(top.fd) as listing:
+            empty = next(listing, None) is None
+        if empty or len(self.former) > 1:
             self.tree(top)
             return
         with top:
-            if (status.st_uid, status.st_gid) != (self.uid, self.gid) and (empty or not self.keep(".", top.fd, status)):
-                self.change(".", top.fd, status, False)
+            status = os.fstat(top.fd)
+            if (status.st_uid, status.st_gid) != (self.uid, self.gid) and not self.keep(".", top.fd, status):
+                self.give(".", top.fd, status)
 
     def volume(self, home: Folder, names: list[str]) -> None:
         """Check the managed folders: the upper levels here, the rest by all cores, once there is enough to share."""
-        waiting: list[tuple[str, MountId]] = []  # a folder's path, and where it must be
-        for name in names:
-            waiting += self.check_managed(home, name)
+        self.checked += len(names)
+        waiting = [found for name in names for found in self.below(home, name, None, whole=False)]
         done = 0
         while done < len(waiting) < SHARED_FOLDERS:
             path, place = waiting[done]
             done += 1
-            deep = path.count("/") >= SHARED_DEPTH
-            waiting += self.below(home, path, place, self.tree if deep else self.opened)
+            waiting += self.below(home, path, place, whole=path.count("/") >= SHARED_DEPTH)
         if done < len(waiting):
             self.share(home, waiting[done:])
 
-    def check_managed(self, home: Folder, name: str) -> list[tuple[str, MountId]]:
-        """Check one managed folder; return its folders. A link or a file instead stays, and we say so of our own."""
-        try:
-            folder = home.folder(name)
-        except FileNotFoundError:
-            return []  # removed while we looked
-        except OSError as error:
-            if any(path.partition("/")[0] == name for path in MANAGED_FOLDERS):
-                warn(f"{name} on the volume {described(error)}; its owners were not checked; put a plain folder there")
-            return []
-        self.checked += 1
-        if self.place(folder.fd) != self.home and is_empty(folder):
-            self.mount(folder)
-            return []
-        return [(f"{name}/{below}", place) for below, place in self.opened(folder)]
-
-    def opened(self, folder: Folder) -> list[tuple[str, MountId]]:
-        """Check an open folder's entries and close it; return its folders, and where they must be. One with too many to
-        share is checked here with all below it."""
+    def opened(self, folder: Folder, path: str) -> list[tuple[str, MountId]]:
+        """Check an open folder's entries and close it; return its folders' paths, and where they must be. One with too
+        many to share is checked here with all below it."""
         place, room = self.place(folder.fd), min(MOST_SHARED, self.room())
         names = self.entries(folder.fd, place, room)
         if len(names) >= room:
@@ -1684,83 +1614,84 @@ class Sweep:
             return []
         os.close(folder.fd)
         self.held += len(names)
-        return [(name, place) for name in names]
+        return [(f"{path}/{name}", place) for name in names]
 
-    def below(
-        self, home: Folder, path: str, place: MountId, action: Callable[[Folder], list[tuple[str, MountId]] | None]
-    ) -> list[tuple[str, MountId]]:
-        """Open a folder anew and take an action on it; return the folders it names, as volume() wants them. Whatever
+    def below(self, home: Folder, path: str, place: MountId | None, *, whole: bool) -> list[tuple[str, MountId]]:
+        """Open a folder of the volume and check it, as a whole or as opened() does; return what that returns. Whatever
         became of the folder since we saw it is counted."""
         parent, _, name = path.rpartition("/")
         try:
-            with home.folder(parent) as above:
+            with home.folder(parent or ".") as above:
                 folder = self.open_folder(above.fd, name, place)
-            found = action(folder) if folder else None
-            return [(f"{path}/{name}", place) for name, place in found or ()]
+            if folder and not whole:
+                return self.opened(folder, path)
+            if folder:
+                self.tree(folder)
         except FileNotFoundError:
-            return []  # removed while we looked
+            pass  # removed while we looked
         except OSError as error:
             self.fail(path, home.fd, error)
-            return []
+        return []
 
     def share(self, home: Folder, folders: list[tuple[str, MountId]]) -> None:
-        """Check folders in as many processes as there are cores; each takes the next group by a byte from a pipe."""
-        groups = min(256, len(folders))
-        tokens, filled = os.pipe()
-        os.write(filled, bytes(range(groups)))
+        """Check folders in as many processes as there are cores. Each takes the number of the next group from one pipe,
+        and tells by another what it has counted."""
+        import marshal
+
+        count = min(256, len(folders))
+        numbers, filled = os.pipe()
+        os.write(filled, bytes(range(count)))
         os.close(filled)
+        results, output = os.pipe()
+
+        def check(group: int) -> None:
+            for path, place in folders[group::count]:
+                self.below(home, path, place, whole=True)
 
         def work() -> int:
-            while token := os.read(tokens, 1):
-                for path, place in folders[token[0] :: groups]:
-                    self.below(home, path, place, self.tree)
+            os.close(results)
+            self.output = output
+            self.reset()
+            while group := os.read(numbers, 1):
+                check(group[0])
+                self.send(group[0])
             return 0
 
-        import mmap
-        import select
-
-        self.counts = memoryview(mmap.mmap(-1, 8 * MOST_SWEEPERS)).cast("q")
-        self.counts[0] = self.checked
-        workers = min(MOST_SWEEPERS, len(os.sched_getaffinity(0)))
-        children = [self.fork(work, index) for index in range(1, workers)]
-        work()
-        os.close(tokens)
-        for index, (child, result) in enumerate(children, 1):
-            while not select.select([result], [], [], 1)[0]:
-                self.progress.tell(self.so_far)
-            with open(result, "rb") as file:
-                data = file.read()
-            if os.waitpid(child, 0)[1] == 0:
-                self.add(data)
-                continue
-            warn("a process that checked owners was ended, most likely for want of memory; its work is done again")
-            self.counts[index] = 0
-            for path, place in folders:
-                self.below(home, path, place, self.tree)
-
-    def fork(self, work: Callable[[], int], index: int) -> tuple[int, int]:
-        """Start a process, the index-th, that works and writes what it counted; return its pid and where to read."""
-        import marshal
-
-        result, output = os.pipe()
-        sys.stderr.flush()
-        child = os.fork()
-        if child == 0:
-            self.index = index
-            self.reset()
-            code = guarded(work)
-            os.write(output, marshal.dumps([getattr(self, name) for name in self.COUNTED]))
-            os._exit(code)
+        children = [forked(work) for _ in range(min(MOST_SWEEPERS, len(os.sched_getaffinity(0))))]
+        os.close(numbers)
         os.close(output)
-        return child, result
+        left = set(range(count))
+        with open(results, "rb") as told:
+            while told.peek(1):
+                group, counted = marshal.load(told)
+                left.discard(group)
+                self.add(counted)
+                self.tell()
+        for child in children:
+            os.waitpid(child, 0)
+        if left:
+            warn("a process that checked owners was ended, most likely for want of memory; its work is done again")
+        for group in left:
+            check(group)
 
-    def add(self, data: bytes) -> None:
-        """Add what another process counted."""
+    def send(self, group: int = -1) -> None:
+        """Tell the process whose work we share what we have counted since the last time, and which group is done."""
         import marshal
 
-        for name, value in zip(self.COUNTED, marshal.loads(data), strict=True):
+        os.write(self.output, marshal.dumps((group, [getattr(self, name) for name in self.COUNTED])))
+        self.reset()
+
+    def add(self, counted: list[Any]) -> None:
+        """Add what another process has counted."""
+        for name, value in zip(self.COUNTED, counted, strict=True):
             ours = getattr(self, name)
             setattr(self, name, ours or value if isinstance(value, str) else ours + value)
+
+    def kept_fault(self, boot: Boot) -> Fault:
+        """Return what there is to say of mounts whose entries stay whose they are."""
+        found = f"{self.kept} entries of mounts below {shown(boot.home)} are not {USER}'s and stay so"
+        fix = f"if {USER} is to write there: chown -hR {self.uid}:{self.gid} on the host, in what is mounted"
+        return Fault(f"{found}, the first in {self.first_kept}", fix)
 
     def report(self, boot: Boot) -> None:
         """Say what was changed, what could not be, and what was left alone for safety."""
@@ -1788,36 +1719,13 @@ class Sweep:
             )
 
 
-class Level:
-    """A folder on the way down through a tree: which it is, and which of its folders are still to be checked."""
+def more_folders(fd: int, skip: int, room: int) -> list[str]:
+    """Return an open folder's next folders' names, so many at most: a listing is read again, not kept."""
+    from itertools import islice
 
-    def __init__(self, sweep: Sweep, fd: int, place: MountId, names: list[str] | None = None) -> None:
-        room = sweep.room() if names is None else len(names)
-        names = sweep.entries(fd, place, room) if names is None else names
-        self.inode, self.listed = os.fstat(fd).st_ino, 0
-        self.take(sweep, names, room)
-
-    def take(self, sweep: Sweep, names: list[str], room: int) -> None:
-        """Keep names; where there was no room for more, there may be more."""
-        self.names, self.cut = names, len(names) >= room
-        self.listed += len(names)
-        sweep.held += len(names)
-
-    def next(self, sweep: Sweep, fd: int) -> str:
-        """Return the next folder's name, "" when all are checked."""
-        if not self.names and self.cut:
-            room = sweep.room()
-            self.take(sweep, sweep.more_folders(fd, self.listed, room), room)
-        if not self.names:
-            return ""
-        sweep.held -= 1
-        return self.names.pop()
-
-
-def is_empty(folder: Folder) -> bool:
-    """Return whether nothing is in a folder."""
-    with os.scandir(folder.fd) as listing:
-        return next(listing, None) is None
+    with os.scandir(fd) as listing:
+        folders = (entry.name for entry in listing if entry.is_dir(follow_symlinks=False))
+        return list(islice(folders, skip, skip + room))
 
 
 def is_groups(status: os.stat_result, gid: int) -> bool:
@@ -1831,34 +1739,24 @@ def path_in(folder: int, name: str) -> str:
     return shown(os.path.normpath(os.path.join(os.readlink(f"/proc/self/fd/{folder}"), name)))
 
 
-def replace_fd(old: int, new: int) -> int:
-    """Close one descriptor and return another."""
-    os.close(old)
-    return new
-
-
 def mount_points() -> list[tuple[str, str]]:
     """Return where something is mounted, as a path that ends with a slash, and the kind of file system, of every
     mount. See proc(5)."""
     result = []
-    with open("/proc/self/mountinfo", "rb") as file:
-        for line in file:
-            before, _, after = line.partition(b" - ")
-            path = before.split(b" ")[4]
-            for octal, character in ((b"\\040", b" "), (b"\\011", b"\t"), (b"\\012", b"\n"), (b"\\134", b"\\")):
-                path = path.replace(octal, character)
-            result.append((os.fsdecode(path).rstrip("/") + "/", os.fsdecode(after.split(b" ")[0])))
+    for line in content("/proc/self/mountinfo").split(b"\n")[:-1]:
+        before, _, after = line.partition(b" - ")
+        path = before.split(b" ")[4]
+        for octal, character in ((b"\\040", b" "), (b"\\011", b"\t"), (b"\\012", b"\n"), (b"\\134", b"\\")):
+            path = path.replace(octal, character)
+        result.append((os.fsdecode(path).rstrip("/") + "/", os.fsdecode(after.split(b" ")[0])))
     return result
 
 
 def holding_mount(path: str, mounts: list[tuple[str, str]]) -> tuple[str, str]:
     """Return the mount that a path is on."""
     real = os.path.realpath(path).rstrip("/") + "/"
-    return max(
-        (mount for mount in reversed(mounts) if real.startswith(mount[0])),
-        key=lambda mount: len(mount[0]),
-        default=("/", "unknown"),
-    )
+    above = [mount for mount in reversed(mounts) if real.startswith(mount[0])]
+    return max(above, key=lambda mount: len(mount[0]), default=("/", "unknown"))
 
 
 WAL_IS_UNSAFE = frozenset("9p cifs fakeowner nfs nfs4 smb3 smbfs vboxsf virtiofs".split())
@@ -1884,9 +1782,6 @@ def loses_wal(kind: str) -> bool:
 
 def own_volume(boot: Boot) -> None:
     """Hand HERMES_HOME itself and what is managed at its top to hermes. All else there is the user's."""
-    if not os.path.isdir(boot.home) and not boot.announce(f"make {shown(boot.home)}"):
-        return
-    make_home(boot)
     try:
         sweep = sweep_volume(boot)
     except PermissionError as error:
@@ -1905,7 +1800,7 @@ def sweep_volume(boot: Boot) -> Sweep:
         mounts = mount_points()
         holder = holding_mount(boot.home, mounts)[0]
         others = any(point != holder and point.startswith(holder) for point, _ in mounts)  # hermes may move these
-        sweep = Sweep(boot, former=top or -1, mounted=others)
+        sweep = Sweep(boot, former=top, mounted=others)
         sweep.home = sweep.place(home.fd)
         folders: list[str] = []
         with os.scandir(home.fd) as listing:
@@ -1926,7 +1821,7 @@ def sweep_volume(boot: Boot) -> Sweep:
 
 def make_home(boot: Boot) -> None:
     """Make HERMES_HOME with its parents, unless it is there. Fatal when that cannot be."""
-    if os.path.isdir(boot.home):
+    if os.path.isdir(boot.home) or not boot.announce(f"make {shown(boot.home)}"):
         return
     try:
         os.close(trusted_folder(boot.home, make=True).fd)
@@ -1967,8 +1862,7 @@ def seeds(boot: Boot) -> list[tuple[str, int, bytes]]:
     result = []
     for name, mode, template in TEMPLATES:
         try:
-            with open(f"{IMAGE}/{template}", "rb") as file:
-                data = file.read()
+            data = content(f"{IMAGE}/{template}")
         except OSError:
             data = BUILT_IN[name].encode()
         result.append((name, mode, data))
@@ -2086,19 +1980,19 @@ def try_volume(boot: Boot, home: Folder) -> None:
             warn(f"{shown(boot.home)}: {reason(error)}; free some space, or gateways will not start well")
             return
         status = os.fstat(home.fd)
-        advice = "chown it on the host"
-        if status.st_uid:
-            advice = f"start with HERMES_UID={status.st_uid} HERMES_GID={status.st_gid}"
-        if os.geteuid() != status.st_uid and boot.by_group:
-            advice = "give it to group 0 (chgrp -R 0, chmod -R g+rwX)"
         if error.errno == errno.EROFS:
             advice = "mount it writable"
         elif status.st_uid == boot.owner[0]:
             advice = "chmod u+rwx it"
+        elif boot.by_group:
+            advice = "give it to group 0 (chgrp -R 0, chmod -R g+rwX)"
+        elif status.st_uid:
+            advice = f"start with HERMES_UID={status.st_uid} HERMES_GID={status.st_gid}"
+        else:
+            advice = "chown it on the host"
         raise Fatal(
             f"{shown(boot.home)} cannot be written by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)};"
-            f" it belongs to {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o};"
-            f" {advice}{rootless_advice(boot.owner)}"
+            f" it {owner_and_mode('.', home.fd)}; {advice}{rootless_advice(boot.owner)}"
         ) from error
 
 
@@ -2226,10 +2120,8 @@ def is_newer(version: str, than: str) -> bool:
 
 
 def wants_migration(boot: Boot, home: Folder, *, fresh: bool) -> bool:
-    """As hermes: return whether the image's agent is newer than the one that last ran on this volume.
-
-    Which that was is kept in a file on the volume; a fresh volume has nothing to migrate.
-    """
+    """As hermes: return whether the image's agent is newer than the one that last ran on this volume, which a file
+    there says; a fresh volume has nothing to migrate."""
     version, last = image_version(), volume_version(home)
     if not version or switch(boot.setting("HERMES_SKIP_CONFIG_MIGRATION")) or not is_newer(version, last):
         return False
@@ -2399,11 +2291,8 @@ def read_state(folder: Folder) -> tuple[dict[str, object], Fault | None]:
 
 
 def intent_of(state: dict[str, object]) -> tuple[str | None, Fault | None]:
-    """Return the state that a gateway should be in, and what is wrong with it.
-
-    desired_state is the operator's intent and wins; gateway_state is the gateway's own word, in which draining and
-    degraded are ways of running.
-    """
+    """Return the state that a gateway should be in, and what is wrong with it: desired_state, the operator's intent,
+    wins; gateway_state is the gateway's own word, in which draining and degraded are ways of running."""
     intent = state.get("desired_state")
     if intent is None:
         intent = state.get("gateway_state")
@@ -2431,24 +2320,19 @@ def prior_exit(folder: Folder, state: dict[str, object]) -> str:
 
 def soul_fault(folder: Folder) -> Fault | None:
     """Return why a folder is not a profile by its SOUL.md."""
-    status = folder.stat("SOUL.md")
-    if status is None:
+    if folder.stat("SOUL.md") is None:
         return Fault("no SOUL.md, so not a profile")
-    if stat.S_ISLNK(status.st_mode):
-        try:
-            status = folder.stat("SOUL.md", follow=True)
-        except OSError:
-            status = None
+    try:
+        status = folder.stat("SOUL.md", follow=True)
+    except OSError:
+        status = None
     regular = status and stat.S_ISREG(status.st_mode)
     return None if regular else Fault("SOUL.md is not a file", "make it one, or remove it if this is no profile")
 
 
 def container_words() -> list[str]:
-    """Return the words of hermes's command line that the container was started with.
-
-    Cont-init scripts do not see them; they are on the command line of rc.init, a child of PID 1's, of PID 1 where that
-    runs the wrapper, or of the fallback init.
-    """
+    """Return the words of hermes's command line that the container was started with. Cont-init scripts do not see them;
+    rc.init does, a child of PID 1's, or PID 1 where that runs the wrapper, or the fallback init."""
     fallback = read_pid_file(SUPERVISOR_PROCESS)  # among others' processes, in a shared PID namespace
     for process in [fallback] if fallback else first_processes():
         try:
@@ -2566,11 +2450,8 @@ def yaml_value(text: str, key: str, section: str) -> str:
 
 
 def list_profiles(boot: Boot, home: Folder, running: str | None) -> list[Profile]:
-    """Return every profile of the volume with what to do about it: default first, then the folders of profiles/ in name
-    order.
-
-    running is the profile that the container command starts, should it have no state yet.
-    """
+    """Return every profile of the volume with what to do about it, default first, then in name order; running is the
+    one that the container command starts, should it have no state yet."""
     return [profile for profile, _ in open_profiles(boot, home, running)]
 
 
@@ -2696,13 +2577,11 @@ def dropping(command: str) -> list[str]:
 
 
 def run_script(profile: str, extra_env: dict[str, str] | None = None) -> str:
-    """Return a slot's run: the gateway of a profile, as hermes. Root does nothing here but drop; hermes can restart it
-    at will.
+    """Return a slot's run: the gateway of a profile. Root only drops here: hermes can restart it at will.
 
     HERMES_S6_SUPERVISED_CHILD (HERMES_SUPERVISED_CHILD in later agents) keeps hermes-agent from handing the gateway to
-    s6 once more, and a sticky active_profile from capturing the slot. `hermes` there is main_wrapper.py, which sets
-    what all of hermes's programs have. The API_SERVER_ variables are one gateway's, the default's: two on one port
-    would loop.
+    s6 once more, and a sticky active_profile from capturing the slot. `hermes` is main_wrapper.py, which sets what all
+    of hermes's programs have. The API_SERVER_ variables are the default gateway's alone: two on one port would loop.
     """
     arguments = "gateway run --replace" if profile == "default" else f"-p {profile} gateway run --replace"
     lines = [
@@ -2749,10 +2628,8 @@ def log_run_script(profile: str, *, to_folder: bool = True) -> str:
     return "\n".join([*lines, f"ulimit -v {LOGGER_MEMORY}", *dropping(logger)]) + "\n"
 
 
-def slot_files(
-    profile: str, stop_timeout: int, extra_env: dict[str, str] | None, *, to_folder: bool
-) -> dict[str, tuple[str, int]]:
-    """Return path, content and mode of a slot's regular files but `down`, for the boot and for run time."""
+def slot_files(profile: str, stop_timeout: int, extra_env: dict[str, str] | None, *, to_folder: bool) -> Files:
+    """Return a slot's regular files but `down`, for the boot and for run time."""
     return {
         "type": ("longrun\n", 0o644),
         "run": (run_script(profile, extra_env), 0o755),
@@ -2791,35 +2668,23 @@ def make_fifo(folder: Folder, name: str, mode: int, sealed_mode: int, group: int
     os.chmod(name, mode if group is None else sealed_mode, dir_fd=folder.fd)
 
 
-def publish(
-    scandir: Folder,
-    name: str,
-    found: os.stat_result | None,
-    files: dict[str, tuple[str, int]],
-    *,
-    start: bool,
-    group: int | None = None,
-) -> None:
-    """Put a slot into the scandir. One that was found there, and perhaps runs, keeps its folder and its process."""
+def publish(scandir: Folder, name: str, files: Files, *, start: bool, group: int | None = None) -> None:
+    """Put a slot into the scandir. One that is there, and perhaps runs, keeps its folder and its process."""
+    found = scandir.stat(name)
     if found and stat.S_ISDIR(found.st_mode):
-        refresh(scandir, name, files, start=start, group=group)
-        return
+        return refresh(scandir, name, files, start=start, group=group)
     if found:
         scandir.remove(name)
     build(scandir, name, files, start=start, group=group)
 
 
-def build(
-    scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool, group: int | None = None
-) -> None:
+def build(scandir: Folder, name: str, files: Files, *, start: bool, group: int | None = None) -> None:
     """Make a slot that is not there yet: built under a dot name, which s6-svscan ignores, then renamed into place. With
     group it stays ours, and is that group's to control."""
     temporary = f".{name}"[: 255 - len(".tmp")] + ".tmp"
-    try:
-        os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
-    except FileExistsError:  # a killed boot's
+    if scandir.stat(temporary):  # a killed boot's
         scandir.remove(temporary)
-        os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
+    os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
     with Folder(temporary, scandir.fd) as slot:
         make_skeleton(slot, "", group)
         if "log/run" in files:
@@ -2833,9 +2698,7 @@ def build(
     os.rename(temporary, name, src_dir_fd=scandir.fd, dst_dir_fd=scandir.fd)
 
 
-def refresh(
-    scandir: Folder, name: str, files: dict[str, tuple[str, int]], *, start: bool, group: int | None = None
-) -> None:
+def refresh(scandir: Folder, name: str, files: Files, *, start: bool, group: int | None = None) -> None:
     """Bring an existing slot's files up to date, each replaced whole; its process, if it has one, goes on. Takes no
     lock: who manages the slot has that."""
     wanted = dict(files) if start else files | {"down": ("", 0o644)}
@@ -2962,13 +2825,14 @@ def setup(boot: Boot) -> int:
     if euid == 0:
         follow_home(boot)
         join_groups(boot)
-        own_volume(boot)
     elif not boot.dry_run:
         who = f"UID {euid} with GID 0" if boot.by_group else f"{USER} itself"
         boot.announce(f"started as {who}, so owners, groups and services stay as they are")
-        make_home(boot)
+    make_home(boot)
     if not os.path.isdir(boot.home):
         return 0  # dry run on a volume that is still to be made
+    if euid == 0:
+        own_volume(boot)
     reader = image_owner if boot.dry_run else boot.owner  # a dry run has not given the volume to the new one
     code = as_owner(reader, seed, boot)
     if code not in (0, OVERDUE, TO_MIGRATE):
@@ -3030,10 +2894,8 @@ def is_cont_init(boot: Boot) -> bool:
 
 def watch_for_stop() -> None:
     """Have a stop of the container end the boot first: s6-overlay's waits until that is over, however long it takes.
-
-    s6-svscan runs a script of its folder's upon SIGTERM; ours calls end-boot, then s6-overlay's own. With
-    S6_CMD_RECEIVE_SIGNALS=1 that has another name.
-    """
+    s6-svscan runs a script of its folder's upon SIGTERM (with S6_CMD_RECEIVE_SIGNALS=1 it has another name); ours calls
+    end-boot, then s6-overlay's own."""
     script = f"{SCANDIR}/.s6-svscan/SIGTERM"
     if os.path.exists(f"{script}.s6-linux-init"):
         script += ".s6-linux-init"
@@ -3137,11 +2999,9 @@ def reconcile_phase(boot: Boot) -> int:
     return 0 if code == OVERDUE else code
 
 
-def asked_by_hermes(
-    boot: Boot, action: Callable[..., int], *arguments: object
-) -> tuple[int, dict[str, tuple[bool, bool]]]:
-    """Run an action as hermes that asks for slots, by ask_for; return its exit code, and for each profile whether its
-    gateway starts, and whether it has a log folder. What hermes says is checked, and is all that root takes from it."""
+def asked_by_hermes(boot: Boot, action: Callable[..., int], *arguments: object) -> tuple[int, Asked]:
+    """Run an action as hermes that asks for slots, by ask_for; return its exit code and what it has asked for. That is
+    checked, and is all that root takes from hermes."""
     with trusted_folder(boot.scandir) as scandir:
         asked = os.open(".asked", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=scandir.fd)
         scandir.unlinked(".asked")  # not a pipe: one of this size the kernel may refuse a root with few capabilities
@@ -3158,14 +3018,14 @@ def ask_for(output: int, profile: str, *, start: bool, to_folder: bool) -> None:
     os.write(output, f"{profile} {'start' if start else ''} {'log' if to_folder else ''}\n".encode())
 
 
-def publish_for_hermes(boot: Boot, wanted: dict[str, tuple[bool, bool]]) -> None:
+def publish_for_hermes(boot: Boot, wanted: Asked) -> None:
     """As root: publish the slots that hermes has asked for, so that hermes can control them and nothing more."""
     timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
     with trusted_folder(boot.scandir) as scandir:
         for profile, (start, to_folder) in wanted.items():
             name, files = SLOT_PREFIX + profile, slot_files(profile, timeout, None, to_folder=to_folder)
             try:
-                publish(scandir, name, scandir.stat(name), files, start=start, group=boot.owner[1])
+                publish(scandir, name, files, start=start, group=boot.owner[1])
             except OSError as error:
                 say("error", f"{profile}: its slot could not be made ({reason(error)}); make space in /run")
     if not is_cont_init(boot):
@@ -3273,8 +3133,6 @@ def most_wanted(boot: Boot, home: Folder, running: str | None) -> tuple[set[str]
     """Return the profiles that have a gateway where there are more than fit, and why no more do: default, those that
     start, then the others in name order, after those that have their slot. None when there is room for all."""
     limit, full = slot_limit(boot.scandir)
-    if limit == sys.maxsize:
-        return None, full  # nobody watches it, so nothing is to be counted
     try:
         with home.folder("profiles") as profiles:
             if len(profile_names(profiles)) < limit:
@@ -3287,24 +3145,21 @@ def most_wanted(boot: Boot, home: Folder, running: str | None) -> tuple[set[str]
     return {profile.name for profile in found[:limit]}, full
 
 
-def register(
-    home: Folder, folder: Folder, scandir: Folder, profile: Profile, timeout: int, output: int | None = None
-) -> None:
+def register(home: Folder, folder: Folder, scandir: Folder, profile: Profile, timeout: int, output: int | None) -> None:
     """Publish one profile's slot, or with output ask root to; what hinders it or its log becomes its reason."""
     try:
         name = SLOT_PREFIX + profile.name
-        found = scandir.stat(name)
-        status = slot_status(f"/proc/self/fd/{scandir.fd}/{name}") if found else None
-        if not (status and status.up):  # else these files are a living process's
-            profile.fault = clean_profile(folder) or profile.fault
-        else:
+        status = slot_status(f"/proc/self/fd/{scandir.fd}/{name}")
+        if status and status.up:  # these files are a living process's
             profile.prior_exit = ""
+        else:
+            profile.fault = clean_profile(folder) or profile.fault
         log_fault = make_log_folder(home, profile.name)
         profile.fault = profile.fault or log_fault
         start = profile.action == "started"
         if output is not None:
             return ask_for(output, profile.name, start=start, to_folder=not log_fault)
-        publish(scandir, name, found, slot_files(profile.name, timeout, None, to_folder=not log_fault), start=start)
+        publish(scandir, name, slot_files(profile.name, timeout, None, to_folder=not log_fault), start=start)
     except OSError as error:
         profile.action = "skipped"
         fix = "make the scandir writable for hermes, with space left"

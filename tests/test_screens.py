@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import termios
@@ -179,24 +180,29 @@ def test_a_long_sweep_says_how_far_it_is(plain, capfd, folders):
             assert re.fullmatch(
                 r".*: info: (giving|owners on) /\S+( to 4321:4321)?: \d+( of at most [\d,]+)? entries\n", said
             )
-            assert sweep.checked == 2 * folders + 1 and sum(sweep.counts) >= folders
+            assert sweep.checked == 2 * folders + 1
 
 
-def test_a_sweep_counts_what_another_process_has_done_once(plain):
-    """Also where it goes on after that has ended."""
-    (plain.home / "workspace").mkdir()
-    for number in range(3):
-        (plain.home / f"workspace/{number}").touch()
-    sweep = hermes_boot.Sweep(hermes_boot.Boot({"HERMES_HOME": str(plain.home)}, dry_run=True))
+class Dying(hermes_boot.Sweep):
+    """A sweep whose helping processes die, each at the first folder that it takes."""
 
-    def work() -> int:
-        sweep.checked = sweep.counts[1] = 5
-        return 0
+    def tree(self, folder, first=None):
+        if self.output >= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().tree(folder, first)
 
-    child, result = sweep.fork(work, 1)
-    with open(result, "rb") as file:
-        sweep.add(file.read())
-    assert os.waitpid(child, 0)[1] == 0 and sweep.checked == 5
-    sweep.counts[1] = 5  # what the child has said in memory that both have
-    sweep.tree(hermes_boot.Folder(str(plain.home / "workspace")))
-    assert sweep.checked == sum(sweep.counts) == 8
+
+def test_a_sweep_does_the_work_of_processes_that_were_killed(plain, capfd):
+    """No folder is passed over, and one line says what happened."""
+    for number in range(100):
+        (plain.home / f"workspace/{number}").mkdir(parents=True)
+        (plain.home / f"workspace/{number}/file").touch()
+    boot = hermes_boot.Boot({"HERMES_HOME": str(plain.home)}, dry_run=True)
+    boot.owner = (4321, 4321)
+    for kind in (Dying, hermes_boot.Sweep):
+        sweep = kind(boot)
+        with hermes_boot.Folder(str(plain.home)) as home:
+            sweep.home = sweep.place(home.fd)
+            sweep.volume(home, ["workspace"])
+        assert sweep.checked == sweep.changed == 201
+        assert (capfd.readouterr().err.count("its work is done again") == 1) is (kind is Dying)
