@@ -1495,8 +1495,7 @@ class Sweep:
                     self.give(entry.name, fd, status)
         self.checked += checked
         self.tell()
-        empty_mount = theirs and not checked  # as good as new
-        if (own.st_uid != uid or own.st_gid != gid) and (not theirs or empty_mount or not self.keep(".", fd, own)):
+        if (own.st_uid != uid or own.st_gid != gid) and not (theirs and self.keep(".", fd, own)):
             self.give(".", fd, own)
         return folders
 
@@ -1563,8 +1562,8 @@ class Sweep:
             self.held = held
 
     def open_folder(self, fd: int, name: str, place: MountId | None) -> Folder | None:
-        """Open a folder, None when it is gone, unreadable, or elsewhere than in its place, if given: mount() checks
-        that."""
+        """Open a folder, None when it is gone, unreadable, or elsewhere than in its place: mount() checks that. A
+        managed folder, without a place, may be a mount."""
         try:
             child = Folder(name, fd)
         except (FileNotFoundError, NotADirectoryError):
@@ -1574,7 +1573,8 @@ class Sweep:
                 self.claim(name, fd)
                 self.fail(name, fd, error)
             return None
-        if place in (None, self.place(child.fd)):
+        here = self.place(child.fd)
+        if here == place or (place is None and not (here != self.home and is_empty(child))):
             return child
         self.mount(child)
         return None
@@ -1582,14 +1582,12 @@ class Sweep:
     def mount(self, top: Folder) -> None:
         """Check what is mounted below the volume; it is closed. What belongs to a former UID is hermes's there too, and
         an empty one is as good as new. Without these only its top is looked at: the rest may be a host's whole disk."""
-        with os.scandir(top.fd) as listing:
-            empty = next(listing, None) is None
-        if empty or len(self.former) > 1:
+        status, empty = os.fstat(top.fd), is_empty(top)
+        if not empty and len(self.former) > 1:
             self.tree(top)
             return
         with top:
-            status = os.fstat(top.fd)
-            if (status.st_uid, status.st_gid) != (self.uid, self.gid) and not self.keep(".", top.fd, status):
+            if (status.st_uid, status.st_gid) != (self.uid, self.gid) and (empty or not self.keep(".", top.fd, status)):
                 self.give(".", top.fd, status)
 
     def volume(self, home: Folder, names: list[str]) -> None:
@@ -1717,6 +1715,12 @@ class Sweep:
                 f"{self.linked} files on {shown(boot.home)} have hard links and another owner, so they were left alone;"
                 " copy them (cp FILE NEW; mv NEW FILE) if hermes needs them"
             )
+
+
+def is_empty(folder: Folder) -> bool:
+    """Return whether nothing is in a folder."""
+    with os.scandir(folder.fd) as listing:
+        return next(listing, None) is None
 
 
 def more_folders(fd: int, skip: int, room: int) -> list[str]:

@@ -131,6 +131,7 @@ def test_hermess_own_entries_of_a_mount_follow_a_remap(container, tmp_path):
     skills, project = tmp_path / "skills", tmp_path / "project"
     for path in (skills, project):
         (path / "deep").mkdir(parents=True)
+        (path / "empty").mkdir()
         for name in ("ours", "theirs", "deep/ours"):
             (path / name).write_text("x")
     container(mounts=()).run("true")
@@ -147,7 +148,7 @@ def test_hermess_own_entries_of_a_mount_follow_a_remap(container, tmp_path):
     container(mounts=mounts, environment={"HERMES_UID": "1500"}).run("true")
     for path in (skills, project):
         assert owner(path / "ours") == owner(path / "deep/ours") == (1500, 10000)
-        assert owner(path / "theirs") == (0, 0)
+        assert owner(path / "theirs") == owner(path / "empty") == (0, 0)
     assert owner(skills) == (1500, 10000) and owner(project) == (0, 0)
 
 

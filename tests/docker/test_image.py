@@ -196,9 +196,14 @@ def test_the_agent_can_fetch_what_a_platform_needs(hermes):
 def restarted(box) -> str:
     """Restart a container as its users do, with all that it has written; return the line of the default gateway at
     the new boot."""
+
+    def lines() -> list[str]:
+        return box.exec("cat", "/opt/data/logs/container-boot.log").stdout.splitlines()
+
+    before = len(lines())
     subprocess.run([engine(), "restart", "-t", "10", box.name], capture_output=True, check=True)
-    assert wait_for(lambda: box.exec("hermes-boot", "health").returncode == 0)
-    return box.exec("tail", "-n", "1", "/opt/data/logs/container-boot.log").stdout
+    assert wait_for(lambda: len(lines()) > before and box.exec("hermes-boot", "health").returncode == 0)
+    return lines()[-1]
 
 
 def test_a_restart_keeps_what_the_container_wrote(hermes):
