@@ -220,14 +220,14 @@ def fill_with_folders(folder: Path, count: int, name: str) -> None:
         os.mkdir(f"{folder}/{name.format(number)}")
 
 
-# where, what, how many, how named, and how many MiB more than on an empty volume are enough: a list of the names, of
-# 250 or 120 bytes each, would need more, or, of profiles, a list of more than twice MOST_PROFILES
+# where, what, how many, how named, and how many MiB more than on an empty volume are enough: a list of the names, of 80
+# bytes each or of 260, would need more, or, of profiles, a list of more than twice MOST_PROFILES
 SIZES = {
     "hard links at the top": ("", fill_with_links, 25_000, "link-{:0200}", 4),
     "managed files at the top": ("", fill_with_links, 25_000, "state.db-{:0200}", 4),
     "temporary files at the top": ("", fill_with_links, 25_000, ".x.tmp-{:0200}", 4),
-    "folders in a managed folder": ("sessions", fill_with_folders, 50_000, "folder-{:050}", 5),
-    "folders far down": ("workspace/a/b/c/d/e/f/g/h", fill_with_folders, 50_000, "folder-{:050}", 5),
+    "folders in a managed folder": ("sessions", fill_with_folders, 80_000, "a-folder-of-the-agents-{}", 5),
+    "folders far down": ("workspace/a/b/c/d/e/f/g/h", fill_with_folders, 80_000, "a-folder-of-the-agents-{}", 5),
     "folders in profiles": ("profiles", fill_with_folders, 80_000, "a-folder-of-the-agents-{}", 5),
     "links in profiles": ("profiles", fill_with_links, 80_000, "a-link-of-the-agents-{}", 4),
     "files in a log folder": ("logs/gateways/default", fill_with_links, 25_000, "@{:0200}", 4),
