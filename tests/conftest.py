@@ -26,6 +26,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent), s
 import engine  # noqa: E402
 import image  # noqa: E402
 import sandbox  # noqa: E402
+from become import MS_REC, mount  # noqa: E402
 from sandbox import CannotShow, Sandbox  # noqa: E402
 
 # `make test-engine`: the tests that make containers, on a real engine's; those that reach into a sandbox's layers are
@@ -36,7 +37,7 @@ ON_ENGINE = os.environ.get("HERMES_TEST_ENGINE") == "1"
 # How often an attacker tries while root works beside it. 10,000 is for patience.
 ROUNDS = int(os.environ.get("HERMES_TEST_ROUNDS", "500"))
 HIDDEN = pytest.StashKey[bool]()
-CLONE_NEWNS = 0x20000
+CLONE_NEWNS, MS_SLAVE = 0x20000, 1 << 19
 HERMES_HERE = "this machine has an account hermes, which the scripts would become, and no namespace to hide it in"
 
 
@@ -52,7 +53,7 @@ def own_mounts() -> bool:
     """Have what root's tests mount end with them, whatever ends them; return whether that is so."""
     if os.geteuid() != 0 or ctypes.CDLL(None).unshare(CLONE_NEWNS) != 0:
         return False
-    subprocess.run(["mount", "--make-rslave", "/"], check=True)
+    mount("none", "/", "none", MS_REC | MS_SLAVE)
     return True
 
 
