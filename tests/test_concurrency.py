@@ -146,7 +146,7 @@ def test_the_real_agent_writes_its_state_while_boots_run(container, tmp_path):
 @pytest.mark.sandbox
 def test_secrets_are_in_no_log_no_argument_and_never_readable(container, tmp_path):
     """While boots run, another user looks at every file and every process; at the end the logs are searched."""
-    secret = "s3cr3t-t0ken"
+    secret = f"s3cr3t-{os.urandom(8).hex()}"  # no other run of this test on this machine has the same
     volume = tmp_path / "volume"
     tmp_path.chmod(0o755)
     for parent in list(tmp_path.parents)[:-2]:
