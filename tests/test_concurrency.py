@@ -46,16 +46,19 @@ def test_no_update_of_another_key_is_lost_between_our_own_writers(tmp_path):
     for key in "abcd":
         child = os.fork()
         if child == 0:
-            with Folder(str(tmp_path)) as folder:
-                for number in range(1, 51):
+            try:
+                with Folder(str(tmp_path)) as folder:
+                    for number in range(1, 51):
 
-                    def edit(data: bytes | None) -> bytes:
-                        state = json.loads(data or b"{}")
-                        assert state.get(key, 0) == number - 1
-                        return json.dumps(state | {key: number}).encode()
+                        def edit(data: bytes | None) -> bytes:
+                            state = json.loads(data or b"{}")
+                            assert state.get(key, 0) == number - 1
+                            return json.dumps(state | {key: number}).encode()
 
-                    folder.update("state.json", edit, 1 << 20)
-            os._exit(0)
+                        folder.update("state.json", edit, 1 << 20)
+                os._exit(0)
+            finally:
+                os._exit(1)  # else it would go on as a second pytest
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
     assert json.loads((tmp_path / "state.json").read_text()) == dict.fromkeys("abcd", 50)
