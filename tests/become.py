@@ -63,6 +63,15 @@ def leave(folder: str) -> None:
     end_as(child)
 
 
+def leave_for_good(folder: str) -> None:
+    """Leave, in the fork of another program: that does not go on here, whatever happens."""
+    try:
+        leave(folder)
+    except BaseException as error:
+        os.write(2, f"sandbox: {error!r}\n".encode(errors="surrogateescape"))
+    os._exit(1)
+
+
 def end_as(child: int) -> None:
     """Wait for PID 1, and end with its exit code or by its signal."""
     for number in (signal.SIGINT, signal.SIGTERM):

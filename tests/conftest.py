@@ -26,6 +26,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent), s
 import engine  # noqa: E402
 import image  # noqa: E402
 import sandbox  # noqa: E402
+from become import MS_REC, mount  # noqa: E402
 from sandbox import CannotShow, Sandbox  # noqa: E402
 
 # `make test-engine`: the tests that make containers, on a real engine's; those that reach into a sandbox's layers are
@@ -34,9 +35,9 @@ ON_ENGINE = os.environ.get("HERMES_TEST_ENGINE") == "1"
 
 
 # How often an attacker tries while root works beside it. 10,000 is for patience.
-ROUNDS = int(os.environ.get("HERMES_TEST_ROUNDS", "1000"))
+ROUNDS = int(os.environ.get("HERMES_TEST_ROUNDS", "500"))
 HIDDEN = pytest.StashKey[bool]()
-CLONE_NEWNS = 0x20000
+CLONE_NEWNS, MS_SLAVE = 0x20000, 1 << 19
 HERMES_HERE = "this machine has an account hermes, which the scripts would become, and no namespace to hide it in"
 
 
@@ -48,14 +49,21 @@ def accounts(path: str) -> tuple[list[str], list[str]]:
     return [line for line in lines if line not in theirs], theirs
 
 
-def hide_hermes() -> bool:
-    """Give root's tests account files without hermes, in a mount namespace of their own; return whether that is so."""
+def own_mounts() -> bool:
+    """Have what root's tests mount end with them, whatever ends them; return whether that is so."""
+    if os.geteuid() != 0 or ctypes.CDLL(None).unshare(CLONE_NEWNS) != 0:
+        return False
+    mount("none", "/", "none", MS_REC | MS_SLAVE)
+    return True
+
+
+def hide_hermes(*, own: bool) -> bool:
+    """Give root's tests account files without hermes, if mounts are theirs alone; return whether that is so."""
     found = {path: accounts(path) for path in ("/etc/passwd", "/etc/group")}
     if os.geteuid() != 0 or not any(theirs for _, theirs in found.values()):
         return True
-    if ctypes.CDLL(None).unshare(CLONE_NEWNS) != 0:
+    if not own:
         return False
-    subprocess.run(["mount", "--make-rslave", "/"], check=True)
     for path, (others, _) in found.items():
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", errors="surrogateescape") as file:
             file.writelines(others)
@@ -86,9 +94,10 @@ def nothing_is_left_behind():
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Be on a machine without a user hermes."""
+    """Be on a machine without a user hermes, and have containers in memory where nothing of them can stay."""
     if not ON_ENGINE:
-        config.stash[HIDDEN] = hide_hermes()
+        Sandbox.in_memory = own_mounts()
+        config.stash[HIDDEN] = hide_hermes(own=Sandbox.in_memory)
 
 
 # Programs that a small image has not or a plain container may not use, how a test calls them, and the capability that

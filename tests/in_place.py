@@ -258,6 +258,10 @@ class InPlace(Sandbox):
             (self.folder / "pid").unlink(missing_ok=True)
             return [sys.executable, "-IS", str(Path(__file__).resolve()), str(self.folder)]
 
+    def program(self, words: list[str]) -> dict:
+        """Return what runs this container, as options of Popen's."""
+        return {"args": self.command(words)}
+
     def path(self, guest: str) -> Path:
         """Return the path of a path in the running container: the same."""
         return Path(guest)

@@ -34,14 +34,16 @@ import marshal
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
-from become import start_time
+from become import MNT_DETACH, call, leave_for_good, mount, start_time
 
 PROJECT = Path(__file__).resolve().parent.parent
 CACHE = PROJECT / ".cache"
@@ -142,6 +144,8 @@ class Sandbox:
     run_options are those of the tmpfs on /run; passwd and group are the image's account files.
     """
 
+    in_memory = False  # whether the layer of each container is, which costs half as much and is lost with the machine
+
     def __init__(
         self,
         folder: Path,
@@ -190,14 +194,15 @@ class Sandbox:
         os.umask(mask)
 
     def make_layers(self, layer: Path) -> None:
-        """Make the writable layer of the image's; where this machine's root is an overlay, in memory."""
+        """Make the writable layer of the image's; in memory if wanted, or where this machine's root is an overlay."""
         layers = self.folder / "layers"
         layers.mkdir(parents=True)
-        if on_overlay(layers):
-            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", layers], check=True)
+        if self.in_memory or on_overlay(layers):
+            mount("tmpfs", str(layers), "tmpfs")
         for name in ("work", "root"):
             (layers / name).mkdir()
-        shutil.copytree(layer, self.upper, symlinks=True, ignore=lambda path, _: fixed(layer, path))
+        for entry in entries(layer):
+            entry.copy(str(self.upper))
         for name in machines_own() - set(os.listdir(layer / "usr/bin")):
             os.mknod(self.upper / "usr/bin" / name, 0o020000, 0)  # overlayfs takes a device 0:0 for "not there"
 
@@ -211,6 +216,11 @@ class Sandbox:
         """Return the argv that runs this container in the foreground; its exit code is the container's."""
         self.write_spec(words)
         return [sys.executable, "-IS", "-c", BECOME, str(self.folder)]
+
+    def program(self, words: list[str]) -> dict:
+        """Return what runs this container, as options of Popen's. A fork of this process, which has Python's start
+        behind it: a container would pay for that each time."""
+        return {"args": self.command(words), "preexec_fn": partial(leave_for_good, str(self.folder))}
 
     def write_spec(self, words: list[str]) -> None:
         """Write down what the container's own processes need to know."""
@@ -240,13 +250,15 @@ class Sandbox:
     def run(self, *words: str, timeout: float = READY, **options) -> subprocess.CompletedProcess:
         """Run to the end, as `docker run`; stdout and stderr are captured unless options say otherwise."""
         options = {"capture_output": True} | options
-        return subprocess.run(self.command(list(words)), timeout=timeout, **options)
+        return subprocess.run(**self.program(list(words)), timeout=timeout, **options)
 
     def start(self, *words: str) -> None:
         """Start in the background, as `docker run -d`, and wait for the command; what is said goes to a log."""
         self.words = list(words)
         with open(self.folder / "log", "ab") as log:
-            self.process = subprocess.Popen(self.command(self.words), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                **self.program(self.words), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
         if not wait_for(lambda: self.process.poll() is not None or self.booted(), READY):
             raise TimeoutError(f"the container's command has not started within {READY} s\n{self.log()}")
 
@@ -326,7 +338,7 @@ class Sandbox:
         if self.process and self.process.poll() is None:
             self.stop(1)
         if os.path.ismount(self.folder / "layers"):
-            subprocess.run(["umount", "-l", self.folder / "layers"], check=True)
+            call("umount2", str(self.folder / "layers"), MNT_DETACH)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -334,9 +346,46 @@ class Sandbox:
 FIXED = ("command", "usr/lib/execline")
 
 
-def fixed(layer: Path, path: str) -> set[str]:
-    """Return the entries of a folder of the layer that are mounted."""
-    return {name for name in os.listdir(path) if os.path.relpath(f"{path}/{name}", layer) in FIXED}
+class Entry(NamedTuple):
+    """An entry of the layer: its path from there, mode and time, and a file's content or a link's target."""
+
+    path: str
+    mode: int
+    time: int
+    content: bytes
+
+    def copy(self, root: str) -> None:
+        """Make it below another folder."""
+        path = root + self.path
+        if stat.S_ISDIR(self.mode):
+            os.mkdir(path, self.mode)
+        elif stat.S_ISLNK(self.mode):
+            os.symlink(self.content, os.fsencode(path))
+        else:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, self.mode & 0o7777)
+            os.write(fd, self.content)
+            os.utime(fd, ns=(self.time, self.time))
+            os.close(fd)
+
+
+@cache
+def entries(layer: Path) -> list[Entry]:
+    """Return what is copied of the layer, each folder before what is in it; read once, since each container has it."""
+    found = [layer]
+    for folder, folders, files in os.walk(layer):
+        folders[:] = [name for name in folders if os.path.relpath(f"{folder}/{name}", layer) not in FIXED]
+        found += [Path(folder, name) for name in folders + files]
+    return [
+        Entry(str(path)[len(str(layer)) :], (at := path.lstat()).st_mode, at.st_mtime_ns, content(path))
+        for path in found
+    ]
+
+
+def content(path: Path) -> bytes:
+    """Return a file's content, a link's target, nothing of a folder."""
+    if path.is_symlink():
+        return os.fsencode(path.readlink())
+    return path.read_bytes() if path.is_file() else b""
 
 
 @cache
@@ -366,12 +415,13 @@ def write_script(path: Path, text: str) -> None:
 
 
 def wait_for(condition, timeout: float = 60) -> bool:
-    """Poll until a condition holds; return whether it came to hold in time."""
-    deadline = time.monotonic() + timeout
+    """Poll until a condition holds; return whether it came to hold in time. What takes long is asked less often."""
+    started = time.monotonic()
     while not condition():
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - started
+        if waited > timeout:
             return False
-        time.sleep(0.01)
+        time.sleep(min(max(0.01, waited / 10), 0.1))
     return True
 
 

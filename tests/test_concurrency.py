@@ -46,16 +46,19 @@ def test_no_update_of_another_key_is_lost_between_our_own_writers(tmp_path):
     for key in "abcd":
         child = os.fork()
         if child == 0:
-            with Folder(str(tmp_path)) as folder:
-                for number in range(1, 51):
+            try:
+                with Folder(str(tmp_path)) as folder:
+                    for number in range(1, 51):
 
-                    def edit(data: bytes | None) -> bytes:
-                        state = json.loads(data or b"{}")
-                        assert state.get(key, 0) == number - 1
-                        return json.dumps(state | {key: number}).encode()
+                        def edit(data: bytes | None) -> bytes:
+                            state = json.loads(data or b"{}")
+                            assert state.get(key, 0) == number - 1
+                            return json.dumps(state | {key: number}).encode()
 
-                    folder.update("state.json", edit, 1 << 20)
-            os._exit(0)
+                        folder.update("state.json", edit, 1 << 20)
+                os._exit(0)
+            finally:
+                os._exit(1)  # else it would go on as a second pytest
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
     assert json.loads((tmp_path / "state.json").read_text()) == dict.fromkeys("abcd", 50)
@@ -146,7 +149,7 @@ def test_the_real_agent_writes_its_state_while_boots_run(container, tmp_path):
 @pytest.mark.sandbox
 def test_secrets_are_in_no_log_no_argument_and_never_readable(container, tmp_path):
     """While boots run, another user looks at every file and every process; at the end the logs are searched."""
-    secret = "s3cr3t-t0ken"
+    secret = f"s3cr3t-{os.urandom(8).hex()}"  # no other run of this test on this machine has the same
     volume = tmp_path / "volume"
     tmp_path.chmod(0o755)
     for parent in list(tmp_path.parents)[:-2]:

@@ -280,7 +280,7 @@ def test_no_line_is_lost_or_doubled_over_restarts_and_rotation(gateways):
         assert wait_for(lambda: count.exists() and (count.read_text().strip() or "0") != "0", 10)
         time.sleep(0.7)
         assert host.do("restart", "-p", "a").returncode == 0
-    assert wait_for(lambda: int(count.read_text().strip() or 0) > 6000, 60)
+    assert wait_for(lambda: int(count.read_text().strip() or 0) > 6000, 60 * busy())
     assert host.do("stop", "-p", "a").returncode == 0
     last = int(count.read_text().strip() or 6000)  # it may have been ended while it wrote that file
     logs = host.volume / "logs/gateways/a"

@@ -211,28 +211,27 @@ def fill_with_links(folder: Path, count: int, name: str) -> None:
     (folder / "one").touch()
     fd = os.open(folder, os.O_RDONLY)
     for number in range(count):
-        os.link("one", f"{name}{number}", src_dir_fd=fd, dst_dir_fd=fd)
+        os.link("one", name.format(number), src_dir_fd=fd, dst_dir_fd=fd)
     os.close(fd)
 
 
 def fill_with_folders(folder: Path, count: int, name: str) -> None:
     """Make so many folders."""
     for number in range(count):
-        (folder / f"{name}{number}").mkdir()
+        os.mkdir(f"{folder}/{name.format(number)}")
 
 
-FOLDER, LINK = "a-folder-of-the-agents-", "a-link-of-the-agents-"
 # where, what, how many, how named, and how many MiB more than on an empty volume are enough: a list of the names, of 80
-# bytes each, would need more, or, of profiles, a list of more than twice MOST_PROFILES
+# bytes each or of 260, would need more, or, of profiles, a list of more than twice MOST_PROFILES
 SIZES = {
-    "hard links at the top": ("", fill_with_links, 80_000, "link-", 4),
-    "managed files at the top": ("", fill_with_links, 80_000, "state.db-", 4),
-    "temporary files at the top": ("", fill_with_links, 80_000, ".x.tmp-", 4),
-    "folders in a managed folder": ("sessions", fill_with_folders, 80_000, FOLDER, 5),
-    "folders far down": ("workspace/a/b/c/d/e/f/g/h", fill_with_folders, 80_000, FOLDER, 5),
-    "folders in profiles": ("profiles", fill_with_folders, 80_000, FOLDER, 5),
-    "links in profiles": ("profiles", fill_with_links, 80_000, LINK, 4),
-    "files in a log folder": ("logs/gateways/default", fill_with_links, 80_000, "@", 4),
+    "hard links at the top": ("", fill_with_links, 25_000, "link-{:0200}", 4),
+    "managed files at the top": ("", fill_with_links, 25_000, "state.db-{:0200}", 4),
+    "temporary files at the top": ("", fill_with_links, 25_000, ".x.tmp-{:0200}", 4),
+    "folders in a managed folder": ("sessions", fill_with_folders, 80_000, "a-folder-of-the-agents-{}", 5),
+    "folders far down": ("workspace/a/b/c/d/e/f/g/h", fill_with_folders, 80_000, "a-folder-of-the-agents-{}", 5),
+    "folders in profiles": ("profiles", fill_with_folders, 80_000, "a-folder-of-the-agents-{}", 5),
+    "links in profiles": ("profiles", fill_with_links, 80_000, "a-link-of-the-agents-{}", 4),
+    "files in a log folder": ("logs/gateways/default", fill_with_links, 25_000, "@{:0200}", 4),
 }
 
 

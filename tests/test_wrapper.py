@@ -56,11 +56,11 @@ ARGVS = {
 }
 
 
-@pytest.mark.parametrize("words", ARGVS.values(), ids=ARGVS)
 @pytest.mark.parametrize("program", ["/usr/bin/printf", "printf"])
 @pytest.mark.sandbox
-def test_argv_survives_byte_for_byte(container, program, words):
+def test_argv_survives_byte_for_byte(container, program):
     """Every word arrives, whatever is in it."""
+    words = [word for argv in ARGVS.values() for word in argv]
     done = container().run(program, "%s\\0", *words)
     assert done.stdout.split(b"\0")[:-1] == [os.fsencode(word) for word in words]
 
