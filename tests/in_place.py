@@ -25,12 +25,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from become import attend, start_time, take_place
-from sandbox import CACHE, CannotShow, Sandbox, image, unreachable, wait_for
+from sandbox import CACHE, FIXED, CannotShow, Sandbox, image, unreachable, wait_for
 
 STATE = Path("/.hermes-in-place")  # on the root's own file system, so that a rename is all it takes
 JOURNAL, AWAY = STATE / "journal", STATE / "away"
@@ -103,6 +104,15 @@ def undo() -> None:
     for folder in (AWAY, STATE):
         with contextlib.suppress(OSError):  # it is not there, or a stopped container's layer is
             folder.rmdir()
+
+
+def put_file(layer: str, source: str, target: str) -> None:
+    """Copy a file of a layer; link what no container changes, which halves the work."""
+    if source.removeprefix(layer).startswith(tuple(f"{folder}/" for folder in FIXED)):
+        with contextlib.suppress(OSError):  # the layers are on another file system
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
 
 
 def put(source: str, path: str) -> None:
@@ -234,7 +244,7 @@ class InPlace(Sandbox):
         (layers / "of").symlink_to(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "layers").symlink_to(layers)
-        shutil.copytree(layer, layers / "upper", symlinks=True)
+        shutil.copytree(layer, layers / "upper", symlinks=True, copy_function=partial(put_file, f"{layer}/"))
 
     @property
     def upper(self) -> Path:
