@@ -6,7 +6,7 @@ sandbox.py takes this way where namespaces are refused and this is a container, 
 
 What it cannot show, besides what a sandbox cannot: s6-overlay (PID 1 is another's), mounts, a second container beside
 the first, and a machine's own processes out of sight. What others make in /run while a container is in place goes with
-it, as does what other users make in /tmp, and while the tests run what is made in the folders KEPT below.
+it, as does what other users make in /tmp, and while the tests run what is made in the folders KEPT below and in /tmp.
 
 Whatever is put away or in place is noted in a journal first. Whatever ends a run, the next one begins by undoing it.
 """
@@ -31,13 +31,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from become import attend, start_time, take_place
-from sandbox import CACHE, FIXED, CannotShow, Sandbox, image, unreachable, wait_for
+from sandbox import CACHE, FIXED, CannotShow, Sandbox, command_lines, image, unreachable, wait_for
 
 STATE = Path("/.hermes-in-place")  # on the root's own file system, so that a rename is all it takes
 JOURNAL, AWAY = STATE / "journal", STATE / "away"
 VOLUME, AGENT = "/opt/data", "/opt/hermes/.venv"
 OURS = ("/init", "/init.s6-overlay", "/command", "/package", "/opt/hermes", VOLUME, "/names", "/etc/cont-init.d")
-FORGOTTEN = ("/run", "/tmp")  # what is new here is forgotten; in /tmp, what is not root's
+FORGOTTEN = ("/run", "/tmp")  # what is new here is forgotten; in /tmp, what is not root's, or not pytest's
 KEPT = ("/", "/etc", "/home", "/opt", "/srv", "/usr/local/bin", "/var")  # in tests: what is new here is the layer's
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -137,11 +137,11 @@ def move_back(path: str, source: str) -> None:
         remove(path)
 
 
-def take_new(layer: str, folder: str, *entries: str) -> None:
+def take_new(layer: str, folder: str, in_tests: bool, *entries: str) -> None:
     """Move what has come into a folder to the layer, or forget it."""
     for name in set(os.listdir(folder)) - {*entries, STATE.name}:
         path = os.path.join(folder, name)
-        if folder == "/tmp" and os.lstat(path).st_uid == os.geteuid():
+        if folder == "/tmp" and (name.startswith("pytest-") if in_tests else os.lstat(path).st_uid == os.geteuid()):
             continue
         if folder in FORGOTTEN or not os.path.isdir(layer):
             remove(path)
@@ -272,6 +272,15 @@ class InPlace(Sandbox):
         """Return the path of a path in the running container: the same."""
         return Path(guest)
 
+    def processes(self) -> dict[str, str]:
+        """Return the command lines of the processes in the running container, by pid: no others on this machine."""
+        found = command_lines(Path("/proc"))
+        below = children((self.folder / "pid").read_text().split()[0])
+        for pid in below:
+            with contextlib.suppress(OSError):  # it has ended
+                below += children(pid)
+        return {str(pid): found[str(pid)] for pid in below if str(pid) in found}
+
     def enter(self) -> list[str]:
         """Return the argv of an env that runs in the container."""
         return ["env", "-C", "/"]
@@ -305,8 +314,9 @@ def main(folder: str) -> int:
 
 def enter(spec: dict, layer: str) -> None:
     """Put the container in place."""
-    for folder in (KEPT if "PYTEST_CURRENT_TEST" in os.environ else ()) + FORGOTTEN:
-        note("new", layer, folder, *os.listdir(folder))
+    in_tests = "PYTEST_CURRENT_TEST" in os.environ
+    for folder in (KEPT if in_tests else ()) + FORGOTTEN:
+        note("new", layer, folder, in_tests, *os.listdir(folder))
     put(layer, "/")
     if spec["agent"]:
         bring(spec["agent"], AGENT)

@@ -29,6 +29,7 @@ differs, so that only a real image can show it:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import marshal
 import os
@@ -301,6 +302,10 @@ class Sandbox:
         argv = self.exec_command(list(words), user, environment)
         return subprocess.run(argv, capture_output=True, text=True, timeout=timeout)
 
+    def processes(self) -> dict[str, str]:
+        """Return the command lines of the processes in the running container, by their pids there."""
+        return command_lines(self.path("/proc"))
+
     def stop(self, timeout: float = 10) -> int:
         """Do as `docker stop`: SIGTERM to PID 1, SIGKILL after timeout seconds; return the exit code."""
         self.signal(signal.SIGTERM)
@@ -356,6 +361,15 @@ def command_runs(root: Path) -> bool:
         return os.fsencode(WRAPPER) not in (root / "proc" / pid / "cmdline").read_bytes().split(b"\0")
     except (OSError, IndexError):
         return False
+
+
+def command_lines(proc: Path) -> dict[str, str]:
+    """Return the command lines of the processes in a /proc, by pid."""
+    found = {}
+    for name in filter(str.isdigit, os.listdir(proc)):
+        with contextlib.suppress(OSError):  # it has ended
+            found[name] = (proc / name / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").rstrip()
+    return found
 
 
 def write_script(path: Path, text: str) -> None:

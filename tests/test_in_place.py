@@ -60,7 +60,7 @@ def test_whatever_ends_it_is_undone(monkeypatch, tmp_path):
 
 def of_the_root() -> list[tuple]:
     """Return path, owner, mode and inode of what lies where a container is put."""
-    folders = (*in_place.KEPT, "/run", "/usr/bin", "/opt", "/etc/apt")
+    folders = (*in_place.KEPT, *in_place.FORGOTTEN, "/usr/bin", "/opt", "/etc/apt")
     entries = [entry for folder in folders for entry in os.scandir(folder) if entry.name != in_place.STATE.name]
     stats = [(entry.path, entry.stat(follow_symlinks=False)) for entry in entries]
     return sorted((path, found.st_uid, found.st_gid, found.st_mode, found.st_ino) for path, found in stats)
@@ -74,6 +74,7 @@ def test_a_killed_run_is_undone_by_the_next(gateways, container):
     host = gateways({"a": "exec sleep infinity\n"}, "running")
     assert wait_for(lambda: host.up("a"))
     gateway = (host.pid("a"), start_time(host.pid("a")))
+    Path("/tmp/of-the-test").touch()
     host.box.process.kill()
     host.box.process.wait()
     assert os.path.exists("/init") and in_place.running(*gateway)
