@@ -58,19 +58,17 @@ def unsupported() -> str:
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Have the root for ourselves, as it was before anybody had; it is so again afterwards."""
-    lock = os.open("/", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise CannotShow("another container runs; in place, there is room for one at a time") from None
-    try:
+    with contextlib.ExitStack() as at_end:
+        lock = os.open("/", os.O_RDONLY | os.O_CLOEXEC)
+        at_end.callback(os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CannotShow("another container runs; in place, there is room for one at a time") from None
+        at_end.callback(undo)
         undo()
         AWAY.mkdir(parents=True, exist_ok=True)
         yield
-    finally:
-        undo()
-        os.close(lock)
 
 
 # What is put in place, and undone

@@ -58,6 +58,18 @@ def test_whatever_ends_it_is_undone(monkeypatch, tmp_path):
     assert ended > 10
 
 
+def test_an_undoing_that_fails_locks_nobody_out(monkeypatch):
+    """The next one is told what is wrong, and not that another container runs."""
+
+    def fail() -> None:
+        raise OSError("no undoing")
+
+    monkeypatch.setattr(in_place, "undo", fail)
+    for _ in range(2):
+        with pytest.raises(OSError, match="no undoing"), in_place.alone():
+            pass
+
+
 def of_the_root() -> list[tuple]:
     """Return path, owner, mode and inode of what lies where a container is put."""
     folders = (*in_place.KEPT, *in_place.FORGOTTEN, "/usr/bin", "/opt", "/etc/apt")
