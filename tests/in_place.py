@@ -137,15 +137,17 @@ def move_back(path: str, source: str) -> None:
 
 def take_new(layer: str, folder: str, in_tests: bool, *entries: str) -> None:
     """Move what has come into a folder to the layer, or forget it."""
+    forgotten = []
     for name in set(os.listdir(folder)) - {*entries, STATE.name}:
         path = os.path.join(folder, name)
         if folder == "/tmp" and (name.startswith("pytest-") if in_tests else os.lstat(path).st_uid == os.geteuid()):
             continue
         if folder in FORGOTTEN or not os.path.isdir(layer):
-            remove(path)
+            forgotten.append(path)
         else:
             os.makedirs(os.path.dirname(layer + path), exist_ok=True)
             move(path, layer + path)
+    remove(*forgotten)
 
 
 def move(source: str, target: str) -> None:
@@ -158,9 +160,10 @@ def move(source: str, target: str) -> None:
         subprocess.run(["mv", "-T", source, target], check=True)
 
 
-def remove(path: str | Path) -> None:
+def remove(*paths: str | Path) -> None:
     """Remove whatever is there."""
-    subprocess.run(["rm", "-rf", "--one-file-system", path], check=True)
+    for first in range(0, len(paths), 1000):
+        subprocess.run(["rm", "-rf", "--one-file-system", "--", *paths[first : first + 1000]], check=True)
 
 
 def restore_owner(path: str, uid: int, gid: int, mode: int) -> None:
@@ -266,6 +269,15 @@ class InPlace(Sandbox):
             (self.folder / "pid").unlink(missing_ok=True)
             return [sys.executable, "-IS", str(Path(__file__).resolve()), str(self.folder)]
 
+    def init(self) -> int:
+        """Return the number of the container's first process, 0 when the container is not running; it may be undone
+        still."""
+        try:
+            (pid, started), outer = ((self.folder / name).read_text().split() for name in ("init", "pid"))
+            return int(pid) if running(pid, started) and running(*outer) else 0
+        except (OSError, ValueError):
+            return 0
+
     def path(self, guest: str) -> Path:
         """Return the path of a path in the running container: the same."""
         return Path(guest)
@@ -304,7 +316,7 @@ def main(folder: str) -> int:
     try:
         with alone():
             enter(spec, os.path.realpath(f"{folder}/layers/upper"))
-            return run(spec)
+            return run(spec, folder)
     except CannotShow as error:
         print(f"in place: {error}", file=sys.stderr)
         return 125
@@ -325,14 +337,14 @@ def enter(spec: dict, layer: str) -> None:
         os.chown("/run", spec["user"], spec["gid"])
 
 
-def run(spec: dict) -> int:
+def run(spec: dict, folder: str) -> int:
     """Run the entrypoint below us, with all that it leaves, to the end."""
     import ctypes
 
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     child = os.fork()
     if child == 0:
-        become(spec)
+        become(spec, folder)
     code = attend(child)
     while left := children(os.getpid()):
         for pid in left:
@@ -341,9 +353,11 @@ def run(spec: dict) -> int:
     return code
 
 
-def become(spec: dict) -> None:
+def become(spec: dict, folder: str) -> None:
     """In the child: be the entrypoint."""
-    note("run", os.getpid(), start_time(os.getpid()))  # by itself, so that nothing of it goes unnoted
+    pid, started = os.getpid(), start_time(os.getpid())
+    note("run", pid, started)  # by itself, so that nothing of it goes unnoted
+    Path(folder, "init").write_text(f"{pid} {started}")
     os.umask(0o022)
     take_place(spec)
     words = [os.fsencode(word) for word in spec["words"]]

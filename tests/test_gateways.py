@@ -502,7 +502,7 @@ def test_two_managers_interleave_without_a_leftover(gateways):
 
 def test_extra_env_reaches_the_gateway_as_data(gateways):
     """Quotes, newlines and $() included; a name that is none is refused."""
-    host = gateways({"a": 'env -0 > "$folder/env"\n' + RUN})
+    host = gateways({"a": 'env -0 >"$folder/part"; mv "$folder/part" "$folder/env"\n' + RUN})
     value = 'it\'s "$(id)" `id`\nnext $HOME'
     script = (
         "import sys; sys.path.insert(0, '/opt/hermes/docker'); import hermes_boot; hermes_boot.become_hermes()\n"

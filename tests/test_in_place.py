@@ -94,6 +94,18 @@ def test_a_killed_run_is_undone_by_the_next(gateways, container):
     assert not in_place.running(*gateway) and of_the_root() == before
 
 
+@pytest.mark.skipif(bool(NOT_HERE), reason="shows what a container in place leaves")
+def test_a_container_that_takes_long_to_be_undone_is_undone(container, monkeypatch):
+    """What undoes it is no process of the container's, which the end of a test would kill."""
+    before, box = of_the_root(), container()
+    (box.folder / "rm").write_text('#!/bin/sh\nsleep 3\nexec /bin/rm "$@"\n')
+    (box.folder / "rm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{box.folder}:{os.environ['PATH']}")
+    box.start("sleep", "infinity")
+    box.remove()
+    assert box.init() == 0 and of_the_root() == before and not in_place.JOURNAL.exists()
+
+
 @pytest.mark.skipif(bool(NOT_HERE), reason="shows a container in place")
 def test_a_second_one_at_once_is_refused_in_one_line(container):
     """On the command line; the first one goes on."""
