@@ -327,13 +327,13 @@ def enter(spec: dict, layer: str) -> None:
     in_tests = "PYTEST_CURRENT_TEST" in os.environ
     for folder in (KEPT if in_tests else ()) + FORGOTTEN:
         note("new", layer, folder, in_tests, *os.listdir(folder))
+        status = os.stat(folder)
+        note("owner", folder, status.st_uid, status.st_gid, status.st_mode & 0o7777)
     put(layer, "/")
     if spec["agent"]:
         bring(spec["agent"], AGENT)
     bring(spec["volume"], VOLUME)
     if spec["user"] is not None:
-        status = os.stat("/run")
-        note("owner", "/run", status.st_uid, status.st_gid, status.st_mode & 0o7777)
         os.chown("/run", spec["user"], spec["gid"])
 
 
