@@ -242,8 +242,9 @@ def test_a_stopped_gateway_stays_stopped_with_gateway_run(container, tmp_path):
     assert wait_for(
         lambda: "info: default was stopped and stays so; start it with `hermes -p default gateway start`" in box.log()
     )
-    sleeping = [line for line in box.processes().values() if "sleep infinity" in line]
-    assert len(sleeping) == 3, sleeping  # static services and the command: no gateway
+    sleeping = lambda: [line for line in box.processes().values() if line.endswith("sleep infinity")]  # noqa: E731
+    assert wait_for(lambda: len(sleeping()) == 3), sleeping()  # static services and the command
+    assert wanted_up(box) == {"gateway-default": False}
 
 
 def test_the_old_entrypoint_says_that_it_is_old(container):

@@ -240,7 +240,7 @@ def test_a_crashing_gateway_backs_off_and_a_start_ends_that_at_once(gateways):
     (host.folder("a") / "does").write_text(RUN)
     start = subprocess.Popen(host.box.exec_command([MANAGER, "gateway", "start", "-p", "a"], "hermes"))
     assert wait_for(lambda: host.starts("a") == 7, 3) and host.up("a") and start.wait(10) == 0
-    assert not any("timeout 4 cat back-off" in line for line in host.box.processes().values())
+    assert wait_for(lambda: not any("timeout 4 cat back-off" in line for line in host.box.processes().values()), 2)
 
 
 def test_a_stop_in_a_back_off_is_at_once(gateways):

@@ -87,8 +87,8 @@ def test_what_a_gateway_leaves_behind(gateways, end):
     group = host.box.exec("/command/s6-svstat", "-o", "pgid", "/run/service/gateway-b").returncode == 0
     assert own in alive and (helper not in alive or not group)
     if end == "unregister":
-        left = host.box.processes().values()
-        assert not any("s6-supervise gateway-a" in line or "logs/gateways/a" in line for line in left)
+        for left in ("s6-supervise gateway-a", "logs/gateways/a"):
+            assert wait_for(lambda: not any(left in line for line in host.box.processes().values()), 2)
         assert host.do("register", "-p", "a").returncode == 0
         assert wait_for(lambda: host.starts("a") == 2)
         assert found(host) == []
