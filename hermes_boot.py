@@ -574,7 +574,7 @@ class Folder:
         by the lock; a program that does not take it is noticed by looking again before the rename, and its change is
         then edited in turn."""
         with Lock(self, name):
-            for _ in range(10):
+            for _ in range(50):
                 before = self.stat(name)
                 data = self.read(name, limit) if before else None
                 new = edit(data)
@@ -1340,7 +1340,7 @@ MANAGED_PREFIXES = (  # databases, to which SQLite and the agent add -wal, -shm,
 MANAGED_SUFFIXES = (".tmp", "_threads.json")  # the first one on names with a dot in front only
 SHARED_FOLDERS, SHARED_DEPTH, MOST_SWEEPERS = 64, 6, 4  # folders to share among processes, looked for to this depth
 MOST_LEVELS = 2000  # below a managed folder; no path reaches further
-MOST_NAMES, MOST_SHARED = 200_000, 8192  # of folders, kept in memory at a time, and of one folder's to share
+MOST_NAMES, MOST_SHARED = 100_000, 8192  # of folders, kept in memory at a time, and of one folder's to share
 
 
 class Sweep:

@@ -27,7 +27,7 @@ import engine  # noqa: E402
 import image  # noqa: E402
 import sandbox  # noqa: E402
 from become import MS_REC, mount  # noqa: E402
-from sandbox import CannotShow, Sandbox  # noqa: E402
+from sandbox import CannotShow, Sandbox, busy  # noqa: E402, F401
 
 # `make test-engine`: the tests that make containers, on a real engine's; those that reach into a sandbox's layers are
 # left out.
@@ -71,11 +71,6 @@ def hide_hermes(*, own: bool) -> bool:
             os.chmod(file.name, 0o644)
             subprocess.run(["mount", "--bind", file.name, path], check=True)
     return True
-
-
-def busy() -> float:
-    """Return how many times as long as on a quiet machine things may take here now."""
-    return max(1.0, 2 * os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def left_behind() -> set[str]:

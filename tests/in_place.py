@@ -6,7 +6,7 @@ sandbox.py takes this way where namespaces are refused and this is a container, 
 
 What it cannot show, besides what a sandbox cannot: s6-overlay (PID 1 is another's), mounts, a second container beside
 the first, and a machine's own processes out of sight. What others make in /run while a container is in place goes with
-it, as does what other users make in /tmp, and while the tests run what is made in the folders KEPT below.
+it, as does what other users make in /tmp, and while the tests run what is made in the folders KEPT below and in /tmp.
 
 Whatever is put away or in place is noted in a journal first. Whatever ends a run, the next one begins by undoing it.
 """
@@ -25,18 +25,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from become import attend, start_time, take_place
-from sandbox import CACHE, CannotShow, Sandbox, image, unreachable, wait_for
+from sandbox import CACHE, FIXED, CannotShow, Sandbox, command_lines, image, unreachable, wait_for
 
 STATE = Path("/.hermes-in-place")  # on the root's own file system, so that a rename is all it takes
 JOURNAL, AWAY = STATE / "journal", STATE / "away"
 VOLUME, AGENT = "/opt/data", "/opt/hermes/.venv"
 OURS = ("/init", "/init.s6-overlay", "/command", "/package", "/opt/hermes", VOLUME, "/names", "/etc/cont-init.d")
-FORGOTTEN = ("/run", "/tmp")  # what is new here is forgotten; in /tmp, what is not root's
+FORGOTTEN = ("/run", "/tmp")  # what is new here is forgotten; in /tmp, what is not root's, or not pytest's
 KEPT = ("/", "/etc", "/home", "/opt", "/srv", "/usr/local/bin", "/var")  # in tests: what is new here is the layer's
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -57,19 +58,17 @@ def unsupported() -> str:
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Have the root for ourselves, as it was before anybody had; it is so again afterwards."""
-    lock = os.open("/", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise CannotShow("another container runs; in place, there is room for one at a time") from None
-    try:
+    with contextlib.ExitStack() as at_end:
+        lock = os.open("/", os.O_RDONLY | os.O_CLOEXEC)
+        at_end.callback(os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CannotShow("another container runs; in place, there is room for one at a time") from None
+        at_end.callback(undo)
         undo()
         AWAY.mkdir(parents=True, exist_ok=True)
         yield
-    finally:
-        undo()
-        os.close(lock)
 
 
 # What is put in place, and undone
@@ -105,6 +104,15 @@ def undo() -> None:
             folder.rmdir()
 
 
+def put_file(layer: str, source: str, target: str) -> None:
+    """Copy a file of a layer; link what no container changes, which halves the work."""
+    if source.removeprefix(layer).startswith(tuple(f"{folder}/" for folder in FIXED)):
+        with contextlib.suppress(OSError):  # the layers are on another file system
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
+
+
 def put(source: str, path: str) -> None:
     """Move something to where it belongs; a folder that is there gets what is in it, all else is put away."""
     if os.path.isdir(source) and not os.path.islink(source) and os.path.isdir(path):
@@ -127,17 +135,19 @@ def move_back(path: str, source: str) -> None:
         remove(path)
 
 
-def take_new(layer: str, folder: str, *entries: str) -> None:
+def take_new(layer: str, folder: str, in_tests: bool, *entries: str) -> None:
     """Move what has come into a folder to the layer, or forget it."""
+    forgotten = []
     for name in set(os.listdir(folder)) - {*entries, STATE.name}:
         path = os.path.join(folder, name)
-        if folder == "/tmp" and os.lstat(path).st_uid == os.geteuid():
+        if folder == "/tmp" and (name.startswith("pytest-") if in_tests else os.lstat(path).st_uid == os.geteuid()):
             continue
         if folder in FORGOTTEN or not os.path.isdir(layer):
-            remove(path)
+            forgotten.append(path)
         else:
             os.makedirs(os.path.dirname(layer + path), exist_ok=True)
             move(path, layer + path)
+    remove(*forgotten)
 
 
 def move(source: str, target: str) -> None:
@@ -150,9 +160,10 @@ def move(source: str, target: str) -> None:
         subprocess.run(["mv", "-T", source, target], check=True)
 
 
-def remove(path: str | Path) -> None:
+def remove(*paths: str | Path) -> None:
     """Remove whatever is there."""
-    subprocess.run(["rm", "-rf", "--one-file-system", path], check=True)
+    for first in range(0, len(paths), 1000):
+        subprocess.run(["rm", "-rf", "--one-file-system", "--", *paths[first : first + 1000]], check=True)
 
 
 def restore_owner(path: str, uid: int, gid: int, mode: int) -> None:
@@ -234,7 +245,7 @@ class InPlace(Sandbox):
         (layers / "of").symlink_to(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "layers").symlink_to(layers)
-        shutil.copytree(layer, layers / "upper", symlinks=True)
+        shutil.copytree(layer, layers / "upper", symlinks=True, copy_function=partial(put_file, f"{layer}/"))
 
     @property
     def upper(self) -> Path:
@@ -262,9 +273,27 @@ class InPlace(Sandbox):
         """Return what runs this container, as options of Popen's."""
         return {"args": self.command(words)}
 
+    def init(self) -> int:
+        """Return the number of the container's first process, 0 when the container is not running; it may be undone
+        still."""
+        try:
+            (pid, started), outer = ((self.folder / name).read_text().split() for name in ("init", "pid"))
+            return int(pid) if running(pid, started) and running(*outer) else 0
+        except (OSError, ValueError):
+            return 0
+
     def path(self, guest: str) -> Path:
         """Return the path of a path in the running container: the same."""
         return Path(guest)
+
+    def processes(self) -> dict[str, str]:
+        """Return the command lines of the processes in the running container, by pid: no others on this machine."""
+        found = command_lines(Path("/proc"))
+        below = children((self.folder / "pid").read_text().split()[0])
+        for pid in below:
+            with contextlib.suppress(OSError):  # it has ended
+                below += children(pid)
+        return {str(pid): found[str(pid)] for pid in below if str(pid) in found}
 
     def enter(self) -> list[str]:
         """Return the argv of an env that runs in the container."""
@@ -291,7 +320,7 @@ def main(folder: str) -> int:
     try:
         with alone():
             enter(spec, os.path.realpath(f"{folder}/layers/upper"))
-            return run(spec)
+            return run(spec, folder)
     except CannotShow as error:
         print(f"in place: {error}", file=sys.stderr)
         return 125
@@ -299,26 +328,27 @@ def main(folder: str) -> int:
 
 def enter(spec: dict, layer: str) -> None:
     """Put the container in place."""
-    for folder in (KEPT if "PYTEST_CURRENT_TEST" in os.environ else ()) + FORGOTTEN:
-        note("new", layer, folder, *os.listdir(folder))
+    in_tests = "PYTEST_CURRENT_TEST" in os.environ
+    for folder in (KEPT if in_tests else ()) + FORGOTTEN:
+        note("new", layer, folder, in_tests, *os.listdir(folder))
+        status = os.stat(folder)
+        note("owner", folder, status.st_uid, status.st_gid, status.st_mode & 0o7777)
     put(layer, "/")
     if spec["agent"]:
         bring(spec["agent"], AGENT)
     bring(spec["volume"], VOLUME)
     if spec["user"] is not None:
-        status = os.stat("/run")
-        note("owner", "/run", status.st_uid, status.st_gid, status.st_mode & 0o7777)
         os.chown("/run", spec["user"], spec["gid"])
 
 
-def run(spec: dict) -> int:
+def run(spec: dict, folder: str) -> int:
     """Run the entrypoint below us, with all that it leaves, to the end."""
     import ctypes
 
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     child = os.fork()
     if child == 0:
-        become(spec)
+        become(spec, folder)
     code = attend(child)
     while left := children(os.getpid()):
         for pid in left:
@@ -327,9 +357,11 @@ def run(spec: dict) -> int:
     return code
 
 
-def become(spec: dict) -> None:
+def become(spec: dict, folder: str) -> None:
     """In the child: be the entrypoint."""
-    note("run", os.getpid(), start_time(os.getpid()))  # by itself, so that nothing of it goes unnoted
+    pid, started = os.getpid(), start_time(os.getpid())
+    note("run", pid, started)  # by itself, so that nothing of it goes unnoted
+    Path(folder, "init").write_text(f"{pid} {started}")
     os.umask(0o022)
     take_place(spec)
     words = [os.fsencode(word) for word in spec["words"]]

@@ -29,6 +29,7 @@ differs, so that only a real image can show it:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import marshal
 import os
@@ -313,6 +314,10 @@ class Sandbox:
         argv = self.exec_command(list(words), user, environment)
         return subprocess.run(argv, capture_output=True, text=True, timeout=timeout)
 
+    def processes(self) -> dict[str, str]:
+        """Return the command lines of the processes in the running container, by their pids there."""
+        return command_lines(self.path("/proc"))
+
     def stop(self, timeout: float = 10) -> int:
         """Do as `docker stop`: SIGTERM to PID 1, SIGKILL after timeout seconds; return the exit code."""
         self.signal(signal.SIGTERM)
@@ -407,6 +412,15 @@ def command_runs(root: Path) -> bool:
         return False
 
 
+def command_lines(proc: Path) -> dict[str, str]:
+    """Return the command lines of the processes in a /proc, by pid."""
+    found = {}
+    for name in filter(str.isdigit, os.listdir(proc)):
+        with contextlib.suppress(OSError):  # it has ended
+            found[name] = (proc / name / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").rstrip()
+    return found
+
+
 def write_script(path: Path, text: str) -> None:
     """Write an executable."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -414,12 +428,18 @@ def write_script(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
+def busy() -> float:
+    """Return how many times as long as on a quiet machine things may take here now."""
+    return max(1.0, 2 * os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def wait_for(condition, timeout: float = 60) -> bool:
-    """Poll until a condition holds; return whether it came to hold in time. What takes long is asked less often."""
+    """Poll until a condition holds; return whether it came to hold in time, which is more on a busy machine. What
+    takes long is asked less often."""
     started = time.monotonic()
     while not condition():
         waited = time.monotonic() - started
-        if waited > timeout:
+        if waited > max(timeout, min(timeout * busy(), READY)):
             return False
         time.sleep(min(max(0.01, waited / 10), 0.1))
     return True

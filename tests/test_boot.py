@@ -191,7 +191,7 @@ def test_the_dashboard_and_main_hermes_sleep_by_default(container):
         folder = PROJECT / "s6-rc.d" / service
         assert (folder / "type").read_text() == "longrun\n" and (folder / "dependencies.d/base").exists()
         assert (PROJECT / "s6-rc.d/user/contents.d" / service).exists()
-    assert "dashboard --host" not in box.exec("ps", "ax").stdout
+    assert not any("dashboard --host" in line for line in box.processes().values())
 
 
 COMMANDS = {
@@ -242,9 +242,9 @@ def test_a_stopped_gateway_stays_stopped_with_gateway_run(container, tmp_path):
     assert wait_for(
         lambda: "info: default was stopped and stays so; start it with `hermes -p default gateway start`" in box.log()
     )
-    assert (
-        box.exec("ps", "-eo", "args").stdout.count("sleep infinity") == 3
-    )  # static services and the command: no gateway
+    sleeping = lambda: [line for line in box.processes().values() if line.endswith("sleep infinity")]  # noqa: E731
+    assert wait_for(lambda: len(sleeping()) == 3), sleeping()  # static services and the command
+    assert wanted_up(box) == {"gateway-default": False}
 
 
 def test_the_old_entrypoint_says_that_it_is_old(container):

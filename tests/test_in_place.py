@@ -58,9 +58,21 @@ def test_whatever_ends_it_is_undone(monkeypatch, tmp_path):
     assert ended > 10
 
 
+def test_an_undoing_that_fails_locks_nobody_out(monkeypatch):
+    """The next one is told what is wrong, and not that another container runs."""
+
+    def fail() -> None:
+        raise OSError("no undoing")
+
+    monkeypatch.setattr(in_place, "undo", fail)
+    for _ in range(2):
+        with pytest.raises(OSError, match="no undoing"), in_place.alone():
+            pass
+
+
 def of_the_root() -> list[tuple]:
     """Return path, owner, mode and inode of what lies where a container is put."""
-    folders = (*in_place.KEPT, "/run", "/usr/bin", "/opt", "/etc/apt")
+    folders = (*in_place.KEPT, *in_place.FORGOTTEN, "/usr/bin", "/opt", "/etc/apt")
     entries = [entry for folder in folders for entry in os.scandir(folder) if entry.name != in_place.STATE.name]
     stats = [(entry.path, entry.stat(follow_symlinks=False)) for entry in entries]
     return sorted((path, found.st_uid, found.st_gid, found.st_mode, found.st_ino) for path, found in stats)
@@ -74,11 +86,25 @@ def test_a_killed_run_is_undone_by_the_next(gateways, container):
     host = gateways({"a": "exec sleep infinity\n"}, "running")
     assert wait_for(lambda: host.up("a"))
     gateway = (host.pid("a"), start_time(host.pid("a")))
+    Path("/tmp/of-the-test").touch()
     host.box.process.kill()
     host.box.process.wait()
     assert os.path.exists("/init") and in_place.running(*gateway)
     assert container().run("echo", "next").stdout == b"next\n"
     assert not in_place.running(*gateway) and of_the_root() == before
+
+
+@pytest.mark.skipif(bool(NOT_HERE), reason="shows what a container in place leaves")
+def test_a_container_that_takes_long_to_be_undone_is_undone(container, monkeypatch):
+    """What undoes it is no process of the container's, which the end of a test would kill."""
+    before, box = of_the_root(), container()
+    (box.folder / "rm").write_text('#!/bin/sh\nsleep 3\nexec /bin/rm "$@"\n')
+    (box.folder / "rm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{box.folder}:{os.environ['PATH']}")
+    box.start("sleep", "infinity")
+    box.exec("chmod", "1777", "/run", "/opt")
+    box.remove()
+    assert box.init() == 0 and of_the_root() == before and not in_place.JOURNAL.exists()
 
 
 @pytest.mark.skipif(bool(NOT_HERE), reason="shows a container in place")

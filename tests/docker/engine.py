@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from image import environment as image_environment
-from sandbox import PROJECT, command_runs, wait_for
+from sandbox import PROJECT, command_lines, command_runs, wait_for
 
 TIMEOUT = 180  # seconds for one test, and so for one run
 
@@ -164,6 +164,10 @@ class EngineContainer:
         """Run a program in the running container; returns what subprocess.run does, output captured."""
         argv = self.exec_command(list(words), user, environment)
         return subprocess.run(argv, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+
+    def processes(self) -> dict[str, str]:
+        """Return the command lines of the processes in the running container, by their pids there."""
+        return command_lines(self.path("/proc"))
 
     def stop(self, timeout: float = 10) -> int:
         """Stop it as its users do; return the exit code, and keep nothing but the volume."""
