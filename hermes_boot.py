@@ -467,6 +467,8 @@ def seconds(environment: dict[str, str], name: str, default: int, least: int) ->
 # Safe files
 # --------------------------------------------------------------------------------------------------------------------
 
+UPDATE_TIMEOUT = 5  # seconds that an operator's command waits for another writer
+
 
 class Folder:
     """An open directory. Its entries are reached by descriptor, never through a link, never blocking; or OSError."""
@@ -573,7 +575,7 @@ class Folder:
         """Replace a file by what edit makes of its content (None when missing), whole. Our own writers are kept out
         by the lock; a program that does not take it is noticed by looking again before the rename, and its change is
         then edited in turn."""
-        with Lock(self, name):
+        with Lock(self, name, timeout=UPDATE_TIMEOUT):
             for _ in range(50):
                 before = self.stat(name)
                 data = self.read(name, limit) if before else None
