@@ -1393,11 +1393,12 @@ class Sweep:
             theirs = self.mounted and self.is_theirs(fd, at, status)
             if not self.may_change(status) or (theirs and self.keep(name, at, status)):
                 return
-            unusable = stat.S_ISREG(status.st_mode) and status.st_mode & 0o600 != 0o600
-            if writable and unusable and not self.boot.dry_run:
-                os.chmod(path, stat.S_IMODE(status.st_mode) | 0o600)
             if (status.st_uid, status.st_gid) != (self.uid, self.gid):
                 self.give(name, at, status, path)
+            status = os.fstat(fd)
+            usable = status.st_mode & 0o600 == 0o600 or not stat.S_ISREG(status.st_mode)
+            if writable and not usable and status.st_uid == self.uid and not self.boot.dry_run:
+                os.chmod(path, stat.S_IMODE(status.st_mode) | 0o600)
         except OSError as error:
             self.fail(name, at, error)
         finally:
