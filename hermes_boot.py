@@ -3330,8 +3330,9 @@ def end_group(group: str) -> None:
         return True
 
     for number in (SIGTERM, SIGKILL) if number_in(group, 2, 1 << 22) else ():
-        send(-int(group), number)
-        until(lambda: not left(), 1)
+        if left():  # else the number may be another's by now
+            send(-int(group), number)
+            until(lambda: not left(), 1)
 
 
 def finish(profile: str, code: str, group: str = "") -> int:

@@ -421,22 +421,17 @@ def remap(bench: Bench, files: int) -> dict:
 
 
 def sweep(bench: Bench, files: int) -> tuple[dict, dict]:
-    """Measure a setup that finds nothing to do, against find, and the memory of it: the largest process's, times
-    their number."""
+    """Measure a setup that finds nothing to do, against find, and the memory of it: the most that its processes have
+    together, with what they share counted once (PSS)."""
     with Volume(0, files) as volume:
         result = bench.pairs(lambda: run(SETUP), volume.find) | {"files": files}
         pid = os.posix_spawn(SETUP, [SETUP], os.environ, file_actions=DISCARD)
-        most = 1
-        while not (ended := os.wait4(pid, os.WNOHANG))[0]:
-            most = max(most, 1 + len(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-            time.sleep(0.001)
-        return result, {
-            "figure": ended[2].ru_maxrss / 1024 * most,
-            "processes": most,
-            "ms": None,
-            "floor_ms": None,
-            "samples": {},
-        }
+        most = 0.0
+        while not os.waitpid(pid, os.WNOHANG)[0]:
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            most = max(most, sum(pss(Path("/proc", process)) for process in (str(pid), *children)))
+            time.sleep(0.01)
+        return result, {"figure": most / 1024, "ms": None, "floor_ms": None, "samples": {}}
 
 
 def scaling(bench: Bench, counts: tuple[int, ...]) -> dict:
@@ -482,13 +477,20 @@ def on_overlay(bench: Bench) -> dict:
         return bench.pairs(lambda: at(on_root), lambda: at(volume.scandir), clear)
 
 
+def pss(process: Path) -> float:
+    """Return a process's proportional memory (PSS) in KiB, 0 when it has ended meanwhile."""
+    try:
+        return int((process / "smaps_rollup").read_text().partition("\nPss:")[2].split()[0])
+    except (OSError, IndexError):
+        return 0
+
+
 def memory_of_s6() -> float:
     """Return the proportional memory (PSS) of all of s6's processes, in KiB."""
-    total = 0
+    total = 0.0
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if (process / "comm").read_text().startswith("s6-"):
-                total += int((process / "smaps_rollup").read_text().partition("\nPss:")[2].split()[0])
+            total += pss(process) if (process / "comm").read_text().startswith("s6-") else 0
         except OSError:
             continue  # ended meanwhile
     return total
