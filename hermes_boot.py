@@ -1361,7 +1361,7 @@ class Sweep:
     def __init__(self, boot: Boot, *, former: int = 0, mounted: bool = False) -> None:
         """former is the UID that hermes had before, 0 for none; mounted says whether there are other file systems
         that it could move below a folder that is checked."""
-        self.boot, (self.uid, self.gid) = boot, boot.owner
+        self.boot, (self.uid, self.gid), self.by_group = boot, boot.owner, boot.by_group
         self.former = {self.uid, former or self.uid}
         self.home: MountId = (-1, b"")  # where the volume itself is
         self.held = 0  # names of folders in memory
@@ -1412,7 +1412,7 @@ class Sweep:
                 os.chown(opened or name, self.uid, self.gid, dir_fd=at, follow_symlinks=bool(opened))
         except OSError as error:
             return self.fail(name, at, error)
-        if not (self.boot.by_group and is_groups(status, self.gid)):
+        if not (self.by_group and is_groups(status, self.gid)):
             self.changed += 1
             self.first = self.first or f"{path_in(at, name)} belongs to {status.st_uid}:{status.st_gid}"
 
@@ -1422,7 +1422,7 @@ class Sweep:
             status = entry.stat(follow_symlinks=False)
         except OSError:
             return  # removed while we looked
-        if status.st_uid != self.uid and not (self.boot.by_group and is_groups(status, self.gid)):
+        if status.st_uid != self.uid and not (self.by_group and is_groups(status, self.gid)):
             self.strangers += 1
             self.first_stranger = self.first_stranger or entry.name
             if status.st_uid in self.former:
