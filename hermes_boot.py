@@ -2932,17 +2932,20 @@ def end_boot() -> int:
     set_exit_code(128 + SIGTERM)
     for process in [init, *children.get(init, [])]:  # rc.init, and s6-rc, which ends once its scripts have
         send(process, SIGTERM)
-    told: set[int] = set()  # some are PID 1's children, once their parents have ended
+    told: list[int] = []  # some are PID 1's children, once their parents have ended
     deadline = time.monotonic() + 1
     while time.monotonic() < deadline + 1:
-        found = {process for process in descendants(runner) if command_of(process)[0] not in OF_THE_RUNNER}
-        left = {process for process in found | told if command_of(process)[1]} - {os.getpid()}
+        found = [process for process in descendants(runner) if command_of(process)[0] not in OF_THE_RUNNER]
+        # Parents first: else s6-overlay's script, which waits for one of these, goes on with the next one.
+        left = [process for process in dict.fromkeys([*told, *found]) if command_of(process)[1]]
+        left = [process for process in left if process != os.getpid()]
         if not left:
             break
         over = time.monotonic() >= deadline
-        for process in left if over else left - told:
-            send(process, SIGKILL if over else SIGTERM)
-        told |= left
+        for process in left:
+            if over or process not in told:
+                send(process, SIGKILL if over else SIGTERM)
+        told = left
         time.sleep(0.05)
     return 0
 
@@ -4025,6 +4028,8 @@ def fallback_init(why: str, words: list[str]) -> int:
         command, code = start_command(children, words or [WRAPPER], environment)
     if command and children.wait(command, svscan, command=command) == svscan:
         say("error", "s6-svscan has died; the container ends, so that the engine can start it anew")
+    if command and read_pid_file(COMMAND_PROCESS) != command:
+        send(command, SIGTERM)  # the wrapper has just been started, or it is no wrapper: who shuts down will not see it
     for script in names_in(CONT_FINISH):  # these tell the gateways and the command to end, and wait for them
         run_to_end(children, [script], environment, to_its_end=True)
     send(svscan, SIGTERM)  # not by its control file, which is hermes's: root does not open that

@@ -52,6 +52,21 @@ def test_a_script_of_the_users_ends(container, entrypoint, name):
 
 @PLACES
 @pytest.mark.sandbox
+def test_a_command_that_is_just_starting_ends(container, entrypoint):
+    """The wrapper leaves its pid while the gateways drain: the shutdown would wait for a command that nobody told."""
+    box = container(entrypoint=entrypoint, environment={"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"})
+    drain = "trap 'sleep 2; exit 0' TERM\ntouch $HERMES_HOME/up\nwhile :; do sleep 0.05; done\n"
+    box.put_agent(f"#!/bin/sh\n{drain}")
+    wrapper = box.upper / "opt/hermes/docker/main-wrapper.sh"
+    wrapper.unlink()
+    wait = "until [ -e /opt/data/up ]; do sleep 0.05; done\ntouch /run/slow\nsleep 1\n"
+    text = f"#!/bin/sh\n{wait}exec /opt/hermes/docker/wrapper sleep infinity\n"
+    code, took, said = stop_when(box, wrapper, text, "/run/slow")
+    assert (code, took < 3 * busy()) == (143, True), (code, took, said)
+
+
+@PLACES
+@pytest.mark.sandbox
 def test_one_that_minds_no_signal_is_killed(container, entrypoint):
     """After a second, with what it has started."""
     text = "#!/bin/sh\ntrap '' TERM\ntouch /run/slow\nwhile :; do sleep 0.05; done\n"
