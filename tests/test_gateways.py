@@ -283,7 +283,11 @@ def test_no_line_is_lost_or_doubled_over_restarts_and_rotation(gateways):
     assert host.do("stop", "-p", "a").returncode == 0
     last = int(count.read_text().strip() or 6000)  # it may have been ended while it wrote that file
     logs = host.volume / "logs/gateways/a"
-    assert wait_for(lambda: f"line {last} " in (logs / "current").read_text() and f"line {last} " in host.box.log())
+
+    def files() -> list[str]:
+        return [path.read_text() for path in (*sorted(logs.glob("@*")), logs / "current")]
+
+    assert wait_for(lambda: all(f"line {last} " in text for text in ("".join(files()), host.box.log())))
     archives = sorted(logs.glob("@*"))
     assert archives, "no rotation happened"
     kept = [
