@@ -760,6 +760,14 @@ class Lock:
         return True
 
 
+def names_in(folder: str) -> list[str]:
+    """Return the paths of what is in a folder, in name order, as s6-overlay lists it: without dot files."""
+    try:
+        return [f"{folder}/{name}" for name in sorted(os.listdir(folder)) if not name.startswith(".")]
+    except OSError:
+        return []
+
+
 def read_small(path: str) -> bytes:
     """Return the first 4 KiB of a file of s6's, never blocking."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
@@ -1688,34 +1696,35 @@ class Sweep:
             ours = getattr(self, name)
             setattr(self, name, ours or value if isinstance(value, str) else ours + value)
 
-    def kept_fault(self, boot: Boot) -> Fault:
+    def kept_fault(self) -> Fault:
         """Return what there is to say of mounts whose entries stay whose they are."""
-        found = f"{self.kept} entries of mounts below {shown(boot.home)} are not {USER}'s and stay so"
+        found = f"{self.kept} entries of mounts below {shown(self.boot.home)} are not {USER}'s and stay so"
         fix = f"if {USER} is to write there: chown -hR {self.uid}:{self.gid} on the host, in what is mounted"
         return Fault(f"{found}, the first in {self.first_kept}", fix)
 
-    def report(self, boot: Boot) -> None:
+    def report(self) -> None:
         """Say what was changed, what could not be, and what was left alone for safety."""
+        home = shown(self.boot.home)
         if self.changed:
             total = f"{self.changed} of {self.checked} entries"
-            boot.announce(f"give {total} on {shown(boot.home)} to {self.uid}:{self.gid}")
+            self.boot.announce(f"give {total} on {home} to {self.uid}:{self.gid}")
         if self.failed:
-            text = f"{self.failed} entries on {shown(boot.home)} could not be given to {self.uid}:{self.gid}"
+            text = f"{self.failed} entries on {home} could not be given to {self.uid}:{self.gid}"
             why = "since a rootless engine, NFS, a NAS or a read-only mount may refuse that and still work"
             warn(f"{text}, the first: {self.failure}; going on, {why}")
         if self.kept:
-            warn(self.kept_fault(boot))
+            warn(self.kept_fault())
         if self.deep:
-            warn(f"{self.deep} folders on {shown(boot.home)} are over {MOST_LEVELS} levels down and were left alone")
+            warn(f"{self.deep} folders on {home} are over {MOST_LEVELS} levels down and were left alone")
         if self.left_behind:
             warn(
-                f"{USER} was another user before; {self.left_behind} entries at the top of {shown(boot.home)} that are"
+                f"{USER} was another user before; {self.left_behind} entries at the top of {home} that are"
                 f" none of the agent's own stay whose they are, the first: {shown(self.first_left_behind)};"
                 f" chown what {USER} needs to {self.uid}:{self.gid} on the host, with the container stopped"
             )
         if self.linked:
             warn(
-                f"{self.linked} files on {shown(boot.home)} have hard links and another owner, so they were left alone;"
+                f"{self.linked} files on {home} have hard links and another owner, so they were left alone;"
                 " copy them (cp FILE NEW; mv NEW FILE) if hermes needs them"
             )
 
@@ -1796,7 +1805,7 @@ def own_volume(boot: Boot) -> None:
     except OSError as error:
         raise Fatal(f"HERMES_HOME={boot.home!r} {described(error)}; make all on the way to it plain folders") from error
     else:
-        sweep.report(boot)
+        sweep.report()
 
 
 def sweep_volume(boot: Boot) -> Sweep:
@@ -2886,9 +2895,10 @@ def setup_phase(boot: Boot) -> int:
 def reconciles_too(boot: Boot) -> bool:
     """Return whether the setup may do the reconciler's work in one go, which saves the start of a Python: at a boot,
     where no script of somebody's comes between the two."""
+    from itertools import pairwise
+
     scripts = [os.path.basename(path) for path in names_in(CONT_INIT)]
-    ours = "\n01-hermes-setup\n02-reconcile-profiles\n"
-    return is_cont_init(boot) and supervised() and ours in "\n".join(["", *scripts, ""])
+    return is_cont_init(boot) and supervised() and ("01-hermes-setup", "02-reconcile-profiles") in pairwise(scripts)
 
 
 OF_THE_RUNNER = ("s6-ipcserverd", "s6-sudod")  # what s6-rc's oneshot runner is made of
@@ -2935,10 +2945,9 @@ def end_boot() -> int:
     told: list[int] = []  # some are PID 1's children, once their parents have ended
     deadline = time.monotonic() + 1
     while time.monotonic() < deadline + 1:
-        found = [process for process in descendants(runner) if command_of(process)[0] not in OF_THE_RUNNER]
         # Parents first: else s6-overlay's script, which waits for one of these, goes on with the next one.
-        left = [process for process in dict.fromkeys([*told, *found]) if command_of(process)[1]]
-        left = [process for process in left if process != os.getpid()]
+        found = {process: command_of(process) for process in [*told, *descendants(runner)] if process != os.getpid()}
+        left = [process for process, (name, words) in found.items() if words and name not in OF_THE_RUNNER]
         if not left:
             break
         over = time.monotonic() >= deadline
@@ -4209,14 +4218,6 @@ def start_service(children: Children, environment: dict[str, str], service: Serv
     return ""
 
 
-def names_in(folder: str) -> list[str]:
-    """Return the paths of what is in a folder, in name order, as s6-overlay lists it: without dot files."""
-    try:
-        return [f"{folder}/{name}" for name in sorted(os.listdir(folder)) if not name.startswith(".")]
-    except OSError:
-        return []
-
-
 def run_to_end(children: Children, argv: list[str], environment: dict[str, str], *, to_its_end: bool = False) -> int:
     """Run one of the boot's programs; return its exit code. Unless it is to get to its end, SIGTERM ends it: all of its
     process group, by SIGKILL after a second, and none is begun then."""
@@ -4928,7 +4929,7 @@ def owner_checks(boot: Boot) -> list[Check]:
         fix = f"move them off the volume, where {USER} can put them among its own, or chown them on the host"
         checks.append(Check("warn", "owner", f"{found}, the first: {shown(sweep.first_stranger)}", fix))
     if sweep.kept:
-        fault = sweep.kept_fault(boot)
+        fault = sweep.kept_fault()
         checks.append(Check("warn", "owner", fault.text, fault.fix))
     fix = "restart the container, or run `hermes-boot doctor --fix` as root"
     if sweep.changed:
