@@ -324,5 +324,5 @@ def layer() -> Path:
                 root.rename(folder)
         os.utime(folder)  # it has the time of the files in it, and so would be the oldest
         for old in sorted(layers.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT_LAYERS]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # another worker may remove it too
     return folder
