@@ -436,5 +436,6 @@ def test_the_end_needs_no_further_process(gateways):
     )
     assert wait_for(lambda: host.up("a"))
     done = host.box.exec("/usr/bin/python3", "-IBSc", NO_FORK)
-    assert done.returncode == 0 and (host.folder("a") / "drained").exists(), done
+    assert done.returncode in (0, -15) and not done.stderr, done  # its container ends at the same moment, and all in it
+    assert (host.folder("a") / "drained").exists()
     assert stat.S_ISREG((host.folder("a") / "drained").stat().st_mode)
