@@ -111,8 +111,13 @@ RUN cd /opt/hermes/docker \
     done \
  && printf '%s\n' '#!/bin/sh' '[ "$RC_NAME" = legacy-cont-init ] && [ -e /run/hermes-reconciled ] ||' \
       '  exec /opt/hermes/docker/02-reconcile-profiles' >reconcile \
- && chmod 0755 reconcile \
+ && printf '%s\n' '#!/bin/sh' 'for comm in /proc/[0-9]*/comm; do' '  read -r name 2>/dev/null <"$comm" || continue # it has ended' \
+      '  case $name in s6-supervise | s6-svscan | s6-log | s6-linux-init-s | s6-ipcserverd | s6-rc | s6-sudo[cd]) ;;' \
+      '    s6-maximumtime | cont-finish | 10-hermes-shutd) ;;' \
+      '    *) exec /opt/hermes/docker/10-hermes-shutdown ;; esac' 'done' >shutdown \
+ && chmod 0755 reconcile shutdown \
  && ln -s boot 02-reconcile-profiles \
+ && ln -s boot 10-hermes-shutdown \
  && ln -s boot stage2-hook.sh \
  && ln -s boot entrypoint.sh \
  && ln -s wrapper main-wrapper.sh \
@@ -121,7 +126,7 @@ RUN cd /opt/hermes/docker \
  && ln -s /opt/hermes/docker/wrapper /names/usr/bin/tini \
  && ln -s /opt/hermes/docker/boot /names/etc/cont-init.d/01-hermes-setup \
  && ln -s /opt/hermes/docker/reconcile /names/etc/cont-init.d/02-reconcile-profiles \
- && ln -s /opt/hermes/docker/boot /names/etc/cont-finish.d/10-hermes-shutdown \
+ && ln -s /opt/hermes/docker/shutdown /names/etc/cont-finish.d/10-hermes-shutdown \
  && printf '%s\n' '# /etc/profile has set PATH anew: the one of the container goes before that.' \
       'PATH="$(cat /run/s6/container_environment/PATH 2>/dev/null || echo /opt/hermes/bin:/opt/hermes/.venv/bin):$PATH:/command"' \
       'case ":$PATH:" in *:/opt/hermes/bin:*) ;; *) PATH="/opt/hermes/bin:/opt/hermes/.venv/bin:$PATH" ;; esac' \

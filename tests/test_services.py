@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hermes_boot
 import pytest
 from sandbox import ENTRYPOINT, wait_for, write_script
 
@@ -202,3 +203,40 @@ def test_an_earlier_starts_reconcile_does_not_count(container, tmp_path):
         f"{start} true && {make} && touch /opt/data/profiles/late/SOUL.md && {start} ls -d /run/service/gateway-late"
     )
     assert done.returncode == 0, done.stderr.decode()
+
+
+# An end with nothing to end
+
+ASKED = f"#!/bin/sh\n[ ! -e /run/service/{hermes_boot.ENDING} ] || : >/opt/data/asked\n"
+RUNNING = {"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"}
+SLEEPS = "#!/bin/sh\nexec sleep infinity\n"
+DRAINS = "#!/bin/sh\ntrap 'sleep 1; touch /opt/data/drained; exit 0' TERM\nwhile :; do sleep 0.05; done\n"
+UP = "until [ $(/command/s6-svstat -o up /run/service/gateway-default) = true ]; do sleep 0.05; done"
+WAITS = "grep -qsx cat /proc/[0-9]*/comm"
+# the gateway, the container's environment, its command, and what the end does then
+ENDS = {
+    "nothing lives": (SLEEPS, {}, "true", False),
+    "a gateway": (DRAINS, RUNNING, f"{UP}; sleep 0.3", True),
+    "a gateway that was stopped": (SLEEPS, RUNNING, f"{UP}; hermes gateway stop >&2", False),
+    "a gateway in its back-off": (
+        "#!/bin/sh\nexit 1\n",
+        RUNNING,
+        f"until {WAITS} && sleep 0.3 && {WAITS}; do :; done",
+        True,
+    ),
+    "a process of the command's": (SLEEPS, {}, "sleep infinity >/dev/null 2>&1 & sleep 0.1", True),
+}
+
+
+@pytest.mark.overlay
+@pytest.mark.sandbox
+@pytest.mark.parametrize("agent, environment, command, asked", ENDS.values(), ids=ENDS)
+def test_the_end_starts_no_python_where_only_s6_lives(container, agent, environment, command, asked):
+    """In every other case it does its work."""
+    box = container(environment=environment)
+    box.put_agent(agent)
+    write_script(box.upper / "etc/cont-finish.d/20-look", ASKED)
+    done = box.run("sh", "-c", command)
+    assert done.returncode == 0, done.stderr.decode()
+    assert (box.volume / "asked").exists() == asked, done.stderr.decode()
+    assert (box.volume / "drained").exists() == (agent == DRAINS)
