@@ -111,10 +111,11 @@ RUN cd /opt/hermes/docker \
     done \
  && printf '%s\n' '#!/bin/sh' '[ "$RC_NAME" = legacy-cont-init ] && [ -e /run/hermes-reconciled ] ||' \
       '  exec /opt/hermes/docker/02-reconcile-profiles' >reconcile \
- && printf '%s\n' '#!/bin/sh' 'for comm in /proc/[0-9]*/comm; do' '  read -r name 2>/dev/null <"$comm" || continue # it has ended' \
+ && printf '%s\n' '#!/bin/sh' 'work() { exec /opt/hermes/docker/10-hermes-shutdown; }' '[ ! -t 2 ] || work # its output may be stopped' \
+      'for slot in /run/service/gateway-*; do [ -e "$slot/down" ] || [ ! -e "$slot/run" ] || work; done # s6 may be about to start it' \
+      'for comm in /proc/[0-9]*/comm; do' '  read -r name 2>/dev/null <"$comm" || { [ ! -e "$comm" ] || work; continue; }' \
       '  case $name in s6-supervise | s6-svscan | s6-log | s6-linux-init-s | s6-ipcserverd | s6-rc | s6-sudo[cd]) ;;' \
-      '    s6-maximumtime | cont-finish | 10-hermes-shutd) ;;' \
-      '    *) exec /opt/hermes/docker/10-hermes-shutdown ;; esac' 'done' >shutdown \
+      '    s6-maximumtime | cont-finish | 10-hermes-shutd) ;; *) work ;; esac' 'done' >shutdown \
  && chmod 0755 reconcile shutdown \
  && ln -s boot 02-reconcile-profiles \
  && ln -s boot 10-hermes-shutdown \

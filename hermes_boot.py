@@ -288,7 +288,7 @@ class Progress:
 
     def __init__(self, *, first: float = 10, quiet: bool = False) -> None:
         """first is when the first line is due elsewhere than on a terminal, in seconds."""
-        self.terminal, self.written = sys.stderr.isatty(), False
+        self.terminal, self.written = os.isatty(2), False
         self.due = float("inf") if quiet else time.monotonic() + (2 if self.terminal else first)
 
     def tell(self, text: Callable[[], str]) -> None:
@@ -342,8 +342,7 @@ def guarded(action: Callable[..., int], *arguments: object) -> int:
     """Run an action; turn what it raises into one line and code 1, with a traceback only for the unexpected."""
     try:
         code = action(*arguments)
-        if sys.stdout:
-            sys.stdout.flush()  # the entry stub ends the process without it
+        sys.stdout.flush()  # the entry stub ends the process without it
         return code
     except Fatal as error:
         say("fatal", str(error))
@@ -815,9 +814,12 @@ class TimeLimit:
 
         if self.before is None:
             return
-        _signal.signal(_signal.SIGALRM, self.before)
         left = max(0.001, self.outer - (time.monotonic() - self.started)) if self.outer else 0
-        _signal.setitimer(_signal.ITIMER_REAL, left)
+        try:
+            _signal.setitimer(_signal.ITIMER_REAL, 0)  # first: SIGALRM's default is to end the process
+        finally:
+            _signal.signal(_signal.SIGALRM, self.before)
+            _signal.setitimer(_signal.ITIMER_REAL, left)
 
     def expire(self, *_: object) -> None:
         """Be the handler of SIGALRM."""
@@ -1617,7 +1619,11 @@ class Sweep:
         """Check an open folder's entries and close it; return its folders' paths, and where they must be. One with too
         many to share is checked here with all below it."""
         place, room = self.place(folder.fd), min(MOST_SHARED, self.room())
-        names = self.entries(folder.fd, place, room)
+        try:
+            names = self.entries(folder.fd, place, room)
+        except OSError:
+            os.close(folder.fd)
+            raise
         if len(names) >= room:
             self.tree(folder, names)
             return []
@@ -1666,7 +1672,12 @@ class Sweep:
                 self.send(group[0])
             return 0
 
-        children = [forked(work) for _ in range(min(MOST_SWEEPERS, len(os.sched_getaffinity(0))))]
+        children: list[int] = []
+        try:
+            while len(children) < min(MOST_SWEEPERS, len(os.sched_getaffinity(0))):
+                children.append(forked(work))
+        except OSError:
+            pass  # no more processes: what is left, this one does
         os.close(numbers)
         os.close(output)
         left = set(range(count))
@@ -1678,7 +1689,7 @@ class Sweep:
                 self.tell()
         for child in children:
             os.waitpid(child, 0)
-        if left:
+        if left and children:
             warn("a process that checked owners was ended, most likely for want of memory; its work is done again")
         for group in left:
             check(group)
@@ -3119,12 +3130,17 @@ def own_static_services(boot: Boot, scandir: Folder, *, whole: bool) -> None:
                 continue  # not supervised here, or s6-rc's link to the other folder
 
 
+def take_timezone(environment: dict[str, str]) -> None:
+    """Have dates in the container's timezone, as s6-log's and the boot log's are."""
+    if "TZ" in environment:
+        os.environ["TZ"] = environment["TZ"]
+        time.tzset()
+
+
 def reconcile(boot: Boot, command: list[str], output: int | None = None) -> int:
     """As hermes: find the profiles, publish their slots, or with output ask root to, say and log a line for each."""
     take_umask(boot)
-    if "TZ" in boot.environment:
-        os.environ["TZ"] = boot.environment["TZ"]  # for the boot log's dates
-        time.tzset()
+    take_timezone(boot.environment)
     with open_home(boot) as home:
         running = run_profile(boot, command, home)
         if boot.dry_run:
@@ -3135,7 +3151,9 @@ def reconcile(boot: Boot, command: list[str], output: int | None = None) -> int:
             return 0
         lines, (chosen, full) = [], most_wanted(boot, home, running)
         with Folder(boot.scandir, follow=True) as scandir:
-            timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
+            timeout = STOP_TIMEOUT  # root, if it is asked, reads the other one
+            if output is None:
+                timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
             for profile, folder in open_profiles(boot, home, running):
                 if folder and (chosen is None or profile.name in chosen):
                     register(home, folder, scandir, profile, timeout, output)
@@ -3944,18 +3962,18 @@ EXIT_CODE = "/run/s6-linux-init-container-results/exitcode"
 SHUTDOWN_TIMEOUT = 8  # seconds for all when the container ends, unless HERMES_SHUTDOWN_TIMEOUT says otherwise
 
 
-def shut_down(boot: Boot) -> int:
+def shut_down(environment: dict[str, str]) -> int:
     """End every gateway and the container command, all at once, and return when the last is gone, or
     HERMES_SHUTDOWN_TIMEOUT seconds are over. Run by s6-overlay from cont-finish.d, before its final kill. No intent is
     recorded, so what ran comes back at the next boot."""
-    patience = seconds(boot.environment, "HERMES_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT, 0)
+    patience = seconds(environment, "HERMES_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT, 0)
     deadline = time.monotonic() + patience
     set_terminal_going()
     if command := read_pid_file(COMMAND_PROCESS):
         set_exit_code(128 + SIGTERM)  # should it outlive us; if it ends in time, its own code comes after
         send(command, SIGTERM)  # while we are root: it may not be hermes yet
     try:
-        with trusted_folder(boot.scandir) as scandir, scandir.folder(".s6-svscan") as svscan:
+        with trusted_folder(scandir_of(environment)) as scandir, scandir.folder(".s6-svscan") as svscan:
             put(svscan, os.path.basename(ENDING), "", 0o644)
     except OSError:
         pass  # then every finish does its work
@@ -3965,7 +3983,7 @@ def shut_down(boot: Boot) -> int:
                 # As hermes to files, but still root's process, which hermes cannot stop; a limit could deny us another.
                 os.setegid(owner[1])
                 os.seteuid(owner[0])
-            end_gateways(boot, deadline)
+            end_gateways(environment, deadline)
     except TimeoutError:
         pass  # a file system that does not answer
     return 0
@@ -3981,9 +3999,9 @@ def set_exit_code(code: int) -> None:
         pass  # the fallback init knows by itself
 
 
-def end_gateways(boot: Boot, deadline: float) -> None:
+def end_gateways(environment: dict[str, str], deadline: float) -> None:
     """Bring all slots down, and wait for them and the container command until the monotonic clock's deadline."""
-    manager = S6ServiceManager(environment=boot.environment)
+    manager = S6ServiceManager(environment=environment)
     slots = [f"{manager.scandir}/{SLOT_PREFIX}{name}" for name in manager.list_profile_gateways()]
     for slot in slots:
         heard(f"{slot}/supervise/control", b"d")
@@ -4710,16 +4728,15 @@ def whole_lines(file: BinaryIO) -> Iterator[bytes]:
 
 def last_lines(home: Folder, profile: str, count: int) -> list[str]:
     """Return the last lines with letters of a gateway's log, without timestamps, each fit for a terminal's line."""
+    lines: list[str] = []
     try:
         with home.folder(f"logs/gateways/{profile}") as logs:
-            file = open_log(logs, "current")
+            if file := open_log(logs, "current"):
+                with file:
+                    file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+                    lines = file.read(4096).decode(errors="replace").splitlines()
     except OSError:
-        return []
-    if file is None:
-        return []
-    with file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-        lines = file.read(4096).decode(errors="replace").splitlines()
+        pass  # no log that can be read
     texts = [printable(line.partition("  ")[2]) for line in lines]
     return [text for text in texts if any(map(str.isalpha, text))][-count:]
 
@@ -4728,6 +4745,7 @@ def since_when(text: str) -> str:
     """Return the timestamp, as s6-log writes it, that 30s, 10m, 2h, 1d or a date is. Raises argparse's error."""
     import argparse
 
+    take_timezone(container_environment() | process_environment())  # the command line comes before all else
     size = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
     if size and (number := number_in(text[:-1], 0, 10**9)) is not None:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(0, time.time() - number * size)))
@@ -5195,18 +5213,14 @@ def lock_holder(home: Folder, folder: str) -> int | None:
     import fcntl
     import struct
 
+    layout = "hhqqi4x"  # struct flock: type, whence, start, length, pid
     try:
-        with home.folder(folder) as logs:
-            fd = logs.open("lock", os.O_RDWR)
+        with home.folder(folder) as logs, open(logs.open("lock", os.O_RDWR), "rb+", buffering=0) as file:
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
     except OSError:
-        return None
-    try:
-        layout = "hhqqi4x"  # struct flock: type, whence, start, length, pid
-        answer = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-        kind, *_, pid = struct.unpack(layout, answer)
-        return None if kind == fcntl.F_UNLCK else max(0, pid)
-    finally:
-        os.close(fd)
+        return None  # an NFS without locks among them
+    kind, *_, pid = struct.unpack(layout, answer)
+    return None if kind == fcntl.F_UNLCK else max(0, pid)
 
 
 # Command line
@@ -5225,6 +5239,7 @@ EXIT_CODES = "exit codes: 0 done, 1 failed, 2 wrong usage, 3 not running (gatewa
 def main(argv: list[str]) -> int:
     """Run what our name or the first argument asks for; return the exit code: 0 done, 1 failed, 2 wrong usage."""
     sys.argv = argv
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed, by `>&-`
     os.umask(0o022)
     name, words = os.path.basename(argv[0]), argv[1:]
     if name in ROLES:
@@ -5278,9 +5293,9 @@ def without_parser(words: list[str]) -> Any:
 
 def run_phases(role: str, *, dry_run: bool) -> int:
     """Run setup, reconcile or shutdown, or with an empty role setup and reconcile."""
-    boot = Boot(container_environment(), dry_run=dry_run)
     if role == "shutdown":
-        return shut_down(boot)
+        return shut_down(container_environment())
+    boot = Boot(container_environment(), dry_run=dry_run)
     end_on_sigterm()
     code = setup_phase(boot) if role != "reconcile" else 0
     if code or (role == "setup" and not reconciles_too(boot)):
@@ -5299,6 +5314,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     if command in ("", "setup", "reconcile", "shutdown"):
         return run_phases(command, dry_run=getattr(arguments, "dry_run", False))
     environment = container_environment() | process_environment()  # with what a login shell has scrubbed from ours
+    take_timezone(environment)
     if command == "health":
         return by_hermes(HEALTH_TIMEOUT, health, environment, arguments.live)
     boot = Boot(environment)

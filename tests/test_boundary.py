@@ -439,3 +439,24 @@ def test_the_end_needs_no_further_process(gateways):
     assert done.returncode in (0, -15) and not done.stderr, done  # its container ends at the same moment, and all in it
     assert (host.folder("a") / "drained").exists()
     assert stat.S_ISREG((host.folder("a") / "drained").stat().st_mode)
+
+
+ALONE = r"""
+import os, sys
+sys.path.insert(0, "/opt/hermes/docker")
+import hermes_boot
+def refuse():
+    raise OSError(11, "Resource temporarily unavailable")
+os.fork = refuse
+hermes_boot.own_volume(hermes_boot.Boot(hermes_boot.container_environment()))
+"""
+
+
+def test_owners_are_checked_where_no_further_process_may_be_made(container):
+    """As under a limit on these: by one process, all of it, and without a word of trouble."""
+    box = container()
+    box.start("sleep", "infinity")
+    box.exec("sh", "-c", "cd /opt/data/workspace && for n in $(seq 200); do mkdir -p $n/below; done; chown -R 0:0 .")
+    done = box.exec("/usr/bin/python3", "-IBSc", ALONE)
+    assert done.returncode == 0 and "warning" not in done.stderr, done
+    assert box.exec("find", "/opt/data/workspace", "!", "-user", "hermes").stdout == ""

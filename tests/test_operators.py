@@ -412,6 +412,37 @@ def test_logs_reads_archives_in_order_and_follows_over_rotations(gateways):
     assert piped.stdout.endswith("line 1 " + "x" * 63 + "\n") and piped.stderr == ""
 
 
+@pytest.mark.parametrize("words", ["setup", "reconcile", "status", "doctor", "gateway start -p a"])
+def test_a_closed_stdout_costs_the_output_alone(gateways, words):
+    """As with `>&-`: no traceback, though root works in a process that becomes hermes."""
+    host = gateways({"a": RUN})
+    done = host.box.exec("sh", "-c", f"{MANAGER} {words} >&-")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done
+
+
+def test_a_time_span_is_the_containers_own(container):
+    """In its timezone, which s6-log's stamps have, though a login shell knows nothing of that."""
+    box = container(environment={"TZ": "EST5", "HERMES_GATEWAY_BOOTSTRAP_STATE": "running"})
+    box.put_agent("#!/bin/sh\necho hello\nexec sleep infinity\n")
+    box.start("sleep", "infinity")
+    logs = ["env", "-i", MANAGER, "logs", "-p", "default", "--since"]
+    assert wait_for(lambda: "hello" in box.exec(*logs, "10m").stdout, 10)
+    assert wait_for(lambda: box.exec(*logs, "0s").stdout == "", 10)
+
+
+@pytest.mark.sandbox
+def test_a_log_that_fails_when_it_is_read_costs_its_line_alone(gateways):
+    """As on a bad disk or an NFS that has lost it: every other row is there."""
+    host = gateways({"a": "echo hello\n" + RUN}, "running")
+    current = host.folder("default") / "logs/gateways/a/current"
+    assert wait_for(lambda: current.exists() and "hello" in current.read_text())
+    assert status(host)["a"]["last_line"]
+    host.box.exec("mount", "--bind", "/proc/1/attr/current", "/opt/data/logs/gateways/a/current")
+    assert host.box.exec("cat", "/opt/data/logs/gateways/a/current").returncode == 1
+    rows = status(host)
+    assert rows.keys() == {"a", "default"} and not rows["a"]["last_line"]
+
+
 def test_a_log_that_is_not_there_is_one_line(plain):
     """With the way to the names."""
     done = plain.reconcile(command=["logs", "-p", "nobody"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -313,3 +314,31 @@ print(os.listdir(sys.argv[1]))' "$1/root" "$2"
     argv = ["unshare", "-m", "sh", "-ec", script, "sh", tmp_path, PROJECT]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.stdout == "18\n[]\n", done
+
+
+TELLS = "trap ': >/tmp/told-{}; exit 0' TERM; while :; do sleep 0.05; done"
+
+
+@pytest.mark.sandbox
+def test_the_end_does_not_wait_for_a_volume_that_does_not_answer(live, container, tmp_path):
+    """Gateways and command are told at once, though whoever serves the volume has stopped."""
+    if not shutil.which("bindfs") or not os.path.exists("/dev/fuse"):
+        pytest.skip("needs bindfs and /dev/fuse")
+    volume, behind = tmp_path / "volume", tmp_path / "behind"
+    volume.mkdir()
+    behind.mkdir()
+    server = subprocess.Popen(["bindfs", "-f", "-o", "attr_timeout=0,entry_timeout=0", behind, volume])
+    try:
+        assert wait_for(lambda: os.path.ismount(volume))
+        box = container(volume=volume, environment={"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"})
+        box.put_agent(f"#!/bin/sh\n{TELLS.format('gateway')}\n")
+        box.start("sh", "-c", TELLS.format("command"))
+        box.exec("s6-svwait", "-t", "5000", "-u", "/run/service/gateway-default")
+        told = [box.path(f"/tmp/told-{who}") for who in ("gateway", "command")]
+        server.send_signal(signal.SIGSTOP)
+        box.signal(signal.SIGTERM)
+        assert wait_for(lambda: all(map(os.path.exists, told)), 5)
+    finally:
+        server.kill()  # what waits for it goes on
+        server.wait()
+        subprocess.run(["umount", "-l", volume], check=True)

@@ -517,3 +517,25 @@ def test_a_time_limit_within_another():
         pass
     assert time.monotonic() - started < 1
     time.sleep(0.1)  # nothing is left of them
+
+
+SLOW_TO_END = """
+import sys, time, hermes_boot
+def slowly(frame, *_):
+    if frame.f_code.co_name == "__exit__":
+        time.sleep(0.02)
+        return slowly
+for number in range(20, 0, -1):
+    try:
+        with hermes_boot.TimeLimit(number / 100):
+            sys.settrace(slowly)
+    except TimeoutError:
+        pass
+    sys.settrace(None)
+"""
+
+
+def test_a_time_limit_that_is_over_while_it_ends_costs_nobody_the_process():
+    """SIGALRM's own way would be to end that."""
+    here = Path(hermes_boot.__file__).parent
+    assert subprocess.run([sys.executable, "-BSc", SLOW_TO_END], cwd=here).returncode == 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import hermes_boot
 import pytest
 from sandbox import ENTRYPOINT, wait_for, write_script
+
+import hermes_boot
 
 PLACES = pytest.mark.parametrize("entrypoint", [(), ENTRYPOINT], ids=["PID 1", "below another"])
 
@@ -224,6 +225,7 @@ ENDS = {
         f"until {WAITS} && sleep 0.3 && {WAITS}; do :; done",
         True,
     ),
+    "a gateway that s6 is about to start": ("#!/bin/sh\nexit 1\n", RUNNING, "sleep 0.6", True),
     "a process of the command's": (SLEEPS, {}, "sleep infinity >/dev/null 2>&1 & sleep 0.1", True),
 }
 
