@@ -499,10 +499,6 @@ class Folder:
             parent = child
         return child
 
-    def make(self, path: str) -> Folder:
-        """Open a folder below this one, making what is missing of it."""
-        return self.folder(path, make=True)
-
     def made(self, name: str) -> Folder:
         """Make a folder in this one, unless it is there by now, and open it."""
         try:
@@ -986,8 +982,7 @@ def at_once(action: Callable[[str], object], items: list[str]) -> None:
 
         try:
             with ThreadPoolExecutor(MOST_THREADS) as pool:
-                for _ in pool.map(action, items):
-                    pass
+                list(pool.map(action, items))
                 return
         except RuntimeError:
             pass  # the container may have no more processes: then one after the other
@@ -1786,9 +1781,6 @@ def holding_mount(path: str, mounts: list[tuple[str, str]]) -> tuple[str, str]:
     return max(above, key=lambda mount: len(mount[0]), default=("/", "unknown"))
 
 
-WAL_IS_UNSAFE = frozenset("9p cifs fakeowner nfs nfs4 smb3 smbfs vboxsf virtiofs".split())
-
-
 def mount_faults(boot: Boot) -> list[Fault]:
     """Return what is wrong with what is mounted where."""
     faults, mounts = [], mount_points()
@@ -1804,7 +1796,7 @@ def mount_faults(boot: Boot) -> list[Fault]:
 
 def loses_wal(kind: str) -> bool:
     """Return whether a kind of file system does not share memory as SQLite's WAL needs it."""
-    return kind in WAL_IS_UNSAFE or kind.startswith("fuse")
+    return kind.startswith("fuse") or kind in "9p cifs fakeowner nfs nfs4 smb3 smbfs vboxsf virtiofs".split()
 
 
 def own_volume(boot: Boot) -> None:
@@ -2062,8 +2054,7 @@ def seed_folder(boot: Boot, home: Folder, path: str) -> None:
                 boot.announce(f"make the folder {path}")
             return
         give_access(path.partition("/")[0], home.fd)
-        with home.make(path):
-            pass
+        os.close(home.folder(path, make=True).fd)
     except OSError as error:
         warn(f"{path} on the volume {described(error)}; put a plain folder there")
 
@@ -2096,11 +2087,9 @@ def sync_skills(boot: Boot) -> None:
         warn(f"skills sync ended with code {code}; run it again with `{VENV}/bin/python {script}`")
 
 
-def installed(pattern: str) -> list[str]:
+def installed(path: str) -> list[str]:
     """Return a path in each site-packages of the venv."""
-    folder = f"{VENV}/lib"
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return [f"{folder}/{name}/site-packages/{pattern}" for name in names if name.startswith("python3")]
+    return [f"{folder}/site-packages/{path}" for folder in names_in(f"{VENV}/lib") if "/lib/python3" in folder]
 
 
 def image_version() -> str:
@@ -2163,7 +2152,7 @@ def migrate_config(boot: Boot) -> int:
     """As hermes: run `hermes config migrate` for every profile that has a config.yaml of an older version; return 1
     when one was not migrated, which is tried again at the next boot. What the agent says is in logs/."""
     version, code = image_version(), 0
-    with open_home(boot) as home, home.make("logs") as logs:
+    with open_home(boot) as home, home.folder("logs", make=True) as logs:
         fd = logs.open(MIGRATION_LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for profile, folder in open_profiles(boot, home, None):
             if folder and is_older_config(folder):
@@ -2225,7 +2214,7 @@ def back_up_config(folder: Folder) -> None:
                 raise OSError(errno.EROFS, "is mounted by itself and not writable; migrate what is mounted there")
             data = folder.read(name, 16 << 20)
             date = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime(found.st_mtime))
-            with folder.make("backups") as backups:
+            with folder.folder("backups", make=True) as backups:
                 backups.write(f"{name}.{date}", data, 0o600, replace=False)
         except OSError as error:
             error.filename = error.filename or name
@@ -2257,14 +2246,13 @@ STALE_FILES = ("gateway.pid", "processes.json")  # of a dead container's process
 PROFILE_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
 SLOT_PREFIX, SLOT_NAME_LIMIT = "gateway-", 251
 MOST_PROFILES = 20_000
+MULTIPLEXED = Fault("multiplex_profiles leaves it to the default gateway")
 
 
 class Profile:
     """What the reconciler found of one profile, and what it makes of that."""
 
-    def __init__(
-        self, name: str, prior_state: str | None, action: str, fault: Fault | None = None, prior_exit: str = ""
-    ) -> None:
+    def __init__(self, name: str, prior_state: str | None, action: str, fault: Fault | None, prior_exit: str) -> None:
         self.name, self.prior_state, self.action, self.fault = name, prior_state, action, fault
         self.prior_exit = prior_exit
 
@@ -2433,9 +2421,6 @@ def chosen_profile(option: str | None, environment: dict[str, str], home: Folder
     return (first[0].strip() if first else "") or "default"
 
 
-MULTIPLEXED = Fault("multiplex_profiles leaves it to the default gateway")
-
-
 def is_multiplexed(boot: Boot, name: str = "") -> bool:
     """Return whether a profile's gateway is left to the default one, which serves all profiles: as the variable says,
     else the root profile's config.yaml."""
@@ -2540,7 +2525,7 @@ def inspect(boot: Boot, profiles: Folder, name: str, running: str | None) -> tup
         fault = Fault(found, "fix or remove it")
     if folder:
         os.close(folder.fd)
-    return Profile(name, None, "skipped", fault), None
+    return Profile(name, None, "skipped", fault, ""), None
 
 
 def decide(boot: Boot, folder: Folder, name: str, running: str | None) -> Profile:
@@ -2709,14 +2694,12 @@ def build(scandir: Folder, name: str, files: Files, *, start: bool, group: int |
     """Make a slot that is not there yet: built under a dot name, which s6-svscan ignores, then renamed into place. With
     group it stays ours, and is that group's to control."""
     temporary = f".{name}"[: 255 - len(".tmp")] + ".tmp"
-    if scandir.stat(temporary):  # a killed boot's
-        scandir.remove(temporary)
+    scandir.remove(temporary)  # a killed boot's
     os.mkdir(temporary, 0o755, dir_fd=scandir.fd)
     with Folder(temporary, scandir.fd) as slot:
         make_skeleton(slot, "", group)
-        if "log/run" in files:
-            os.mkdir("log", 0o755, dir_fd=slot.fd)
-            make_skeleton(slot, "log/", group)
+        os.mkdir("log", 0o755, dir_fd=slot.fd)
+        make_skeleton(slot, "log/", group)
         for path, (text, mode) in files.items():
             put(slot, path, text, mode)
         make_fifo(slot, "back-off", 0o600, 0o660, group)  # finish reads it
@@ -2731,7 +2714,7 @@ def refresh(scandir: Folder, name: str, files: Files, *, start: bool, group: int
     wanted = dict(files) if start else files | {"down": ("", 0o644)}
     with scandir.folder(name) as slot:
         for path, (text, mode) in wanted.items():
-            with slot.make(os.path.dirname(path) or ".") as folder:
+            with slot.folder(os.path.dirname(path) or ".", make=True) as folder:
                 file = os.path.basename(path)
                 try:
                     current = folder.read(file, STATE_LIMIT)
@@ -2795,7 +2778,7 @@ def make_log_folder(home: Folder, profile: str) -> Fault | None:
     up would stop its gateway, once the pipe between them is full."""
     path = f"logs/gateways/{profile}"
     try:
-        with home.make(path) as folder:
+        with home.folder(path, make=True) as folder:
             if not os.access(".", os.W_OK | os.X_OK, dir_fd=folder.fd):
                 raise OSError(errno.EACCES, os.strerror(errno.EACCES))
             for name in ("current", "lock", "state"):
@@ -2815,6 +2798,7 @@ SETUP_FAILED = "/run/hermes-setup.failed"
 RECONCILED = "/run/hermes-reconciled"  # by the setup's process; 02-reconcile-profiles, in the Dockerfile, looks for it
 STATIC_SERVICES = "/etc/s6-overlay/s6-rc.d"
 ASKED_LIMIT = 1 << 20  # bytes
+OF_THE_RUNNER = ("s6-ipcserverd", "s6-sudod")  # what s6-rc's oneshot runner is made of
 BOOT_LOG, BOOT_LOG_LIMIT = "container-boot.log", 256 << 10
 # By their number in capabilities(7). Without CHOWN, FOWNER and KILL less works; the README says what.
 NEEDED_CAPABILITIES = {1: "DAC_OVERRIDE", 6: "SETGID", 7: "SETUID"}
@@ -2912,9 +2896,6 @@ def reconciles_too(boot: Boot) -> bool:
     return is_cont_init(boot) and supervised() and ("01-hermes-setup", "02-reconcile-profiles") in pairwise(scripts)
 
 
-OF_THE_RUNNER = ("s6-ipcserverd", "s6-sudod")  # what s6-rc's oneshot runner is made of
-
-
 def is_cont_init(boot: Boot) -> bool:
     """Return whether this is one of the boot's scripts: s6-rc tells its oneshots their name."""
     return boot.setting("RC_NAME") == "legacy-cont-init"
@@ -2928,8 +2909,7 @@ def watch_for_stop() -> None:
     if os.path.exists(f"{script}.s6-linux-init"):
         script += ".s6-linux-init"
     try:
-        if os.path.lexists(COMMAND_PROCESS):  # an earlier start's, where /run is kept
-            os.unlink(COMMAND_PROCESS)
+        mark(COMMAND_PROCESS, there=False)  # an earlier start's, where /run is kept
         os.link(script, f"{script}.s6-overlay")
         with Folder(f"{SCANDIR}/.s6-svscan") as folder:
             text = f'#!/bin/sh\n[ -e {COMMAND_PROCESS} ] || {BOOT} end-boot\nexec "$0.s6-overlay"\n'
@@ -3106,11 +3086,7 @@ def own_static_services(boot: Boot, scandir: Folder, *, whole: bool) -> None:
     Their supervise folders stay root's, since who owns one can make s6-supervise, which is root, write through a link.
     So can who may write to event/, where others wait for s6's word: hermes can only where it has the scandir too.
     """
-    try:
-        names = [name for name in os.listdir(STATIC_SERVICES) if os.path.exists(f"{STATIC_SERVICES}/{name}/run")]
-    except FileNotFoundError:
-        return
-    for name in names:
+    for name in [os.path.basename(path) for path in names_in(STATIC_SERVICES) if os.path.exists(f"{path}/run")]:
         for path in (f"/run/s6-rc/servicedirs/{name}", name):
             try:
                 with (
@@ -3208,7 +3184,7 @@ def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
     if not boot.quiet:
         write_error("".join(lines))
     try:
-        with home.make("logs") as logs:
+        with home.folder("logs", make=True) as logs:
             found = logs.stat(BOOT_LOG)
             if found and stat.S_ISREG(found.st_mode) and found.st_size >= BOOT_LOG_LIMIT:
                 os.rename(BOOT_LOG, f"{BOOT_LOG}.1", src_dir_fd=logs.fd, dst_dir_fd=logs.fd)
@@ -3702,9 +3678,8 @@ class S6ServiceManager:
             return
         try:
             with self.profile_folder(profile) as folder:
-                is_one = profile == "default" or not soul_fault(folder)
-            if is_one:
-                self.register_profile_gateway(profile, start_now=False)
+                if profile == "default" or not soul_fault(folder):
+                    self.register_profile_gateway(profile, start_now=False)
         except (OSError, AlreadyRegistered):
             pass  # not a profile that we can see, or somebody else has published it meanwhile
 
@@ -4758,9 +4733,7 @@ def since_when(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is neither {kinds}")
 
 
-def show_logs(
-    boot: Boot, profile: str | None, count: int | None, since: str | None, follow: bool, raw: bool = False
-) -> int:
+def show_logs(boot: Boot, profile: str | None, count: int | None, since: str | None, follow: bool, raw: bool) -> int:
     """Print a gateway's log, its last count lines of those from since on; return 0, or 4 when there is none. On a
     terminal, unless raw, nothing in it can act on that."""
     become_hermes()
@@ -5276,9 +5249,7 @@ def dispatch(words: list[str]) -> int:
 
 def without_parser(words: list[str]) -> Any:
     """Return what the parser makes of the most used forms, None for others: it takes as long as all the rest."""
-    found: Any = type(sys.implementation)(
-        **dict.fromkeys("action profile lines all json watch since follow raw".split())
-    )
+    found: Any = type(sys.implementation)(**dict.fromkeys("action profile json watch since follow raw".split()))
     found.command, *rest = words
     found.live, found.lines = words == ["health", "--live"], number_in(words[-1], 1, 10**9)
     if (found.command == "health" and (found.live or not rest)) or (found.lines and words[:-1] == ["logs", "-n"]):
