@@ -3624,7 +3624,7 @@ class S6ServiceManager:
                 if told and self.settled(name, up, began, failures):
                     untold.discard(name)
                     del waiting[name]
-            if time.monotonic() > deadline or (untold and not supervisor_answers(self.scandir)):
+            if not waiting or time.monotonic() > deadline or (untold and not supervisor_answers(self.scandir)):
                 break
             some = ", ".join([*waiting][:3]) + (", ..." if len(waiting) > 3 else "")
             progress.tell(lambda: f"waiting for {len(waiting)} of {len(names)} gateways to {aim}: {some}")  # noqa: B023

@@ -159,6 +159,27 @@ def test_a_long_stop_says_what_it_waits_for(gateways):
     assert text.startswith(f"\r{line}\033[K") and f"\033[K\r\033[K{'a: stopped'}" in text
 
 
+OFTEN = """
+import sys
+sys.path.insert(0, "/opt/hermes/docker")
+import hermes_boot
+class Often(hermes_boot.Progress):
+    def tell(self, text):
+        self.due = 0
+        super().tell(text)
+hermes_boot.Progress = Often
+sys.exit(hermes_boot.main(["hermes-boot", "gateway", "stop", "--all"]))
+"""
+
+
+def test_what_is_waited_for_is_never_nobody(gateways):
+    """Whenever the line is due."""
+    host = gateways({"a": "trap 'sleep 0.3; exit 0' TERM\nwhile :; do sleep 0.05; done\n"}, "running")
+    assert wait_for(lambda: host.up("a"))
+    done = host.box.exec("/usr/bin/python3", "-IBSc", OFTEN)
+    assert done.returncode == 0 and "gateways to end" in done.stderr and "waiting for 0 " not in done.stderr, done
+
+
 @pytest.mark.parametrize("folders", [3, 100], ids=["one process", "shared"])
 def test_a_long_sweep_says_how_far_it_is(plain, capfd, folders):
     """What it does and how many entries of how many it has seen; in quiet boots nothing."""
