@@ -316,7 +316,7 @@ print(os.listdir(sys.argv[1]))' "$1/root" "$2"
     assert done.stdout == "18\n[]\n", done
 
 
-TELLS = "trap ': >/tmp/told-{}; exit 0' TERM; while :; do sleep 0.05; done"
+TELLS = "trap ': >/tmp/told-{0}; exit 0' TERM; : >/tmp/ready-{0}; while :; do sleep 0.05; done"
 
 
 @pytest.mark.sandbox
@@ -333,8 +333,8 @@ def test_the_end_does_not_wait_for_a_volume_that_does_not_answer(live, container
         box = container(volume=volume, environment={"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"})
         box.put_agent(f"#!/bin/sh\n{TELLS.format('gateway')}\n")
         box.start("sh", "-c", TELLS.format("command"))
-        box.exec("s6-svwait", "-t", "5000", "-u", "/run/service/gateway-default")
-        told = [box.path(f"/tmp/told-{who}") for who in ("gateway", "command")]
+        ready, told = ([box.path(f"/tmp/{what}-{who}") for who in ("gateway", "command")] for what in ("ready", "told"))
+        assert wait_for(lambda: all(map(os.path.exists, ready)))
         server.send_signal(signal.SIGSTOP)
         box.signal(signal.SIGTERM)
         assert wait_for(lambda: all(map(os.path.exists, told)), 5)
