@@ -590,6 +590,7 @@ def test_the_real_gateway_run_as_cmd_is_supervised_and_the_container_stays(conta
     assert time.monotonic() - started < 9.5
     box.start("gateway", "run")
     assert wait_for(lambda: box.exec(MANAGER, "gateway", "status", "-p", "default").returncode == 0, 20)
+    assert wait_for(lambda: "sleep infinity" in box.processes().values())  # the CMD has had its say
     assert box.exec("hermes", "gateway", "stop").returncode == 0
     box.restart()
     assert wait_for(lambda: "info: default was stopped and stays so" in box.log())
