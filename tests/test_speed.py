@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import RUN, busy
+from sandbox import wait_for
 
 import hermes_boot
 
@@ -68,6 +69,7 @@ def test_every_gateways_marker_is_followed_by_its_signal(gateways):
     """With --all too: a gateway that sees its marker ends by itself within 0.5 s, and s6 must not start it anew."""
     names = [f"p{number}" for number in range(20)]
     host = gateways(dict.fromkeys(names, RUN), "running")
+    assert wait_for(lambda: all(map(host.up, ["default", *names])))  # one that is not up gets no marker
     events = noted(host, "gateway", "stop", "--all")
     told = [event for event in events if not event.startswith(("sync", "say", "rename gateway_state"))]
     assert len(told) == 42 and {event.split()[0] for event in told[::2]} == {"rename"}
