@@ -2890,10 +2890,9 @@ def setup_phase(boot: Boot) -> int:
 def reconciles_too(boot: Boot) -> bool:
     """Return whether the setup may do the reconciler's work in one go, which saves the start of a Python: at a boot,
     where no script of somebody's comes between the two."""
-    from itertools import pairwise
-
     scripts = [os.path.basename(path) for path in names_in(CONT_INIT)]
-    return is_cont_init(boot) and supervised() and ("01-hermes-setup", "02-reconcile-profiles") in pairwise(scripts)
+    later = scripts[scripts.index("01-hermes-setup") + 1 :] if "01-hermes-setup" in scripts else []
+    return is_cont_init(boot) and supervised() and later[:1] == ["02-reconcile-profiles"]
 
 
 def is_cont_init(boot: Boot) -> bool:
@@ -4720,7 +4719,6 @@ def since_when(text: str) -> str:
     """Return the timestamp, as s6-log writes it, that 30s, 10m, 2h, 1d or a date is. Raises argparse's error."""
     import argparse
 
-    take_timezone(container_environment() | process_environment())  # the command line comes before all else
     size = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
     if size and (number := number_in(text[:-1], 0, 10**9)) is not None:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(0, time.time() - number * size)))
@@ -5244,7 +5242,9 @@ def dispatch(words: list[str]) -> int:
         return gateway_run(rest, process_environment())
     if command == "dashboard" and not rest:
         return dashboard(process_environment())
-    return run_command(without_parser(words) or parse(words))
+    environment = container_environment() | process_environment()  # with what a login shell has scrubbed from ours
+    take_timezone(environment)  # before the command line is read, for --since
+    return run_command(without_parser(words) or parse(words), environment)
 
 
 def without_parser(words: list[str]) -> Any:
@@ -5279,13 +5279,11 @@ def run_phases(role: str, *, dry_run: bool) -> int:
     return code
 
 
-def run_command(arguments: argparse.Namespace) -> int:
+def run_command(arguments: argparse.Namespace, environment: dict[str, str]) -> int:
     """Run an operator's command."""
     command = arguments.command or ""
     if command in ("", "setup", "reconcile", "shutdown"):
         return run_phases(command, dry_run=getattr(arguments, "dry_run", False))
-    environment = container_environment() | process_environment()  # with what a login shell has scrubbed from ours
-    take_timezone(environment)
     if command == "health":
         return by_hermes(HEALTH_TIMEOUT, health, environment, arguments.live)
     boot = Boot(environment)

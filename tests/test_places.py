@@ -16,11 +16,16 @@ SLEEPER = "#!/bin/sh\nexec sleep infinity\n"
 
 
 @pytest.fixture
-def refusing(live, tmp_path):
-    """Make a volume that refuses chown and shows modes as given, as CIFS, exFAT and many a NAS do; unmounted at the
-    end."""
+def bindfs(live) -> None:
+    """Skip where a volume cannot be served by bindfs."""
     if not shutil.which("bindfs") or not os.path.exists("/dev/fuse"):
         pytest.skip("needs bindfs and /dev/fuse")
+
+
+@pytest.fixture
+def refusing(bindfs, tmp_path):
+    """Make a volume that refuses chown and shows modes as given, as CIFS, exFAT and many a NAS do; unmounted at the
+    end."""
     mounted: list[Path] = []
 
     def make(permissions: str) -> Path:
@@ -320,10 +325,8 @@ TELLS = "trap ': >/tmp/told-{0}; exit 0' TERM; : >/tmp/ready-{0}; while :; do sl
 
 
 @pytest.mark.sandbox
-def test_the_end_does_not_wait_for_a_volume_that_does_not_answer(live, container, tmp_path):
+def test_the_end_does_not_wait_for_a_volume_that_does_not_answer(bindfs, container, tmp_path):
     """Gateways and command are told at once, though whoever serves the volume has stopped."""
-    if not shutil.which("bindfs") or not os.path.exists("/dev/fuse"):
-        pytest.skip("needs bindfs and /dev/fuse")
     volume, behind = tmp_path / "volume", tmp_path / "behind"
     volume.mkdir()
     behind.mkdir()
