@@ -935,7 +935,7 @@ def run_helper(argv: list[str], environment: dict[str, str]) -> int:
         except OSError as error:
             say("error", f"cannot run {argv[0]!r}: {reason(error)}")
             return NOT_FOUND
-        children.wait(helper, command=helper, timeout=HELPER_TIMEOUT)
+        children.wait(helper, pass_to=lambda: helper, timeout=HELPER_TIMEOUT)
         code = children.codes[helper]
         if not children.end_all(0) and not kill_all_of_hermes():
             warn(f"{argv[-1]} has left processes that do not end; restart the container")
@@ -1028,11 +1028,11 @@ class Children:
         except (ImportError, OSError):
             warn("this Python has no ctypes, so orphans go to PID 1, which may not reap them")
 
-    def start(self, argv: list[str], environment: dict[str, str], **group: Any) -> int:
+    def start(self, argv: list[str], environment: dict[str, str], **options: Any) -> int:
         """Start a program in a process group of its own (or with setsid=True, a session), with signals as it expects
-        them; return its pid. Raises OSError."""
-        group = group or {"setpgroup": 0}
-        pid = os.posix_spawnp(argv[0], argv, environment, setsigmask=(), setsigdef=(SIGPIPE, SIGXFSZ), **group)
+        them; options are posix_spawn's. Return its pid. Raises OSError."""
+        options = ({} if "setsid" in options else {"setpgroup": 0}) | options
+        pid = os.posix_spawnp(argv[0], argv, environment, setsigmask=(), setsigdef=(SIGPIPE, SIGXFSZ), **options)
         self.codes[pid] = None
         return pid
 
@@ -1045,9 +1045,9 @@ class Children:
         except ChildProcessError:
             pass  # none is left
 
-    def wait(self, *pids: int, command: int = 0, timeout: float = float("inf")) -> int:
-        """Wait until one of these has ended, or timeout seconds; return the pid, or 0. While a command runs, SIGTERM
-        ends the wait too, and other signals are passed on to it."""
+    def wait(self, *pids: int, pass_to: Callable[[], int] | None = None, timeout: float = float("inf")) -> int:
+        """Wait until one of these has ended, or timeout seconds; return the pid, or 0. With a process to pass signals
+        on to, SIGTERM ends the wait too."""
         import signal
 
         deadline = time.monotonic() + timeout
@@ -1061,10 +1061,10 @@ class Children:
                 return 0
             number = received.si_signo if received else signal.SIGCHLD
             self.asked_to_end = self.asked_to_end or number == signal.SIGTERM
-            if command and self.asked_to_end:
+            if pass_to and self.asked_to_end:
                 return 0
-            if command and number not in (signal.SIGCHLD, signal.SIGTTOU, signal.SIGTTIN):
-                send(command, number)
+            if pass_to and number not in (signal.SIGCHLD, signal.SIGTTOU, signal.SIGTTIN):
+                send(pass_to(), number)
 
     def end_all(self, grace: float) -> bool:
         """End every process that is left below us, and nobody else's: SIGTERM to each, SIGKILL once grace seconds are
@@ -2796,7 +2796,7 @@ def make_log_folder(home: Folder, profile: str) -> Fault | None:
 
 SETUP_FAILED = "/run/hermes-setup.failed"
 RECONCILED = "/run/hermes-reconciled"  # by the setup's process; 02-reconcile-profiles, in the Dockerfile, looks for it
-STATIC_SERVICES = "/etc/s6-overlay/s6-rc.d"
+STATIC_SERVICES, LIVE = "/etc/s6-overlay/s6-rc.d", "/run/s6-rc"  # s6-rc's source, and its state
 ASKED_LIMIT = 1 << 20  # bytes
 OF_THE_RUNNER = ("s6-ipcserverd", "s6-sudod")  # what s6-rc's oneshot runner is made of
 BOOT_LOG, BOOT_LOG_LIMIT = "container-boot.log", 256 << 10
@@ -2921,13 +2921,14 @@ def watch_for_stop() -> None:
         os._exit(128 + SIGTERM)
 
 
-def end_boot() -> int:
-    """End a boot that is under way, within two seconds: first what would go on to the container's command, then the
-    scripts, by SIGTERM and a second later by SIGKILL. The container's exit code is then 143."""
+def end_boot(top: int = 1) -> int:
+    """End a boot that is under way below a process, within two seconds: first what would go on to the container's
+    command, then the scripts, by SIGTERM and a second later by SIGKILL. The container's exit code is then 143."""
     children = families()
-    first = {word: process for process in children.get(1, []) for word in command_of(process)[1]}
-    init, runner = first.get(b"/run/s6/basedir/scripts/rc.init"), first.get(b"s6rc-oneshot-runner")
-    if not init or not runner:
+    near = [child for parent in (top, *children.get(top, [])) for child in children.get(parent, [])]
+    found = {os.path.basename(word): process for process in reversed(near) for word in command_of(process)[1]}
+    init, runner = found.get(b"rc.init"), found.get(b"s6rc-oneshot-runner", -1)
+    if not init:
         return 0
     set_exit_code(128 + SIGTERM)
     for process in [init, *children.get(init, [])]:  # rc.init, and s6-rc, which ends once its scripts have
@@ -2936,8 +2937,8 @@ def end_boot() -> int:
     deadline = time.monotonic() + 1
     while time.monotonic() < deadline + 1:
         # Parents first: else s6-overlay's script, which waits for one of these, goes on with the next one.
-        found = {process: command_of(process) for process in [*told, *descendants(runner)] if process != os.getpid()}
-        left = [process for process, (name, words) in found.items() if words and name not in OF_THE_RUNNER]
+        seen = {process: command_of(process) for process in [*told, *descendants(runner)] if process != os.getpid()}
+        left = [process for process, (name, words) in seen.items() if words and name not in OF_THE_RUNNER]
         if not left:
             break
         over = time.monotonic() >= deadline
@@ -3932,7 +3933,7 @@ def to_json(value: object) -> str:
 # Shutdown
 # --------------------------------------------------------------------------------------------------------------------
 
-EXIT_CODE = "/run/s6-linux-init-container-results/exitcode"
+EXIT_CODE, HALT = "/run/s6-linux-init-container-results/exitcode", "/run/s6/basedir/bin/halt"  # s6-overlay's
 SHUTDOWN_TIMEOUT = 8  # seconds for all when the container ends, unless HERMES_SHUTDOWN_TIMEOUT says otherwise
 
 
@@ -3943,8 +3944,10 @@ def shut_down(environment: dict[str, str]) -> int:
     patience = seconds(environment, "HERMES_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT, 0)
     deadline = time.monotonic() + patience
     set_terminal_going()
-    if command := read_pid_file(COMMAND_PROCESS):
-        set_exit_code(128 + SIGTERM)  # should it outlive us; if it ends in time, its own code comes after
+    command = read_pid_file(COMMAND_PROCESS)
+    chosen = exit_code()  # by a service that has called `halt` then; at first it is 0
+    if command:
+        set_exit_code(chosen or 128 + SIGTERM)  # should it outlive us; if it ends in time, its own code comes after
         send(command, SIGTERM)  # while we are root: it may not be hermes yet
     try:
         with trusted_folder(scandir_of(environment)) as scandir, scandir.folder(".s6-svscan") as svscan:
@@ -3960,7 +3963,19 @@ def shut_down(environment: dict[str, str]) -> int:
             end_gateways(environment, deadline)
     except TimeoutError:
         pass  # a file system that does not answer
+    if command and chosen:
+        until(lambda: exit_code() != chosen, 0.5)  # the command's comes
+        os.seteuid(os.getuid())
+        set_exit_code(chosen)
     return 0
+
+
+def exit_code() -> int | None:
+    """Return the exit code that somebody has left for s6-overlay, None for none."""
+    try:
+        return number_in(content(EXIT_CODE).decode().strip(), 0, 255)
+    except OSError:
+        return None  # no s6-overlay
 
 
 def set_exit_code(code: int) -> None:
@@ -3970,7 +3985,7 @@ def set_exit_code(code: int) -> None:
         os.write(fd, b"%d\n" % code)
         os.close(fd)
     except OSError:
-        pass  # the fallback init knows by itself
+        pass  # no s6-overlay
 
 
 def end_gateways(environment: dict[str, str], deadline: float) -> None:
@@ -3994,254 +4009,87 @@ def end_gateways(environment: dict[str, str], deadline: float) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 DASHBOARD_PORT = "9119"
-CONT_INIT, CONT_FINISH = "/etc/cont-init.d", "/etc/cont-finish.d"
-SERVICE_TIMEOUT = 60  # seconds for a static service to come up, unless its timeout-up says otherwise
+CONT_INIT = "/etc/cont-init.d"
+STAGES = "/package/admin/s6-overlay/etc/s6-linux-init/skel"  # s6-overlay's scripts that boot and end a container
 
 
 def fallback_init(why: str, words: list[str]) -> int:
-    """Be what s6-overlay is where that cannot start, for the reason why: set up, supervise, run the container command,
-    and return its exit code. s6-svscan itself needs no PID 1; the order, the scripts and their meaning are the same."""
+    """Be what s6-linux-init is to s6-overlay, where that cannot start for the reason why; return the exit code.
+
+    s6-svscan itself needs no PID 1. All else is s6-overlay's own: rc.init boots, runs the container command and leaves
+    its exit code; rc.shutdown ends what s6-rc has started, by which the scripts of cont-finish.d run.
+    """
     sys.argv = ["/init"]
     boot = Boot(process_environment())
     lay_out_run(boot)
     children = Children()
-    environment = boot.environment | {"PATH": f"/command:{boot.setting('PATH') or os.defpath}"}
+    environment = boot.environment if boot.setting("S6_KEEP_ENV") == "1" else {}
+    environment = environment | {"PATH": f"/command:{boot.setting('PATH') or os.defpath}"}
+    no_stdin = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]  # that is the command's
     try:
-        svscan = children.start([s6_program("s6-svscan"), boot.scandir], environment)
+        svscan = children.start([s6_program("s6-svscan"), SCANDIR], environment, file_actions=no_stdin)
+        until(lambda: heard(f"{SCANDIR}/.s6-svscan/control"), 5)
+        stage_2 = children.start([f"{STAGES}/rc.init", "top", *(words or [WRAPPER])], environment)
     except OSError as error:
-        raise Fatal(f"s6-svscan cannot be run: {reason(error)}; use the image as it was built") from error
-    until(lambda: heard(f"{boot.scandir}/.s6-svscan/control"), 5)
-    services = static_services(boot)
-    publish_services(boot, children, environment, services)
+        raise Fatal(f"s6-overlay cannot be run: {error}; use the image as it was built") from error
+    try:
+        os.tcsetpgrp(0, stage_2)
+        os.kill(stage_2, SIGCONT)  # it may have asked for the terminal before it had it
+    except OSError:
+        pass  # no terminal
     if not boot.quiet:
-        say("info", f"s6-svscan runs as PID {svscan}, without s6-overlay ({why}); gateways are supervised all the same")
-    strict = boot.setting("S6_BEHAVIOUR_IF_STAGE2_FAILS") == "2"
-    boot_environment = environment | {"RC_NAME": "legacy-cont-init"}
-    codes = [run_to_end(children, [script], boot_environment) for script in names_in(CONT_INIT)]
-    failed = any(codes)
-    if not (failed and strict):
-        failed |= start_services(children, environment | {"S6_PROFILE_GATEWAY_SCANDIR": boot.scandir}, services)
-    if children.asked_to_end:
-        command, code = 0, -SIGTERM
-    elif failed and strict:
-        command, code = 0, 1
-    else:
-        command, code = start_command(children, words or [WRAPPER], environment)
-    if command and children.wait(command, svscan, command=command) == svscan:
+        say("info", f"s6-svscan runs as PID {svscan}, below this init ({why}); gateways are supervised all the same")
+    ended = children.wait(stage_2, svscan, pass_to=lambda: read_pid_file(COMMAND_PROCESS) or stage_2)
+    if ended == svscan:
         say("error", "s6-svscan has died; the container ends, so that the engine can start it anew")
-    if command and read_pid_file(COMMAND_PROCESS) != command:
-        send(command, SIGTERM)  # the wrapper has just been started, or it is no wrapper: who shuts down will not see it
-    for script in names_in(CONT_FINISH):  # these tell the gateways and the command to end, and wait for them
-        run_to_end(children, [script], environment, to_its_end=True)
+    elif not ended and not read_pid_file(COMMAND_PROCESS):
+        end_boot(os.getpid())
+    if os.path.exists(LIVE):
+        children.wait(children.start([f"{STAGES}/rc.shutdown"], environment))
     send(svscan, SIGTERM)  # not by its control file, which is hermes's: root does not open that
     children.wait(svscan, timeout=0.5)
-    if command:
-        ended = children.codes[command]
-        code = -SIGTERM if ended is None else ended
+    children.wait(stage_2, timeout=0.1)  # the command has ended, and rc.init notes its code
+    code = exit_code()
     grace = number_in(boot.setting("S6_KILL_GRACETIME"), 1, MAX_SECONDS * 1000) or 3000
     children.end_all(grace / 1000)
-    return shell_code(code)
+    return shell_code(children.codes[stage_2] or 0) if code is None else code
 
 
 def lay_out_run(boot: Boot) -> None:
-    """Make /run as s6-overlay leaves it: an empty scandir, the environment a file a variable. Fatal where it cannot."""
-    parent, _, folder = CONTAINER_ENVIRONMENT.rpartition("/")
+    """Make /run as s6-overlay's first stages leave it, the environment a file a variable. Fatal where it cannot."""
     variables = {} if boot.setting("S6_KEEP_ENV") == "1" else boot.environment
     try:
-        own_run(parent)
+        own_run()
         with trusted_folder("/run") as run:
-            run.remove("s6-rc")
-        with trusted_folder(parent, make=True) as above:
-            above.remove(folder)
-            above.remove("legacy-services")
-            with above.made(folder) as files:
+            for name in os.listdir(run.fd):
+                if name in ("s6", "service") or name.startswith("s6-"):
+                    run.remove(name)  # an earlier start's
+            for path in (f"{SCANDIR}/.s6-svscan", os.path.dirname(HALT), os.path.dirname(EXIT_CODE)):
+                os.makedirs(path)
+            with run.folder(CONTAINER_ENVIRONMENT.removeprefix("/run/"), make=True) as files:
                 os.fchmod(files.fd, 0o750)
                 for name, value in variables.items():
                     if "/" in name or name in (".", "..") or len(os.fsencode(name)) > 255:
                         warn(f"the variable {shown(name)} cannot be a file's name, so gateways lack it; rename it")
                         continue
                     put(files, name, f"{value}\n", 0o640)
-        with trusted_folder(boot.scandir, make=True) as scandir:
-            empty_scandir(boot, scandir)
+            put(run, HALT, f"#!/bin/sh\nkill {os.getpid()}\n", 0o755)
+            put(run, EXIT_CODE, "", 0o644)
+            put(run, "s6/workdir", ".\n", 0o644)  # rc.init is there already
     except OSError as error:
         advice = "give it a tmpfs (--tmpfs /run:exec), with `--user` one of that UID"
         raise Fatal(f"/run cannot be written ({reason(error)}); {advice}") from error
     write_pid_file(SUPERVISOR_PROCESS)
 
 
-def own_run(folder: str) -> None:
-    """As root: let nobody else rename what root puts into /run, and remove a folder there that somebody else has made.
-    Raises OSError."""
+def own_run() -> None:
+    """As root: let nobody else rename what root puts into /run. Raises OSError."""
     if os.geteuid() != 0:
         return
-    with trusted_folder(os.path.dirname(folder)) as run:
+    with trusted_folder("/run") as run:
         if not run.is_roots() or os.fstat(run.fd).st_mode & 0o022:
             os.fchown(run.fd, 0, 0)
             os.fchmod(run.fd, 0o755)
-        found = run.stat(os.path.basename(folder))
-        if found and (found.st_uid != 0 or found.st_mode & 0o022):
-            run.remove(os.path.basename(folder))
-
-
-def empty_scandir(boot: Boot, scandir: Folder) -> None:
-    """Remove what an earlier start of the container left in the scandir; of one that is not the image's own, only
-    what is s6's or ours. hermes may look into s6-svscan's folder, as it may under s6-overlay."""
-    for name in os.listdir(scandir.fd):
-        if boot.scandir == SCANDIR or name.startswith((SLOT_PREFIX, f".{SLOT_PREFIX}", ".s6-svscan")):
-            scandir.remove(name)
-    os.mkdir(".s6-svscan", 0o755, dir_fd=scandir.fd)
-
-
-BUNDLES = ("user", "user2")  # what s6-overlay starts
-
-
-class Service:
-    """A service of the image's or of a derived one's: its name, kind, folder and what it needs, in the way of s6-rc's
-    source definition directories (see s6-rc-compile); kind is `legacy` for one of /etc/services.d."""
-
-    def __init__(self, name: str, folder: str, kind: str = "") -> None:
-        self.name, self.folder = name, f"{folder}/{name}"
-        self.kind = kind or ("bundle" if name in BUNDLES else self.word("type"))
-        self.copy = f"/run/{'s6/legacy-services' if kind else 's6-rc/servicedirs'}/{name}"
-        self.needs = ["user"] if kind else self.names("contents" if self.kind == "bundle" else "dependencies")
-
-    def word(self, file: str) -> str:
-        """Return what a small file of it says, "" when there is none."""
-        try:
-            return os.fsdecode(content(f"{self.folder}/{file}")).strip()
-        except OSError:
-            return ""
-
-    def names(self, what: str) -> list[str]:
-        """Return the names in a folder of it, or in the file of its older form."""
-        paths = names_in(f"{self.folder}/{what}.d")
-        lines = [line for line in self.word(what).split("\n") if line and not line.startswith("#")]
-        return [os.path.basename(path) for path in paths] or lines
-
-
-def static_services(boot: Boot) -> list[Service]:
-    """Return all services, each after its needs, /etc/services.d's last; warn of what takes s6-overlay."""
-    order: dict[str, Service] = {}
-    lost = [name for name in ("S6_RUNTIME_PROFILE", "S6_STAGE2_HOOK") if boot.setting(name)]
-    lost += names_in("/etc/fix-attrs.d")
-
-    def visit(name: str, above: tuple[str, ...] = ()) -> None:
-        if name in order or name in ("base", "fix-attrs", "legacy-cont-init", "legacy-services"):
-            return
-        service = Service(name, STATIC_SERVICES)
-        if name in above or service.kind not in ("bundle", "longrun", "oneshot"):
-            lost.append(f"{name}, which {'needs itself' if name in above else 'is no service'}")
-            return
-        for needed in service.needs:
-            visit(needed, (*above, name))
-        lost.extend(f"{file} of {name}" for file in ("consumer-for", "producer-for", "down") if service.word(file))
-        if not service.word("consumer-for"):
-            order[name] = service
-
-    for bundle in BUNDLES:
-        visit(bundle)
-    if lost:
-        warn(f"without s6-overlay these have no effect: {', '.join(map(shown, lost))}")
-    legacy = [Service(os.path.basename(path), "/etc/services.d", "legacy") for path in names_in("/etc/services.d")]
-    return [*order.values(), *legacy]
-
-
-def publish_services(boot: Boot, children: Children, environment: dict[str, str], services: list[Service]) -> None:
-    """Put services into the scandir as s6-rc does, links to copies of their folders; they are down until their turn."""
-    published = [service for service in services if service.kind in ("longrun", "legacy")]
-    with trusted_folder(boot.scandir) as scandir:
-        for service in published:
-            try:
-                os.makedirs(os.path.dirname(service.copy), exist_ok=True)
-                if run_to_end(children, ["cp", "-R", service.folder, service.copy], environment, to_its_end=True):
-                    continue  # cp has said why
-                for path in (service.copy, f"{service.copy}/log"):
-                    for file in ("run", "finish"):
-                        if os.path.exists(f"{path}/{file}"):
-                            os.chmod(f"{path}/{file}", 0o755)  # as s6-rc-compile makes them
-                    if os.path.exists(f"{path}/run"):
-                        os.close(os.open(f"{path}/down", os.O_WRONLY | os.O_CREAT, 0o644))
-                scandir.remove(service.name)
-                os.symlink(service.copy, service.name, dir_fd=scandir.fd)
-            except OSError as error:
-                warn(f"the service {shown(service.name)} could not be published: {reason(error)}")
-    rescan(boot.scandir)
-    until(lambda: all(is_supervised(service.copy) for service in published), 5)
-
-
-def start_services(children: Children, environment: dict[str, str], services: list[Service]) -> bool:
-    """Start services in order, but for those whose needs have failed; return whether one has, after a line."""
-    failed: set[str] = set()
-    for service in services:
-        if children.asked_to_end:
-            break
-        missing = failed.intersection(service.needs)
-        if service.kind == "bundle":
-            failed |= {service.name} if missing else set()
-        elif why := f"{shown(min(missing))} has failed" if missing else start_service(children, environment, service):
-            failed.add(service.name)
-            warn(f"the service {shown(service.name)} could not be started: {why}")
-    return bool(failed)
-
-
-def start_service(children: Children, environment: dict[str, str], service: Service) -> str:
-    """Run a oneshot, or bring a longrun up, or ready where it says so; return what went wrong. Root opens the control
-    FIFO of what may be hermes's, but its folder is root's."""
-    if service.kind == "oneshot":
-        code = run_to_end(children, [s6_program("execlineb"), "-P", f"{service.folder}/up"], environment)
-        return f"its `up` ended with code {code}" if code else ""
-    patience = number_in(service.word("timeout-up"), 1, MAX_SECONDS * 1000) or SERVICE_TIMEOUT * 1000
-    deadline, says_ready = time.monotonic() + patience / 1000, service.word("notification-fd")
-    try:
-        for slot in (f"{service.copy}/log", service.copy):
-            if os.path.exists(f"{slot}/run"):
-                tell(f"{slot}/supervise/control", b"u")
-        while service.kind != "legacy" and not children.asked_to_end:
-            status, died = slot_status(service.copy), bool(deaths(service.copy))
-            if status and (status.up and status.ready if says_ready else status.up or died):
-                break
-            if status is None or (died and status.pid == 0 and not status.wanted):
-                return "it ended for good"
-            if time.monotonic() > deadline:
-                return f"it did not come up within {patience / 1000:g} s"
-            children.wait(timeout=0.005)
-    except OSError as error:
-        return reason(error)
-    return ""
-
-
-def run_to_end(children: Children, argv: list[str], environment: dict[str, str], *, to_its_end: bool = False) -> int:
-    """Run one of the boot's programs; return its exit code. Unless it is to get to its end, SIGTERM ends it: all of its
-    process group, by SIGKILL after a second, and none is begun then."""
-    if children.asked_to_end and not to_its_end:
-        return 128 + SIGTERM
-    try:
-        pid = children.start(argv, environment)
-    except OSError as error:
-        advice = "; chmod +x it" if isinstance(error, PermissionError) else ""
-        warn(f"{argv[0]} cannot be run: {reason(error)}{advice}")
-        return 1
-    children.wait(pid, command=0 if to_its_end else pid)
-    for number in (SIGTERM, SIGKILL):
-        if children.codes[pid] is None:
-            send(-pid, number)
-            children.wait(pid, timeout=1)
-    return shell_code(children.codes[pid] or 0)
-
-
-def start_command(children: Children, words: list[str], environment: dict[str, str]) -> tuple[int, int]:
-    """Start the container's command in its terminal's foreground; return its pid, or 0 and the exit code."""
-    try:
-        command = children.start(words, environment)
-    except OSError as error:
-        say("error", f"cannot run {words[0]!r}: {reason(error)}")
-        return 0, NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
-    try:
-        os.tcsetpgrp(0, command)
-        os.kill(command, SIGCONT)  # it may have asked for the terminal before it had it
-    except OSError:
-        pass  # no terminal
-    return command, 0
 
 
 def dashboard(environment: dict[str, str]) -> int:

@@ -15,7 +15,7 @@ differs, so that only a real image can show it:
   release's own. s6 programs that s6 calls by path are in /usr/bin too and not in /command alone.
 - Of services there are the oneshots of the bundles user and user2, one after another, then their longruns, all after
   the cont-init scripts; no dependencies, pipelines or bundles of a derived image, no fix-attrs.d, no services.d. There
-  is no s6-rc to call.
+  is no s6-rc to call. Below another PID 1, where s6-overlay's rc.init runs all the same, this is so too.
 - S6_LOGGING, S6_STAGE2_HOOK, S6_RUNTIME_PROFILE, S6_READ_ONLY_ROOT, S6_SYNC_DISKS and S6_CMD_* have no effect, but
   S6_CMD_WAIT_FOR_SERVICES_MAXTIME.
 - A container that lived less than a second does not wait for the rest of it. `s6-svscanctl -t` ends it at once.

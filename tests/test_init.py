@@ -138,21 +138,6 @@ def test_a_service_in_any_encoding_is_published(container):
     assert done.returncode == 0, done
 
 
-def test_another_scandir_keeps_what_is_not_s6s(container, tmp_path):
-    """And however deep what an earlier start left there may be, it goes."""
-    deep = tmp_path / "volume/slots/gateway-left"
-    deep.mkdir(parents=True)
-    (tmp_path / "volume/slots/mine").write_text("kept")
-    subprocess.run(["sh", "-c", "for i in $(seq 1500); do mkdir d; cd -P d; done"], cwd=deep, check=True)
-    try:
-        done = container(entrypoint=INIT, environment={"S6_PROFILE_GATEWAY_SCANDIR": "/opt/data/slots/"}).run(
-            "ls", "/opt/data/slots"
-        )
-        assert (done.returncode, done.stdout) == (0, b"dashboard\ngateway-default\nmain-hermes\nmine\n"), done
-    finally:
-        subprocess.run(["rm", "-rf", tmp_path / "volume/slots"], check=True)
-
-
 def test_the_command_gateway_run_is_s6s(gateways):
     """Its process is a placeholder, as it is under s6-overlay; --no-supervise keeps it in the foreground."""
     host = gateways({}, "", entrypoint=INIT)

@@ -108,7 +108,7 @@ def test_what_kubernetes_allows_at_its_strictest(hermes, tmp_path):
     box = hermes(user=10000, options=options)
     done = box.run("sh", "-c", f"id -u; {UP}; exit 42")
     assert (done.returncode, done.stdout) == (42, b"10000\nhealthy: 1 up, 0 not wanted\n"), done.stderr.decode()
-    assert b"without s6-overlay (/run belongs to another user and no new privileges are allowed)" in done.stderr
+    assert b"below this init (/run belongs to another user and no new privileges are allowed)" in done.stderr
 
 
 def test_a_login_shell_finds_hermes_and_s6(hermes):
