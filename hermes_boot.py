@@ -3423,8 +3423,9 @@ class S6ServiceManager:
 
     def valid(self, name: str) -> str:
         """Return the profile that a name is about: itself where it has a slot, else what follows `gateway-`."""
-        exact = os.path.isdir(f"{self.scandir}/{SLOT_PREFIX}{name}") and not name_fault(name)
-        profile = name if exact else name.removeprefix(SLOT_PREFIX)
+        bare = name.removeprefix(SLOT_PREFIX)
+        exact = os.path.isdir(f"{self.scandir}/{SLOT_PREFIX}{name}") or name_fault(bare)
+        profile = name if exact and not name_fault(name) else bare
         if fault := name_fault(profile):
             raise InvalidName(f"{shown(profile)}: {fault.text}")
         return profile
@@ -3732,7 +3733,7 @@ class S6ServiceManager:
         """Put a profile's slot into the scandir and wait until s6 supervises it. group is for root, see build."""
         name = SLOT_PREFIX + profile
         limit, full = slot_limit(self.scandir)
-        if len(self.list_profile_gateways()) >= limit:
+        if profile not in (names := self.list_profile_gateways()) and len(names) >= limit:
             raise CommandFailed(f"{profile}: {full}")
         if not os.path.lexists(f"{self.scandir}/{name}"):
             self.end_strays(name)
@@ -4376,7 +4377,7 @@ def service_rows(boot: Boot) -> list[Row]:
             row = Row(name, slot, {}, True, "service")
             off = name == "dashboard" and not switch(boot.setting("HERMES_DASHBOARD"))
             if row.state in ("up", "starting") and row.pid:  # it has no state file to say more
-                row.state = "off" if off else "up"
+                row.state, row.wanted = ("off", False) if off else ("up", True)
             rows.append(row)
     return rows
 
@@ -4599,7 +4600,9 @@ def show_logs(boot: Boot, profile: str | None, count: int | None, since: str | N
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise
-        raise GatewayError(f"logs/gateways/{name} {described(error)}; `hermes-boot doctor` looks further") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # reading ends with neither
+        what = f"{'stdout' if full else f'logs/gateways/{name}'} {described(error)}"
+        raise GatewayError(f"{what}; `hermes-boot doctor` looks further") from error
     return 0
 
 

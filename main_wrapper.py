@@ -213,6 +213,7 @@ def profile_option(words: list[str]) -> tuple[str | None, list[str]]:
 BOOT = "/opt/hermes/bin/hermes-boot"
 WRAPPER = "/opt/hermes/docker/main-wrapper.sh"
 S6_INIT = "/init.s6-overlay"
+WORKDIR = "HERMES_WORKDIR"  # the variable that brings a folder past s6-overlay, which cannot take its name
 SUEXEC = "/command/s6-overlay-suexec"
 TINI = ("tini", "/usr/bin/tini")
 ENGINES_INITS = ("docker-init", "podman-init", "catatonit", "tini")  # what --init is to the kernel
@@ -304,8 +305,10 @@ def container_command(words: list[str]) -> int:
     """Be the container command: a program as hermes, after hermes_boot.py for `gateway run` where s6 keeps gateways."""
     environment = program_environment(container_environment())
     program = program_of(launched([WRAPPER, *words])[1:], environment)
+    workdir = environment.pop(WORKDIR, ".")
     if supervised():
         if not read_pid_file(COMMAND_PROCESS):  # not somebody's call of this script in a running container
+            os.chdir(workdir)
             write_pid_file(COMMAND_PROCESS)
             if os.geteuid() == 0:
                 hand_over_stdio()
@@ -390,7 +393,10 @@ def init(words: list[str]) -> int:
     if fault:
         print(f"init: fatal: {fault}", file=sys.stderr)
         return code
-    why = obstacle()
+    why, folder = obstacle(), os.readlink("/proc/self/cwd")
+    if set(folder) & set(" \t\n*?["):  # s6-overlay would take it for several words, and hang
+        environment[WORKDIR] = folder
+        os.chdir("/")
     return execute([BOOT, "init", why, *words] if why else [S6_INIT, *words], environment)
 
 

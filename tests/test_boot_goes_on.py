@@ -41,6 +41,7 @@ def test_more_gateways_than_a_small_run_holds_end_no_container_late(container, t
     assert f"a59: has no slot, since {full}" in box.exec("hermes-boot", "doctor").stdout
     done = box.exec("hermes-boot", "gateway", "register", "-p", "a59")
     assert done.returncode == 1 and full in done.stderr
+    assert "z-runs: has a gateway already" in box.exec("hermes-boot", "gateway", "register", "-p", "z-runs").stderr
     assert box.stop() == 143
 
 

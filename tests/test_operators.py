@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 
 import pytest
@@ -450,6 +451,14 @@ def test_a_log_that_is_not_there_is_one_line(plain):
         done.returncode == 4
         and done.stderr == "hermes_boot.py: error: nobody: no log here; `hermes-boot status` lists the gateways\n"
     )
+    (plain.home / "logs/gateways/default").mkdir(parents=True)
+    (plain.home / "logs/gateways/default/current").write_text("2026-11-29 10:00:00.000000000  line\n")
+    words = [sys.executable, "-IS", str(plain.stub), "logs"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            words, env={"HERMES_HOME": str(plain.home)}, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1 and "error: stdout cannot be used (No space left on device)" in done.stderr
     done = plain.reconcile(command=["logs", "--since", "yesterday"])
     assert done.returncode == 2 and "neither a time span (30s, 10m, 2h, 1d) nor a date" in done.stderr
 

@@ -6,7 +6,6 @@ import os
 import pty
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -258,16 +257,6 @@ def read(terminal: int) -> bytes:
         return os.read(terminal, 4096)
     except OSError:
         return b""
-
-
-def test_a_folder_with_a_space_is_no_workdir(container, tmp_path):
-    """`-w "/srv/a b"`: rc.init ends at its cd, the command never runs, and the container stays."""
-    box = container(workdir="/srv/a b", mounts=((str(tmp_path), "/srv/a b"),))
-    process = subprocess.Popen(box.command(["true"]), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert b"rc.init" in next(line for line in process.stderr if b"can't cd" in line)
-    assert wait_for(lambda: "rc.init" not in box.exec("ps", "axo", "args").stdout) and process.poll() is None
-    assert box.exec("/run/s6/basedir/bin/halt").returncode == 0
-    process.communicate(timeout=60)
 
 
 CODES = [

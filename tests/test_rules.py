@@ -271,6 +271,20 @@ def test_names(name, good):
     assert (fault is None) is good and (good or (fault.text and fault.fix == "rename the folder"))
 
 
+MEANT = {"coder": "coder", "gateway-coder": "coder", "gateway-x": "gateway-x", "gateway--x": "gateway--x", "X": ""}
+
+
+@pytest.mark.parametrize("name, profile", MEANT.items())
+def test_a_services_name_is_its_profile(tmp_path, name, profile):
+    """Unless a profile of that very name has a slot, or what follows the prefix cannot be one."""
+    (tmp_path / "gateway-gateway-x").mkdir()
+    manager = hermes_boot.S6ServiceManager(str(tmp_path), str(tmp_path), environment={})
+    try:
+        assert manager.valid(name) == profile
+    except hermes_boot.InvalidName:
+        assert not profile
+
+
 STATES = {
     "nothing": ({}, None),
     "running": ({"gateway_state": "running"}, "running"),

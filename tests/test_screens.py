@@ -102,7 +102,7 @@ def test_what_there_is_to_know_of_a_gateway(host):
     text = host.box.exec(MANAGER, "status").stdout
     assert re.search(r"^crashing .*next start at \d\d:\d\d:\d\d: ", text, re.M)
     assert re.search(r"^talking +up, discord: retrying .* telegram ", text, re.M)
-    assert re.search(r"^dashboard +off .* service", text, re.M)
+    assert re.search(r"^dashboard +off .* down .* service", text, re.M)
     assert re.search(r"\n\n5 gateways: 3 up, .*1 parked", text)
 
 

@@ -9,7 +9,7 @@ import signal
 import time
 
 import pytest
-from sandbox import PROJECT, WRAPPER
+from sandbox import ENTRYPOINT, PROJECT, WRAPPER
 
 CODES = [(f"exit {code}", code) for code in (0, 1, 2, 42, 126, 127, 143)]
 SIGNALS = [
@@ -116,6 +116,15 @@ def test_the_process_environment_is_right_with_keep_env(container):
 def test_the_working_directory_is_kept(container):
     """`docker run -w`."""
     assert container(workdir="/usr/share").run("pwd").stdout == b"/usr/share\n"
+
+
+@pytest.mark.parametrize("entrypoint", [(), ENTRYPOINT], ids=["PID 1", "below another"])
+def test_any_folder_is_a_workdir(container, tmp_path, entrypoint):
+    """s6-overlay's rc.init takes a name with a space for two, and the container hangs; no variable is left of it."""
+    folder = "/srv/[a-z] *\tb"
+    box = container(workdir=folder, mounts=((str(tmp_path), folder),), entrypoint=entrypoint)
+    done = box.run("sh", "-c", "pwd; env | grep -c WORKDIR")
+    assert done.stdout.decode() == f"{folder}\n0\n", done
 
 
 def test_root_is_dropped_with_its_groups_and_signals_are_as_they_were(container):
