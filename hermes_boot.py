@@ -1046,8 +1046,8 @@ class Children:
             pass  # none is left
 
     def wait(self, *pids: int, pass_to: Callable[[], int] | None = None, timeout: float = float("inf")) -> int:
-        """Wait until one of these has ended, or timeout seconds; return the pid, or 0. With a process to pass signals
-        on to, SIGTERM ends the wait too."""
+        """Wait until one of these has ended, or timeout seconds; return the pid, or 0. With pass_to, which returns the
+        process that signals are passed on to, or 0 for none, SIGTERM ends the wait too."""
         import signal
 
         deadline = time.monotonic() + timeout
@@ -1063,8 +1063,8 @@ class Children:
             self.asked_to_end = self.asked_to_end or number == signal.SIGTERM
             if pass_to and self.asked_to_end:
                 return 0
-            if pass_to and number not in (signal.SIGCHLD, signal.SIGTTOU, signal.SIGTTIN):
-                send(pass_to(), number)
+            if pass_to and number not in (signal.SIGCHLD, signal.SIGTTOU, signal.SIGTTIN) and (process := pass_to()):
+                send(process, number)
 
     def end_all(self, grace: float) -> bool:
         """End every process that is left below us, and nobody else's: SIGTERM to each, SIGKILL once grace seconds are
@@ -4032,7 +4032,8 @@ def fallback_init(why: str, words: list[str]) -> int:
         until(lambda: heard(f"{SCANDIR}/.s6-svscan/control"), 5)
         stage_2 = children.start([f"{STAGES}/rc.init", "top", *(words or [WRAPPER])], environment)
     except OSError as error:
-        raise Fatal(f"s6-overlay cannot be run: {error}; use the image as it was built") from error
+        text = f"{error.filename} cannot be run ({reason(error)})"
+        raise Fatal(f"{text}; use the image as it was built") from error
     try:
         os.tcsetpgrp(0, stage_2)
         os.kill(stage_2, SIGCONT)  # it may have asked for the terminal before it had it
@@ -4040,7 +4041,7 @@ def fallback_init(why: str, words: list[str]) -> int:
         pass  # no terminal
     if not boot.quiet:
         say("info", f"s6-svscan runs as PID {svscan}, below this init ({why}); gateways are supervised all the same")
-    ended = children.wait(stage_2, svscan, pass_to=lambda: read_pid_file(COMMAND_PROCESS) or stage_2)
+    ended = children.wait(stage_2, svscan, pass_to=lambda: read_pid_file(COMMAND_PROCESS))
     if ended == svscan:
         say("error", "s6-svscan has died; the container ends, so that the engine can start it anew")
     elif not ended and not read_pid_file(COMMAND_PROCESS):

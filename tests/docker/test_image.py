@@ -10,7 +10,7 @@ import subprocess
 import pytest
 from conftest import ON_ENGINE
 from engine import engine, image
-from sandbox import AGENT_VERSION, wait_for
+from sandbox import AGENT_VERSION, ENTRYPOINT, wait_for, write_script
 
 pytestmark = pytest.mark.skipif(not ON_ENGINE, reason="needs a real image: make test-engine")
 SLEEPER = "#!/bin/sh\nexec sleep infinity\n"
@@ -109,6 +109,47 @@ def test_what_kubernetes_allows_at_its_strictest(hermes, tmp_path):
     done = box.run("sh", "-c", f"id -u; {UP}; exit 42")
     assert (done.returncode, done.stdout) == (42, b"10000\nhealthy: 1 up, 0 not wanted\n"), done.stderr.decode()
     assert b"below this init (/run belongs to another user and no new privileges are allowed)" in done.stderr
+
+
+LATE = "#!/bin/sh\nsleep 0.5\necho ready >>/run/order\necho >&3\nexec sleep 1000\n"
+SERVICES = {  # files of s6-rc's source definition directories, see s6-rc-compile
+    "first": {"type": "oneshot", "up": "redirfd -a 1 /run/order echo first", "dependencies.d/base": ""},
+    "late": {"type": "longrun", "run": LATE, "notification-fd": "3", "dependencies.d/first": ""},
+    "from": {"type": "longrun", "run": "#!/bin/sh\necho piped\nexec sleep 1000\n", "producer-for": "to"},
+    "to": {"type": "longrun", "run": '#!/bin/sh\nexec sed -u "s/^/to: /" >>/run/order\n', "consumer-for": "from"},
+    "down": {"type": "oneshot", "up": "", "down": "s6-touch /opt/data/went-down", "dependencies.d/late": ""},
+}
+SERVICES["from"]["dependencies.d/late"] = SERVICES["to"]["pipeline-name"] = "pipe"
+
+
+@pytest.mark.parametrize("entrypoint", [(), ENTRYPOINT], ids=["PID 1", "below another"])
+def test_a_derived_images_services(container, tmp_path, entrypoint):
+    """In the order of their needs, pipelines, `down` scripts, services.d, fix-attrs.d and the hook too: all of that is
+    s6-overlay's own, below another PID 1 as well."""
+    mounts = []
+
+    def add(path: str, text: str) -> None:
+        source = tmp_path / "files" / path.replace("/", "-")
+        write_script(source, text)
+        mounts.append((str(source), path))
+
+    for name, files in SERVICES.items():
+        for file, text in files.items():
+            add(f"/etc/s6-overlay/s6-rc.d/{name}/{file}", f"{text}\n" if text else "")
+    for name in ("first", "late", "pipe", "down"):
+        add(f"/etc/s6-overlay/s6-rc.d/user/contents.d/{name}", "")
+    add("/etc/services.d/old/run", "#!/bin/sh\necho old >>/run/order\nexec sleep 1000\n")
+    add("/etc/cont-init.d/99-last", "#!/bin/sh\necho cont-init >>/run/order\n")
+    add("/etc/fix-attrs.d/10-home", "/srv false hermes 0600 0700\n")
+    environment = {"S6_STAGE2_HOOK": "touch /run/hooked"}
+    box = container(entrypoint=entrypoint, environment=environment, mounts=tuple(mounts))
+    script = "s6-rc-compile 2>/dev/null; [ $? = 100 ] || exit 77; until grep -q old /run/order; do sleep 0.1; done"
+    done = box.run("sh", "-c", f"PATH=$PATH:/command; {script}; cat /run/order; ls /run/hooked; stat -c %U /srv")
+    if done.returncode == 77:
+        pytest.skip("the image's s6-rc is a stand-in")
+    order = "cont-init first ready to:piped old /run/hooked hermes"
+    assert done.stdout.decode().replace("to: ", "to:").split() == order.split(), done
+    assert (box.volume / "went-down").exists()
 
 
 def test_a_login_shell_finds_hermes_and_s6(hermes):
