@@ -3237,7 +3237,7 @@ class SlotStatus:
         self.since = moment_of(data)
         self.pid = int.from_bytes(data[24:32])  # 0: none
         self.ended = int.from_bytes(data[-3:-1])  # a wait status, see wait(2)
-        self.finishing, self.wanted, self.ready = bool(flags & 2), bool(flags & 4), bool(flags & 8)
+        self.finishing, self.wanted = bool(flags & 2), bool(flags & 4)
         self.up = self.pid != 0 and not self.finishing  # whether the gateway itself runs
 
 
@@ -3451,12 +3451,9 @@ class S6ServiceManager:
 
     def list_profile_gateways(self) -> list[str]:
         """Return the profiles with a slot, in name order; folders that hermes gave any other name are none."""
-        try:
-            names = os.listdir(self.scandir)
-        except OSError:
-            return []
-        profiles = [name.removeprefix(SLOT_PREFIX) for name in names if name.startswith(SLOT_PREFIX)]
-        return sorted(profile for profile in profiles if not name_fault(profile))
+        start = f"{self.scandir}/{SLOT_PREFIX}"
+        profiles = [path.removeprefix(start) for path in names_in(self.scandir) if path.startswith(start)]
+        return [profile for profile in profiles if not name_fault(profile)]
 
     # State
 
@@ -3727,9 +3724,7 @@ class S6ServiceManager:
             warn(f"{profile}: {fault}")
         return not log_fault
 
-    def publish(
-        self, profile: str, files: dict[str, tuple[str, int]], *, start: bool, group: int | None = None
-    ) -> None:
+    def publish(self, profile: str, files: Files, *, start: bool, group: int | None = None) -> None:
         """Put a profile's slot into the scandir and wait until s6 supervises it. group is for root, see build."""
         name = SLOT_PREFIX + profile
         limit, full = slot_limit(self.scandir)
@@ -3807,10 +3802,6 @@ def is_sealed(environment: dict[str, str]) -> bool:
 
 def by_hermes(timeout: float, action: Callable[..., int], *arguments: object) -> int:
     """Run an operator's command as hermes, who can stop it: so root ends it after timeout seconds. Return its code."""
-    import _signal
-
-    if os.geteuid() == 0:
-        _signal.signal(_signal.SIGTERM, lambda *_: sys.exit(128 + SIGTERM))  # else what runs as hermes would go on
     code = as_owner(account() or (0, 0), action, *arguments, timeout=timeout)
     return 1 if code == OVERDUE else code
 
@@ -5117,6 +5108,7 @@ def run_command(arguments: argparse.Namespace, environment: dict[str, str]) -> i
     command = arguments.command or ""
     if command in ("", "setup", "reconcile", "shutdown"):
         return run_phases(command, dry_run=getattr(arguments, "dry_run", False))
+    end_on_sigterm()  # else what runs as hermes would go on
     if command == "health":
         return by_hermes(HEALTH_TIMEOUT, health, environment, arguments.live)
     boot = Boot(environment)
