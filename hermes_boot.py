@@ -3237,7 +3237,7 @@ class SlotStatus:
         self.since = moment_of(data)
         self.pid = int.from_bytes(data[24:32])  # 0: none
         self.ended = int.from_bytes(data[-3:-1])  # a wait status, see wait(2)
-        self.finishing, self.wanted, self.ready = bool(flags & 2), bool(flags & 4), bool(flags & 8)
+        self.finishing, self.wanted = bool(flags & 2), bool(flags & 4)
         self.up = self.pid != 0 and not self.finishing  # whether the gateway itself runs
 
 
@@ -3451,12 +3451,9 @@ class S6ServiceManager:
 
     def list_profile_gateways(self) -> list[str]:
         """Return the profiles with a slot, in name order; folders that hermes gave any other name are none."""
-        try:
-            names = os.listdir(self.scandir)
-        except OSError:
-            return []
-        profiles = [name.removeprefix(SLOT_PREFIX) for name in names if name.startswith(SLOT_PREFIX)]
-        return sorted(profile for profile in profiles if not name_fault(profile))
+        start = f"{self.scandir}/{SLOT_PREFIX}"
+        profiles = [path.removeprefix(start) for path in names_in(self.scandir) if path.startswith(start)]
+        return [profile for profile in profiles if not name_fault(profile)]
 
     # State
 
@@ -3727,9 +3724,7 @@ class S6ServiceManager:
             warn(f"{profile}: {fault}")
         return not log_fault
 
-    def publish(
-        self, profile: str, files: dict[str, tuple[str, int]], *, start: bool, group: int | None = None
-    ) -> None:
+    def publish(self, profile: str, files: Files, *, start: bool, group: int | None = None) -> None:
         """Put a profile's slot into the scandir and wait until s6 supervises it. group is for root, see build."""
         name = SLOT_PREFIX + profile
         limit, full = slot_limit(self.scandir)
@@ -3807,10 +3802,6 @@ def is_sealed(environment: dict[str, str]) -> bool:
 
 def by_hermes(timeout: float, action: Callable[..., int], *arguments: object) -> int:
     """Run an operator's command as hermes, who can stop it: so root ends it after timeout seconds. Return its code."""
-    import _signal
-
-    if os.geteuid() == 0:
-        _signal.signal(_signal.SIGTERM, lambda *_: sys.exit(128 + SIGTERM))  # else what runs as hermes would go on
     code = as_owner(account() or (0, 0), action, *arguments, timeout=timeout)
     return 1 if code == OVERDUE else code
 
@@ -3897,17 +3888,16 @@ def gateway_as_hermes(boot: Boot, action: str, profile: str | None, every: bool)
     """As hermes: run `gateway ...`, say what became of each gateway, and go on past a failure. `status` is about all
     that have a slot, unless a profile is given; it returns 0 when they are up, else 3. Raises GatewayError."""
     manager = S6ServiceManager(environment=boot.environment)
-    registered = manager.list_profile_gateways()
     if action == "list":
-        print("".join(f"{name}\n" for name in registered), end="")
+        print("".join(f"{name}\n" for name in manager.list_profile_gateways()), end="")
         return 0
     if action == "status":
-        one = [] if profile is None else [os.path.basename(manager.slot(profile)).removeprefix(SLOT_PREFIX)]
-        with open_home(boot) as home:
-            rows = [row_of(boot, home, name) for name in in_order(one or registered)]
+        if profile is not None:
+            manager.slot(profile)
+        rows = [row for row in rows_of(boot, profile) if row.state != "no slot"]
         print(table(rows, []))
         return 0 if all(row.state in ("up", "starting") for row in rows) else 3
-    names = registered if every else [named_profile(manager, profile)]
+    names = manager.list_profile_gateways() if every else [named_profile(manager, profile)]
     if action in DONE:
         failures = manager.carry_out(action, names)
         for name in names:
@@ -4172,26 +4162,18 @@ class Row:
 
 def rows_of(boot: Boot, profile: str | None = None) -> list[Row]:
     """Return a row for every profile of the volume and for every slot, default first; or for one, if it is there."""
-    manager = S6ServiceManager(environment=boot.environment)
     boot.multiplexes = None  # looked up anew, under --watch
     with open_home(boot) as home:
-        names = {"default", *manager.list_profile_gateways()}
-        if profile and profile not in names and profile.removeprefix(SLOT_PREFIX) in names:
-            profile = profile.removeprefix(SLOT_PREFIX)  # a service's name
+        names = {"default", *S6ServiceManager(environment=boot.environment).list_profile_gateways()}
         if profile is None or profile not in names:
-            names |= unregistered(home, names, profile)
+            names |= unregistered(home, names)
         if profile is not None:
-            names &= {profile}
-        return [row_of(boot, home, name) for name in in_order(names)]
+            names &= {profile if profile in names else profile.removeprefix(SLOT_PREFIX)}  # or a service's name
+        return [row_of(boot, home, name) for name in sorted(names, key=lambda name: (name != "default", name))]
 
 
-def in_order(names: list[str] | set[str]) -> list[str]:
-    """Return profiles in name order, default first."""
-    return sorted(names, key=lambda name: (name != "default", name))
-
-
-def unregistered(home: Folder, registered: set[str], profile: str | None) -> set[str]:
-    """Return the volume's profiles that are not among the registered ones, or one of them, if it is there."""
+def unregistered(home: Folder, registered: set[str]) -> set[str]:
+    """Return the volume's profiles that are not among the registered ones."""
 
     def is_profile(name: str) -> bool:
         if name == "default" or name in registered or name_fault(name):
@@ -4204,7 +4186,7 @@ def unregistered(home: Folder, registered: set[str], profile: str | None) -> set
 
     try:
         with home.folder("profiles") as profiles:
-            return set(filter(is_profile, profile_names(profiles) if profile is None else [profile]))
+            return set(filter(is_profile, profile_names(profiles)))
     except OSError:
         return set()
 
@@ -4452,21 +4434,12 @@ def wanted_without_slot(boot: Boot, registered: dict[str, SlotStatus | None]) ->
     """Return the profiles that should run and have no slot, with room for one. No other one's files are read."""
     try:
         with open_home(boot) as home:
-            names = unregistered(home, set(registered), None) | ({"default"} - set(registered))
+            names = unregistered(home, set(registered)) | ({"default"} - set(registered))
             if not names or len(registered) >= slot_limit(boot.scandir)[0] or no_gateways(boot, container_words()):
                 return []
-            return [name for name in sorted(names) if would_start(boot, home, name)]
+            return [name for name in sorted(names) if row_of(boot, home, name).autostart]
     except (OSError, Fatal):
         return []  # the volume cannot be read, which is for doctor to say
-
-
-def would_start(boot: Boot, home: Folder, profile: str) -> bool:
-    """Return whether the next boot would start a profile's gateway; not where its folder is gone or cannot be read."""
-    try:
-        with profile_folder(home, profile) as folder:
-            return decide(boot, folder, profile, None).action == "started"
-    except OSError:
-        return False
 
 
 # Logs
@@ -5136,6 +5109,7 @@ def run_command(arguments: argparse.Namespace, environment: dict[str, str]) -> i
     command = arguments.command or ""
     if command in ("", "setup", "reconcile", "shutdown"):
         return run_phases(command, dry_run=getattr(arguments, "dry_run", False))
+    end_on_sigterm()  # else what runs as hermes would go on
     if command == "health":
         return by_hermes(HEALTH_TIMEOUT, health, environment, arguments.live)
     boot = Boot(environment)

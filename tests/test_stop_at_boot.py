@@ -135,6 +135,22 @@ def test_a_phase_ends_on_sigterm(container, phase):
     assert done.stdout == "143\n", done
 
 
+@pytest.mark.parametrize("user", [None, "hermes"], ids=["root", "hermes"])
+def test_a_command_ends_on_sigterm(gateways, user):
+    """For root too, in whose name it works as hermes: code 143, and nobody goes on with it."""
+    host = gateways({"a": "trap '' TERM\necho ready\nwhile :; do sleep 0.1; done\n"}, "running")
+    assert wait_for(lambda: "ready" in host.box.log())
+    script = """
+        hermes-boot gateway stop -p a & command=$!
+        while ! grep -q stopped /opt/data/profiles/a/gateway_state.json; do sleep 0.05; done
+        kill $command; wait $command; echo $?
+    """
+    done = host.box.exec("sh", "-c", script, user=user)
+    assert done.stdout == "143\n", done
+    assert wait_for(lambda: not any("gateway stop" in line for line in host.box.processes().values()), 2)
+    assert host.up("a")
+
+
 @PLACES
 @pytest.mark.parametrize("delay", [0, 0.1, 0.2, 0.5])
 def test_at_any_moment(container, entrypoint, delay):
