@@ -830,6 +830,7 @@ def end_on_sigterm() -> None:
     def end(*_: object) -> None:
         for child in families().get(os.getpid(), []):
             send(child, SIGTERM)
+            send(child, SIGCONT)  # hermes can stop its own
         os._exit(128 + SIGTERM)
 
     _signal.signal(SIGTERM, end)
