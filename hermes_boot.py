@@ -2878,9 +2878,8 @@ def setup_phase(boot: Boot) -> int:
         return guarded(setup, boot)
     if not read_pid_file(COMMAND_PROCESS):  # at a boot, not by `docker exec`
         mark(SETUP_FAILED, there=True)
-        mark(RECONCILED, there=False)
-        if s6_is_pid_1() and is_cont_init(boot):
-            watch_for_stop()
+        for path in (RECONCILED, COMMAND_PROCESS):  # an earlier start's, where /run is kept
+            mark(path, there=False)
     code = guarded(setup, boot)
     if code == 0:
         mark(SETUP_FAILED, there=False)
@@ -2900,30 +2899,11 @@ def is_cont_init(boot: Boot) -> bool:
     return boot.setting("RC_NAME") == "legacy-cont-init"
 
 
-def watch_for_stop() -> None:
-    """Have a stop of the container end the boot first: s6-overlay's waits until that is over, however long it takes.
-    s6-svscan runs a script of its folder's upon SIGTERM (with S6_CMD_RECEIVE_SIGNALS=1 it has another name); ours calls
-    end-boot, then s6-overlay's own."""
-    script = f"{SCANDIR}/.s6-svscan/SIGTERM"
-    if os.path.exists(f"{script}.s6-linux-init"):
-        script += ".s6-linux-init"
-    try:
-        mark(COMMAND_PROCESS, there=False)  # an earlier start's, where /run is kept
-        os.link(script, f"{script}.s6-overlay")
-        with Folder(f"{SCANDIR}/.s6-svscan") as folder:
-            text = f'#!/bin/sh\n[ -e {COMMAND_PROCESS} ] || {BOOT} end-boot\nexec "$0.s6-overlay"\n'
-            put(folder, "SIGTERM+", text, 0o755)
-        os.rename(f"{SCANDIR}/.s6-svscan/SIGTERM+", script)
-    except OSError as error:
-        warn(f"{script} cannot be replaced ({reason(error)}), so a stop waits until the boot is over")
-    if any(name == "s6-rc" and b"-bda" in words for name, words in map(command_of, descendants(1))):
-        end_boot()  # it came before us, and s6-overlay's now waits for us
-        os._exit(128 + SIGTERM)
-
-
-def end_boot(top: int = 1) -> int:
-    """End a boot that is under way below a process, within two seconds: first what would go on to the container's
-    command, then the scripts, by SIGTERM and a second later by SIGKILL. The container's exit code is then 143."""
+def end_boot(top: int = 0) -> int:
+    """End a boot that is under way below a process (0: this container's first), within two seconds: first what would go
+    on to the container's command, then the scripts, by SIGTERM and a second later by SIGKILL. The container's exit code
+    is then 143. s6-overlay's rc.shutdown, which waits for the end of a boot, calls this first: see the Dockerfile."""
+    top = top or read_pid_file(SUPERVISOR_PROCESS) or 1
     children = families()
     near = [child for parent in (top, *children.get(top, [])) for child in children.get(parent, [])]
     found = {os.path.basename(word): process for process in reversed(near) for word in command_of(process)[1]}
