@@ -626,39 +626,17 @@ class Folder:
                         continue  # a folder of that name is not ours, and in nobody's way
 
     def remove(self, name: str) -> None:
-        """Remove an entry with all below it, however deep: what lies two levels down is moved one up first."""
+        """Remove an entry with all below it, however deep. What is mounted there is not ours to remove: EBUSY then."""
         if self.unlinked(name):
             return
-        with Folder(name, self.fd) as top:
-            self.same_place(top)
-            moved = 0
-            while entries := os.listdir(top.fd):
-                for entry in entries:
-                    if top.unlinked(entry):
-                        continue
-                    with Folder(entry, top.fd) as below:
-                        top.same_place(below)
-                        for deeper in os.listdir(below.fd):
-                            if not below.unlinked(deeper):
-                                moved += 1
-                                below.move_up(deeper, top, f".moved-{moved}-{time.time_ns()}")
-                    os.rmdir(entry, dir_fd=top.fd)
-        os.rmdir(name, dir_fd=self.fd)
-
-    def move_up(self, name: str, top: Folder, new: str) -> None:
-        """Move a folder of this one to top, or remove it where that cannot be (EXDEV): overlayfs moves no folder of an
-        image's layer, and there none is deeper than a path can name."""
-        try:
-            os.rename(name, new, src_dir_fd=self.fd, dst_dir_fd=top.fd)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            self.remove(name)
-
-    def same_place(self, below: Folder) -> None:
-        """Raise OSError (EBUSY) when a folder of this one is a mount: what lies there is not ours to remove."""
-        if mount_id(self.fd) != mount_id(below.fd):
+        path = os.path.join(os.readlink(f"/proc/self/fd/{self.fd}"), name)
+        if any(point.startswith(f"{path}/") for point, _ in mount_points()):
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        words = ["rm", "-rf", "--one-file-system", f"/proc/self/fd/0/{name}"]
+        streams = [(os.POSIX_SPAWN_DUP2, self.fd, 0), (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)]
+        os.waitpid(os.posix_spawn("/bin/rm", words, {}, file_actions=streams), 0)
+        if self.stat(name):
+            raise PermissionError(errno.EPERM, "cannot be removed as a whole")
 
     def unlinked(self, name: str) -> bool:
         """Remove an entry that is not a folder; return whether none is left."""
