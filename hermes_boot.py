@@ -2463,25 +2463,18 @@ def open_profiles(boot: Boot, home: Folder, running: str | None) -> Iterator[tup
 
 def profile_names(profiles: Folder) -> list[str]:
     """Return the entries of profiles/ that could be profiles, in name order; of more than MOST_PROFILES only those that
-    are, up to that number, since hermes can make millions."""
-    names: list[str] = []
-    many = False
+    have a SOUL.md, up to that number, since hermes can make millions."""
     with os.scandir(profiles.fd) as listing:
-        for entry in listing:
-            if entry.is_symlink() or entry.is_dir(follow_symlinks=False):
-                names.append(entry.name)
-            if len(names) > 2 * MOST_PROFILES:
-                many, names = True, real_profiles(profiles, names)
-    if many:
-        names = real_profiles(profiles, names)
-        warn(f"profiles on the volume has over {MOST_PROFILES} entries; those without SOUL.md are not looked at")
+        entries = (entry.name for entry in listing if entry.is_symlink() or entry.is_dir(follow_symlinks=False))
+        names = [name for _, name in zip(range(MOST_PROFILES + 1), entries, strict=False)]
+        if len(names) > MOST_PROFILES:
+            from heapq import nsmallest
+            from itertools import chain
+
+            warn(f"profiles on the volume has over {MOST_PROFILES} entries; those without SOUL.md are not looked at")
+            real = (name for name in chain(names, entries) if os.access(f"{name}/SOUL.md", os.F_OK, dir_fd=profiles.fd))
+            names = nsmallest(MOST_PROFILES, real, key=os.fsencode)
     return sorted(names, key=os.fsencode)
-
-
-def real_profiles(profiles: Folder, names: list[str]) -> list[str]:
-    """Return the first MOST_PROFILES names, in order, of folders that have a SOUL.md."""
-    found = [name for name in names if os.access(f"{name}/SOUL.md", os.F_OK, dir_fd=profiles.fd)]
-    return sorted(found, key=os.fsencode)[:MOST_PROFILES]
 
 
 def inspect(boot: Boot, profiles: Folder, name: str, running: str | None) -> tuple[Profile, Folder | None] | None:
