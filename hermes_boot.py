@@ -2849,8 +2849,7 @@ def setup_phase(boot: Boot) -> int:
         return guarded(setup, boot)
     if not read_pid_file(COMMAND_PROCESS):  # at a boot, not by `docker exec`
         mark(SETUP_FAILED, there=True)
-        for path in (RECONCILED, COMMAND_PROCESS):  # an earlier start's, where /run is kept
-            mark(path, there=False)
+        mark(RECONCILED, there=False)
     code = guarded(setup, boot)
     if code == 0:
         mark(SETUP_FAILED, there=False)
