@@ -15,6 +15,7 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates curl xz-utils \
  && rm -rf /var/lib/apt/lists/*
 # /init is ours: it is s6-overlay's where it is PID 1, and hermes_boot.py where the platform has another PID 1.
+# rc.shutdown, which every stop of the container runs, waits until the boot is over, however long it takes: first it ends the boot.
 # Its files lose the write permission of group 0, as which platforms run any UID: root runs them at the next start.
 RUN set -eu; \
     case "${TARGETARCH:-$(dpkg --print-architecture)}" in \
@@ -33,6 +34,7 @@ RUN set -eu; \
     fetch symlinks-noarch "$S6_OVERLAY_SHA256_SYMLINKS"; \
     mv /s6/init /s6/init.s6-overlay; \
     ln -s /opt/hermes/docker/wrapper /s6/init; \
+    sed -i '1a [ -e /run/hermes-command ] || /opt/hermes/bin/hermes-boot end-boot' /s6/package/admin/s6-overlay/etc/s6-linux-init/skel/rc.shutdown; \
     find /s6 ! -type l -perm /022 -exec chmod go-w {} +
 
 # What the image and the agent's build both stand on: python3, the programs that the agent calls, the user hermes. SQLite comes from

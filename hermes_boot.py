@@ -626,39 +626,17 @@ class Folder:
                         continue  # a folder of that name is not ours, and in nobody's way
 
     def remove(self, name: str) -> None:
-        """Remove an entry with all below it, however deep: what lies two levels down is moved one up first."""
+        """Remove an entry with all below it, however deep. What is mounted there is not ours to remove: EBUSY then."""
         if self.unlinked(name):
             return
-        with Folder(name, self.fd) as top:
-            self.same_place(top)
-            moved = 0
-            while entries := os.listdir(top.fd):
-                for entry in entries:
-                    if top.unlinked(entry):
-                        continue
-                    with Folder(entry, top.fd) as below:
-                        top.same_place(below)
-                        for deeper in os.listdir(below.fd):
-                            if not below.unlinked(deeper):
-                                moved += 1
-                                below.move_up(deeper, top, f".moved-{moved}-{time.time_ns()}")
-                    os.rmdir(entry, dir_fd=top.fd)
-        os.rmdir(name, dir_fd=self.fd)
-
-    def move_up(self, name: str, top: Folder, new: str) -> None:
-        """Move a folder of this one to top, or remove it where that cannot be (EXDEV): overlayfs moves no folder of an
-        image's layer, and there none is deeper than a path can name."""
-        try:
-            os.rename(name, new, src_dir_fd=self.fd, dst_dir_fd=top.fd)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            self.remove(name)
-
-    def same_place(self, below: Folder) -> None:
-        """Raise OSError (EBUSY) when a folder of this one is a mount: what lies there is not ours to remove."""
-        if mount_id(self.fd) != mount_id(below.fd):
+        path = os.path.join(os.readlink(f"/proc/self/fd/{self.fd}"), name)
+        if any(point.startswith(f"{path}/") for point, _ in mount_points()):
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        words = ["rm", "-rf", "--one-file-system", f"/proc/self/fd/0/{name}"]
+        streams = [(os.POSIX_SPAWN_DUP2, self.fd, 0), (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)]
+        os.waitpid(os.posix_spawn("/bin/rm", words, {}, file_actions=streams), 0)
+        if self.stat(name):
+            raise PermissionError(errno.EPERM, "cannot be removed as a whole")
 
     def unlinked(self, name: str) -> bool:
         """Remove an entry that is not a folder; return whether none is left."""
@@ -2486,25 +2464,18 @@ def open_profiles(boot: Boot, home: Folder, running: str | None) -> Iterator[tup
 
 def profile_names(profiles: Folder) -> list[str]:
     """Return the entries of profiles/ that could be profiles, in name order; of more than MOST_PROFILES only those that
-    are, up to that number, since hermes can make millions."""
-    names: list[str] = []
-    many = False
+    have a SOUL.md, up to that number, since hermes can make millions."""
     with os.scandir(profiles.fd) as listing:
-        for entry in listing:
-            if entry.is_symlink() or entry.is_dir(follow_symlinks=False):
-                names.append(entry.name)
-            if len(names) > 2 * MOST_PROFILES:
-                many, names = True, real_profiles(profiles, names)
-    if many:
-        names = real_profiles(profiles, names)
-        warn(f"profiles on the volume has over {MOST_PROFILES} entries; those without SOUL.md are not looked at")
+        entries = (entry.name for entry in listing if entry.is_symlink() or entry.is_dir(follow_symlinks=False))
+        names = [name for _, name in zip(range(MOST_PROFILES + 1), entries, strict=False)]
+        if len(names) > MOST_PROFILES:
+            from heapq import nsmallest
+            from itertools import chain
+
+            warn(f"profiles on the volume has over {MOST_PROFILES} entries; those without SOUL.md are not looked at")
+            real = (name for name in chain(names, entries) if os.access(f"{name}/SOUL.md", os.F_OK, dir_fd=profiles.fd))
+            names = nsmallest(MOST_PROFILES, real, key=os.fsencode)
     return sorted(names, key=os.fsencode)
-
-
-def real_profiles(profiles: Folder, names: list[str]) -> list[str]:
-    """Return the first MOST_PROFILES names, in order, of folders that have a SOUL.md."""
-    found = [name for name in names if os.access(f"{name}/SOUL.md", os.F_OK, dir_fd=profiles.fd)]
-    return sorted(found, key=os.fsencode)[:MOST_PROFILES]
 
 
 def inspect(boot: Boot, profiles: Folder, name: str, running: str | None) -> tuple[Profile, Folder | None] | None:
@@ -2880,8 +2851,6 @@ def setup_phase(boot: Boot) -> int:
     if not read_pid_file(COMMAND_PROCESS):  # at a boot, not by `docker exec`
         mark(SETUP_FAILED, there=True)
         mark(RECONCILED, there=False)
-        if s6_is_pid_1() and is_cont_init(boot):
-            watch_for_stop()
     code = guarded(setup, boot)
     if code == 0:
         mark(SETUP_FAILED, there=False)
@@ -2901,30 +2870,11 @@ def is_cont_init(boot: Boot) -> bool:
     return boot.setting("RC_NAME") == "legacy-cont-init"
 
 
-def watch_for_stop() -> None:
-    """Have a stop of the container end the boot first: s6-overlay's waits until that is over, however long it takes.
-    s6-svscan runs a script of its folder's upon SIGTERM (with S6_CMD_RECEIVE_SIGNALS=1 it has another name); ours calls
-    end-boot, then s6-overlay's own."""
-    script = f"{SCANDIR}/.s6-svscan/SIGTERM"
-    if os.path.exists(f"{script}.s6-linux-init"):
-        script += ".s6-linux-init"
-    try:
-        mark(COMMAND_PROCESS, there=False)  # an earlier start's, where /run is kept
-        os.link(script, f"{script}.s6-overlay")
-        with Folder(f"{SCANDIR}/.s6-svscan") as folder:
-            text = f'#!/bin/sh\n[ -e {COMMAND_PROCESS} ] || {BOOT} end-boot\nexec "$0.s6-overlay"\n'
-            put(folder, "SIGTERM+", text, 0o755)
-        os.rename(f"{SCANDIR}/.s6-svscan/SIGTERM+", script)
-    except OSError as error:
-        warn(f"{script} cannot be replaced ({reason(error)}), so a stop waits until the boot is over")
-    if any(name == "s6-rc" and b"-bda" in words for name, words in map(command_of, descendants(1))):
-        end_boot()  # it came before us, and s6-overlay's now waits for us
-        os._exit(128 + SIGTERM)
-
-
-def end_boot(top: int = 1) -> int:
-    """End a boot that is under way below a process, within two seconds: first what would go on to the container's
-    command, then the scripts, by SIGTERM and a second later by SIGKILL. The container's exit code is then 143."""
+def end_boot(top: int = 0) -> int:
+    """End a boot that is under way below a process (0: this container's first), within two seconds: first what would go
+    on to the container's command, then the scripts, by SIGTERM and a second later by SIGKILL. The container's exit code
+    is then 143. s6-overlay's rc.shutdown, which waits for the end of a boot, calls this first: see the Dockerfile."""
+    top = top or read_pid_file(SUPERVISOR_PROCESS) or 1
     children = families()
     near = [child for parent in (top, *children.get(top, [])) for child in children.get(parent, [])]
     found = {os.path.basename(word): process for process in reversed(near) for word in command_of(process)[1]}

@@ -393,6 +393,10 @@ def init(words: list[str]) -> int:
     if fault:
         print(f"init: fatal: {fault}", file=sys.stderr)
         return code
+    try:
+        os.unlink(COMMAND_PROCESS)  # an earlier start's, where /run is kept: a stop would take the boot for over
+    except OSError:
+        pass  # there is none
     why, folder = obstacle(), os.readlink("/proc/self/cwd")
     if set(folder) & set(" \t\n*?["):  # s6-overlay would take it for several words, and hang
         environment[WORKDIR] = folder

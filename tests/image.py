@@ -252,9 +252,12 @@ def calls(program: Path) -> set[str]:
 
 def put_scripts(layer: Path) -> None:
     """Do the last stage's copies, with what the stages that they copy from make of the checkout."""
-    (target,) = re.findall(r"\bln -s (\S+) /s6/init\b", "\n".join(instructions("RUN", "s6-overlay")))
+    steps = "\n".join(instructions("RUN", "s6-overlay"))
+    (target,) = re.findall(r"\bln -s (\S+) /s6/init\b", steps)
     (layer / "init").rename(layer / "init.s6-overlay")
     (layer / "init").symlink_to(target)
+    ((edit, path),) = re.findall(r"\bsed -i '([^']+)' /s6/(\S+);", steps)
+    call("sed", "-i", edit, layer / path)
     copy_from_checkout(own_steps(dockerfile()[-1].stage)[0], layer)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         built = Path(folder)

@@ -222,7 +222,7 @@ def fill_with_folders(folder: Path, count: int, name: str) -> None:
 
 
 # where, what, how many, how named, and how many MiB more than on an empty volume are enough: a list of the names, of 80
-# bytes each or of 260, would need more, or, of profiles, a list of more than twice MOST_PROFILES
+# bytes each or of 260, would need more, or, of profiles, a list of more than MOST_PROFILES
 SIZES = {
     "hard links at the top": ("", fill_with_links, 25_000, "link-{:0200}", 4),
     "managed files at the top": ("", fill_with_links, 25_000, "state.db-{:0200}", 4),
@@ -271,7 +271,7 @@ def test_memory_is_bounded_however_many_entries_there_are(container, in_memory, 
 
 def test_a_profile_among_very_many_folders_has_its_gateway(container, tmp_path, monkeypatch):
     """Folders without SOUL.md push no profile out, and the names are in order."""
-    monkeypatch.setattr(hermes_boot, "MOST_PROFILES", 10)  # the real one would take 40,000 folders
+    monkeypatch.setattr(hermes_boot, "MOST_PROFILES", 10)  # the real one would take 20,000 folders
     profiles = tmp_path / "profiles"
     for number in range(50):
         (profiles / f"a{number}").mkdir(parents=True)

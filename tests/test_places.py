@@ -302,23 +302,25 @@ def test_another_user_may_not_control_gateways(container, words):
 
 
 def test_folders_of_a_lower_layer_are_removed(live, tmp_path):
-    """`docker commit` keeps /run/service; overlayfs does not rename a folder of an image's layer (EXDEV)."""
-    for name in ("lower/scandir/a/b/c/d/e", "upper", "work", "root"):
+    """`docker commit` keeps /run/service, however much is in it. What somebody has mounted there stays."""
+    for name in ("lower/scandir/a/b/c/d/e", "lower/mounted/a/b", "upper", "work", "root"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "lower/scandir/a/b/file").touch()
     script = """
 mount -t tmpfs tmpfs "$1/upper"; mkdir "$1/upper/upper" "$1/upper/work"
 mount -t overlay overlay -o "lowerdir=$1/lower,upperdir=$1/upper/upper,workdir=$1/upper/work" "$1/root"
+mount --bind "$1/root/scandir" "$1/root/mounted/a/b"
 python3 -ISc '
 import sys; sys.path.insert(0, sys.argv[2]); import hermes_boot, os
-try: os.rename(sys.argv[1] + "/scandir/a/b", sys.argv[1] + "/x")
-except OSError as error: print(error.errno)
-with hermes_boot.Folder(sys.argv[1]) as root: root.remove("scandir")
+with hermes_boot.Folder(sys.argv[1]) as root:
+    try: root.remove("mounted")
+    except OSError as error: print(error.errno, os.listdir(sys.argv[1] + "/mounted/a/b/a"))
+    root.remove("scandir")
 print(os.listdir(sys.argv[1]))' "$1/root" "$2"
 """
     argv = ["unshare", "-m", "sh", "-ec", script, "sh", tmp_path, PROJECT]
     done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.stdout == "18\n[]\n", done
+    assert done.stdout == "16 ['b']\n['mounted']\n", done
 
 
 TELLS = "trap ': >/tmp/told-{0}; exit 0' TERM; : >/tmp/ready-{0}; while :; do sleep 0.05; done"
