@@ -2768,7 +2768,7 @@ def make_log_folder(home: Folder, profile: str) -> Fault | None:
 
 SETUP_FAILED = "/run/hermes-setup.failed"
 RECONCILED = "/run/hermes-reconciled"  # by the setup's process; 02-reconcile-profiles, in the Dockerfile, looks for it
-STATIC_SERVICES, LIVE = "/etc/s6-overlay/s6-rc.d", "/run/s6-rc"  # s6-rc's source, and its state
+STATIC_SERVICES = "/etc/s6-overlay/s6-rc.d"
 ASKED_LIMIT = 1 << 20  # bytes
 OF_THE_RUNNER = ("s6-ipcserverd", "s6-sudod")  # what s6-rc's oneshot runner is made of
 BOOT_LOG, BOOT_LOG_LIMIT = "container-boot.log", 256 << 10
@@ -2870,12 +2870,11 @@ def is_cont_init(boot: Boot) -> bool:
     return boot.setting("RC_NAME") == "legacy-cont-init"
 
 
-def end_boot(top: int = 0) -> int:
-    """End a boot that is under way below a process (0: this container's first), within two seconds: first what would go
-    on to the container's command, then the scripts, by SIGTERM and a second later by SIGKILL. The container's exit code
-    is then 143. s6-overlay's rc.shutdown, which waits for the end of a boot, calls this first: see the Dockerfile."""
-    top = top or read_pid_file(SUPERVISOR_PROCESS) or 1
-    children = families()
+def end_boot() -> int:
+    """End a boot that is under way, within two seconds: first what would go on to the container's command, then the
+    scripts, by SIGTERM and a second later by SIGKILL. The container's exit code is then 143. s6-overlay's rc.shutdown,
+    which waits for the end of a boot, calls this first: see the Dockerfile."""
+    top, children = read_pid_file(SUPERVISOR_PROCESS) or 1, families()
     near = [child for parent in (top, *children.get(top, [])) for child in children.get(parent, [])]
     found = {os.path.basename(word): process for process in reversed(near) for word in command_of(process)[1]}
     init, runner = found.get(b"rc.init"), found.get(b"s6rc-oneshot-runner", -1)
@@ -2963,9 +2962,7 @@ def reconcile_phase(boot: Boot) -> int:
 def asked_by_hermes(boot: Boot, action: Callable[..., int], *arguments: object) -> tuple[int, Asked]:
     """Run an action as hermes that asks for slots, by ask_for; return its exit code and what it has asked for. That is
     checked, and is all that root takes from hermes."""
-    with trusted_folder(boot.scandir) as scandir:
-        asked = os.open(".asked", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=scandir.fd)
-        scandir.unlinked(".asked")  # not a pipe: one of this size the kernel may refuse a root with few capabilities
+    asked = os.memfd_create("asked")  # not a pipe: one of this size the kernel may refuse a root with few capabilities
     code = as_owner(boot.owner, action, boot, *arguments, asked)
     data = os.pread(asked, ASKED_LIMIT, 0)
     os.close(asked)
@@ -3982,13 +3979,9 @@ def fallback_init(why: str, words: list[str]) -> int:
         pass  # no terminal
     if not boot.quiet:
         say("info", f"s6-svscan runs as PID {svscan}, below this init ({why}); gateways are supervised all the same")
-    ended = children.wait(stage_2, svscan, pass_to=lambda: read_pid_file(COMMAND_PROCESS))
-    if ended == svscan:
+    if children.wait(stage_2, svscan, pass_to=lambda: read_pid_file(COMMAND_PROCESS)) == svscan:
         say("error", "s6-svscan has died; the container ends, so that the engine can start it anew")
-    elif not ended and not read_pid_file(COMMAND_PROCESS):
-        end_boot(os.getpid())
-    if os.path.exists(LIVE):
-        children.wait(children.start([f"{STAGES}/rc.shutdown"], environment))
+    children.wait(children.start([f"{STAGES}/rc.shutdown"], environment))
     send(svscan, SIGTERM)  # not by its control file, which is hermes's: root does not open that
     children.wait(svscan, timeout=0.5)
     children.wait(stage_2, timeout=0.1)  # the command has ended, and rc.init notes its code
