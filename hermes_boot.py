@@ -2233,7 +2233,13 @@ class Profile:
 
     def __init__(self, name: str, prior_state: str | None, action: str, fault: Fault | None, prior_exit: str) -> None:
         self.name, self.prior_state, self.action, self.fault = name, prior_state, action, fault
-        self.prior_exit = prior_exit
+        self.prior_exit, self.state = prior_exit, dict[str, object]()  # all that its state file says
+
+    def why(self) -> str:
+        """Return why its gateway starts, or does not."""
+        if self.fault:
+            return self.fault.text
+        return "never started" if self.prior_state is None else shown(self.prior_state)
 
     def line(self) -> str:
         """Return the profile's line for the boot log."""
@@ -2508,7 +2514,9 @@ def decide(boot: Boot, folder: Folder, name: str, running: str | None) -> Profil
         state = "running"
     left = state == "running" and is_multiplexed(boot, name)
     action = "started" if state == "running" and not left else "registered"
-    return Profile(name, state, action, MULTIPLEXED if left else fault, prior_exit(folder, whole))
+    profile = Profile(name, state, action, MULTIPLEXED if left else fault, prior_exit(folder, whole))
+    profile.state = whole
+    return profile
 
 
 def clean_profile(folder: Folder) -> Fault | None:
@@ -4141,8 +4149,8 @@ def row_of(boot: Boot, home: Folder, name: str) -> Row:
     starts, why = False, "no such profile"
     try:
         with profile_folder(home, name) as folder:
-            state, fault = read_state(folder)
-            starts, why = autostart(boot, name, state, fault)
+            profile = decide(boot, folder, name, None)
+            state, starts, why = profile.state, profile.action == "started", profile.why()
     except FileNotFoundError:
         pass  # a slot whose profile is gone
     except OSError as error:
@@ -4195,16 +4203,6 @@ def state_of(status: SlotStatus | None, state: dict[str, object], times: list[fl
         return "stopping"
     parked = status.ended == EX_CONFIG << 8 and state.get("desired_state") != "stopped"
     return "parked" if parked else "down"
-
-
-def autostart(boot: Boot, name: str, state: dict[str, object], fault: Fault | None) -> tuple[bool, str]:
-    """Return whether a gateway starts at the next boot, and why."""
-    intent, fault = (None, fault) if fault else intent_of(state)
-    if not fault and intent == "running" and is_multiplexed(boot, name):
-        fault = MULTIPLEXED
-    if fault:
-        return False, fault.text
-    return intent == "running", "never started" if intent is None else shown(intent)
 
 
 def ending(wait_status: int) -> str:
