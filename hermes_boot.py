@@ -2879,6 +2879,8 @@ def setup_phase(boot: Boot) -> int:
     if not read_pid_file(COMMAND_PROCESS):  # at a boot, not by `docker exec`
         mark(SETUP_FAILED, there=True)
         mark(RECONCILED, there=False)
+        if os.geteuid() == 0 and os.path.exists(LIVE):
+            os.chmod(f"{LIVE}/lock", 0o600)  # who can read it can lock it, and s6-rc would wait at the end
         if s6_is_pid_1() and is_cont_init(boot):
             watch_for_stop()
     code = guarded(setup, boot)
@@ -4044,7 +4046,7 @@ def fallback_init(why: str, words: list[str]) -> int:
     ended = children.wait(stage_2, svscan, pass_to=lambda: read_pid_file(COMMAND_PROCESS))
     if ended == svscan:
         say("error", "s6-svscan has died; the container ends, so that the engine can start it anew")
-    elif not ended and not read_pid_file(COMMAND_PROCESS):
+    elif not ended and not os.path.exists(COMMAND_PROCESS):
         end_boot(os.getpid())
     if os.path.exists(LIVE):
         children.wait(children.start([f"{STAGES}/rc.shutdown"], environment))
@@ -4064,7 +4066,7 @@ def lay_out_run(boot: Boot) -> None:
         own_run()
         with trusted_folder("/run") as run:
             for name in os.listdir(run.fd):
-                if name in ("s6", "service") or name.startswith("s6-"):
+                if name in ("s6", "service", os.path.basename(COMMAND_PROCESS)) or name.startswith("s6-"):
                     run.remove(name)  # an earlier start's
             for path in (f"{SCANDIR}/.s6-svscan", os.path.dirname(HALT), os.path.dirname(EXIT_CODE)):
                 os.makedirs(path)
