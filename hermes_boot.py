@@ -3977,8 +3977,8 @@ def exit_code() -> int | None:
     """Return the exit code that somebody has left for s6-overlay, None for none."""
     try:
         return number_in(content(EXIT_CODE).decode().strip(), 0, 255)
-    except OSError:
-        return None  # no s6-overlay
+    except (OSError, ValueError):
+        return None  # no s6-overlay, or no text
 
 
 def set_exit_code(code: int) -> None:
