@@ -2859,6 +2859,10 @@ def setup_phase(boot: Boot) -> int:
     if not read_pid_file(COMMAND_PROCESS):  # at a boot, not by `docker exec`
         mark(SETUP_FAILED, there=True)
         mark(RECONCILED, there=False)
+        try:
+            os.chmod("/run/s6-rc/lock", 0o600)  # who can read it can lock it, and s6-rc would wait at the end
+        except OSError:
+            pass  # no s6-rc, or not root
     code = guarded(setup, boot)
     if code == 0:
         mark(SETUP_FAILED, there=False)
@@ -2970,7 +2974,10 @@ def reconcile_phase(boot: Boot) -> int:
 def asked_by_hermes(boot: Boot, action: Callable[..., int], *arguments: object) -> tuple[int, Asked]:
     """Run an action as hermes that asks for slots, by ask_for; return its exit code and what it has asked for. That is
     checked, and is all that root takes from hermes."""
-    asked = os.memfd_create("asked")  # not a pipe: one of this size the kernel may refuse a root with few capabilities
+    name = f".asked.{os.getpid()}"
+    with trusted_folder(boot.scandir) as scandir:
+        asked = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=scandir.fd)
+        scandir.unlinked(name)  # not a pipe: one of this size the kernel may refuse a root with few capabilities
     code = as_owner(boot.owner, action, boot, *arguments, asked)
     data = os.pread(asked, ASKED_LIMIT, 0)
     os.close(asked)
@@ -3921,8 +3928,8 @@ def exit_code() -> int | None:
     """Return the exit code that somebody has left for s6-overlay, None for none."""
     try:
         return number_in(content(EXIT_CODE).decode().strip(), 0, 255)
-    except OSError:
-        return None  # no s6-overlay
+    except (OSError, ValueError):
+        return None  # no s6-overlay, or no text
 
 
 def set_exit_code(code: int) -> None:

@@ -37,7 +37,7 @@ def test_more_gateways_than_a_small_run_holds_end_no_container_late(container, t
     assert 8 < count < 40
     full = "the scandir has no room for more gateways"
     assert box.log().count(f'action=skipped reason="{full}') == 62 - count, box.log()
-    assert box.exec("hermes-boot", "health").returncode == 0
+    assert wait_for(lambda: box.exec("hermes-boot", "health").returncode == 0)
     assert f"a59: has no slot, since {full}" in box.exec("hermes-boot", "doctor").stdout
     done = box.exec("hermes-boot", "gateway", "register", "-p", "a59")
     assert done.returncode == 1 and full in done.stderr

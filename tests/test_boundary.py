@@ -81,10 +81,11 @@ def test_without_gateways_hermes_has_nothing_of_s6s_but_the_dashboards_control(c
 FLOOD = "import os, sys\nfd = os.open(sys.argv[1], os.O_WRONLY)\nwhile True:\n    os.write(fd, b'u' * 4096)\n"
 
 
+@SERVICES
 @pytest.mark.parametrize("reconcile", ["1", "0"])
-def test_who_floods_a_static_service_does_not_hold_up_the_end(container, reconcile):
+def test_who_floods_a_static_service_does_not_hold_up_the_end(container, reconcile, entrypoint):
     """The command ends, and so does the container, with its code: s6-rc waits for the dashboard for 5 seconds."""
-    box = container(environment={"HERMES_RECONCILE": reconcile})
+    box = container(environment={"HERMES_RECONCILE": reconcile}, entrypoint=entrypoint)
     box.start("sh", "-c", "until [ -e /opt/data/end ]; do sleep 0.1; done; exit 7")
     control = f"{SCANDIR}/%s/supervise/control"
     argv = ["/usr/bin/python3", "-IBSc", FLOOD]
@@ -99,6 +100,29 @@ def test_who_floods_a_static_service_does_not_hold_up_the_end(container, reconci
         for flood in floods:
             flood.kill()
             flood.wait()
+
+
+LOCK = """import fcntl, sys, time
+file = open(sys.argv[1])
+for lock in fcntl.flock, fcntl.lockf:
+    lock(file, fcntl.LOCK_SH)
+time.sleep(100)
+"""
+
+
+@SERVICES
+def test_hermes_cannot_lock_what_s6_rc_waits_for(container, entrypoint):
+    """s6-rc takes a lock before it ends anything, and waits for that without a limit."""
+    box = container(entrypoint=entrypoint)
+    box.start("sleep", "infinity")
+    argv = ["/usr/bin/python3", "-IBSc", LOCK, "/run/s6-rc/lock"]
+    holder = subprocess.Popen(box.exec_command(argv, "hermes"), stderr=subprocess.DEVNULL)
+    try:
+        time.sleep(0.5)
+        assert box.stop() == 143
+    finally:
+        holder.kill()
+        holder.wait()
 
 
 def test_doctor_takes_nothing_in_the_scandir_for_the_volumes(gateways):

@@ -114,6 +114,14 @@ def test_what_comes_late_gets_its_time_too(container, tmp_path):
     assert box.run("sh", "-c", words).returncode == 0 and (tmp_path / "volume/ended").exists()
 
 
+def test_a_process_that_has_the_name_of_rc_init_does_not_change_the_code(container):
+    """An orphan of the command's lives on below our init when the command has ended."""
+    orphan = "exec -a rc.init sleep 300"
+    box = container(entrypoint=INIT)
+    done = box.run("bash", "-c", f"(setsid bash -c '{orphan}' &); sleep 0.5; exit 5")
+    assert done.returncode == 5, done
+
+
 def test_the_wait_for_the_command_has_no_end():
     """A container runs for months."""
     import inspect
