@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sandbox import ENTRYPOINT
+from sandbox import ENTRYPOINT, wait_for
 
 PLACES = pytest.mark.parametrize("entrypoint", [(), ENTRYPOINT], ids=["PID 1", "below another"])
 
