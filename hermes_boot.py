@@ -3917,9 +3917,9 @@ def shut_down(environment: dict[str, str]) -> int:
             end_gateways(environment, deadline)
     except TimeoutError:
         pass  # a file system that does not answer
+    os.seteuid(os.getuid())
     if command and chosen:
         until(lambda: exit_code() != chosen, 0.5)  # the command's comes
-        os.seteuid(os.getuid())
         set_exit_code(chosen)
     return 0
 
@@ -3996,7 +3996,11 @@ def fallback_init(why: str, words: list[str]) -> int:
         say("info", f"s6-svscan runs as PID {svscan}, below this init ({why}); gateways are supervised all the same")
     if children.wait(stage_2, svscan, pass_to=lambda: read_pid_file(COMMAND_PROCESS)) == svscan:
         say("error", "s6-svscan has died; the container ends, so that the engine can start it anew")
-    children.wait(children.start([f"{STAGES}/rc.shutdown"], environment))
+    try:
+        children.wait(children.start([f"{STAGES}/rc.shutdown"], environment))
+    except OSError as error:
+        warn(f"s6-overlay's end cannot be run ({reason(error)}); only gateways and the command have time to end")
+        shut_down(boot.environment)  # needs no other process
     send(svscan, SIGTERM)  # not by its control file, which is hermes's: root does not open that
     children.wait(svscan, timeout=0.5)
     children.wait(stage_2, timeout=0.1)  # the command has ended, and rc.init notes its code

@@ -79,6 +79,19 @@ def test_the_end_is_graceful(gateways):
     assert box.stop() == 7
 
 
+@pytest.mark.sandbox
+def test_the_end_needs_no_other_process_to_tell_the_gateways(container, tmp_path):
+    """Where s6-overlay's rc.shutdown cannot be run, as at a limit on processes."""
+    box = container(entrypoint=INIT, environment={"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"})
+    drain = "trap 'sleep 1; touch $HERMES_HOME/drained; exit 0' TERM\ntouch $HERMES_HOME/up"
+    box.put_agent(f"#!/bin/sh\n{drain}\nwhile :; do sleep 0.05; done\n")
+    (box.upper / "package/admin/s6-overlay-3.2.3.0/etc/s6-linux-init/skel/rc.shutdown").chmod(0o644)
+    box.start("sh", "-c", "trap 'exit 7' TERM; until [ -e up ]; do sleep 0.05; done; while :; do sleep 0.05; done")
+    assert wait_for((tmp_path / "volume/up").exists)
+    assert box.stop() == 7 and (tmp_path / "volume/drained").exists(), box.log()
+    assert "warning: s6-overlay's end cannot be run (Permission denied)" in box.log()
+
+
 def test_the_dashboard_waits_for_the_boot(container):
     """It runs as who hermes is after the remap, and writes to stderr: stdout is the command's."""
     box = container(entrypoint=INIT, environment={"HERMES_UID": "1234", "HERMES_DASHBOARD": "1"})
