@@ -14,9 +14,10 @@ ARG S6_OVERLAY_SHA256_SYMLINKS=a60dc5235de3ecbcf874b9c1f18d73263ab99b289b9329aa9
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates curl xz-utils \
  && rm -rf /var/lib/apt/lists/*
-# /init is ours: it is s6-overlay's where it is PID 1, and hermes_boot.py where the platform has another PID 1.
-# rc.shutdown, which every stop of the container runs, waits until the boot is over, however long it takes: first it ends the boot.
-# Its files lose the write permission of group 0, as which platforms run any UID: root runs them at the next start.
+# /init is ours: it runs s6-overlay's own where that can start, else hermes_boot.py.
+# rc.shutdown, which every end of the container runs, waits until a boot is over, however long that takes. So a line is added to it
+# that ends the boot first.
+# s6-overlay's files lose the write permission of group 0, as which platforms run any UID: root runs them at the next start.
 RUN set -eu; \
     case "${TARGETARCH:-$(dpkg --print-architecture)}" in \
       amd64) arch=x86_64; sum=$S6_OVERLAY_SHA256_X86_64 ;; \
@@ -157,8 +158,8 @@ COPY s6-rc.d/ /etc/s6-overlay/s6-rc.d/
 
 # S6_KILL_GRACETIME is a fixed wait at every end (0 would mean 3000); gateways drain before it, in cont-finish.d, and pay none of it.
 # That script bounds itself by HERMES_SHUTDOWN_TIMEOUT; s6-overlay's own limit on it, 5000, would cut it short.
-# A failing setup ends the container (2). Services may take as long as they need (0): s6-rc would stop the boot after 5 seconds, and
-# a first boot may have a whole NAS share to give to hermes.
+# A failing setup ends the container (2). Services may take as long as they need (0): a first boot may have a whole NAS share to give
+# to hermes.
 # The agent's own environment is sealed; packages that it fetches go to the volume, behind its own on its path.
 ENV HERMES_HOME=/opt/data \
     HERMES_DISABLE_LAZY_INSTALLS=1 \

@@ -9,15 +9,15 @@ environment: as 01-hermes-setup it remaps the hermes user, fixes ownership and s
 Everything below $HERMES_HOME may have been written by the agent. So root only ever changes owners there, on descriptors
 opened without following links; all else, reading included, is done by a process that has become hermes for good. One
 bad profile never costs another its gateway: what is wrong is said in one line, and the boot goes on. It stops (exit
-code 1) only for what it cannot work around: a wrong UID or GID, a UID that is not ours, a volume that hermes cannot
-write.
+code 1) only for what it cannot work around, such as a wrong UID or GID, a UID that is not ours, a secret's file that is
+missing, or a volume that hermes cannot write.
 
 Contents, in the order of a container's life:
 
 BOOT     What both scripts need   Reporting   Settings   Safe files   Processes   Accounts   Ownership   Seeding
          Profiles and their state   Slots   Setup and reconcile
-RUNNING  What s6 knows   The service manager   Shutdown   Fallback init   Status   Health   Logs   Doctor
-         Command line
+RUNNING  What s6 knows   The service manager   Shutdown   Fallback init   Dashboard and gateway run   Status   Health
+         Logs   Doctor   Command line
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ HOME = "/opt/data"  # of the user, and HERMES_HOME unless that is set
 VENV = "/opt/hermes/.venv"
 HERMES = f"{VENV}/bin/hermes"
 COMMAND_FOLDERS = ("/opt/hermes/bin", f"{VENV}/bin")
-COMMAND_PROCESS = "/run/hermes-command"  # pid and start time of the container command, for its graceful shutdown
+COMMAND_PROCESS = "/run/hermes-command"  # pid and start time of the container command, once that has started
 SUPERVISOR_PROCESS = "/run/hermes-supervisor"  # and of the fallback init, hermes_boot.py where s6-overlay cannot start
 CONTAINER_ENVIRONMENT = "/run/s6/container_environment"
 RUNTIME_FOLDER = "/tmp/hermes-runtime"  # XDG_RUNTIME_DIR unless that is set
@@ -195,8 +195,8 @@ def start_time(pid: int) -> str:
 
 
 def write_pid_file(path: str) -> None:
-    """Leave word of who we are, whole; exec keeps the pid. Only the shutdown needs it, so no failure matters. /run
-    may be everybody's to write, so no file that is there already is written to."""
+    """Leave word of who we are, whole; exec keeps the pid. The end goes by it; the rest works without, so no failure
+    matters. /run may be everybody's to write, so no file that is there already is written to."""
     try:
         new = f"{path}.{os.getpid()}"
         if os.path.lexists(new):
@@ -266,7 +266,7 @@ def say(level: str, text: object) -> None:
 
 
 def write_error(text: str) -> None:
-    """Write to stderr, a line that nobody takes is lost. On a terminal, whose output hermes can stop, all lines of a
+    """Write to stderr; a line that nobody takes is lost. On a terminal, whose output hermes can stop, all lines of a
     process together may take TERMINAL_PATIENCE seconds."""
     global TERMINAL_PATIENCE
     data, started, terminal = text.encode(errors="backslashreplace"), time.monotonic(), os.isatty(2)
@@ -1349,7 +1349,7 @@ class Sweep:
         self.former = {self.uid, former or self.uid}
         self.home: MountId = (-1, b"")  # where the volume itself is
         self.held = 0  # names of folders in memory
-        # Nothing of hermes's runs before the CMD; from then on it can move what is mounted elsewhere.
+        # Nothing of hermes's runs before the container's command; from then on it can move what is mounted elsewhere.
         self.mounted = mounted or os.path.exists(COMMAND_PROCESS)
         self.progress = Progress(quiet=boot.quiet)
         self.output = -1  # in a process that shares the work: where it tells what it has counted
@@ -2345,7 +2345,7 @@ def container_words() -> list[str]:
 
 
 def first_processes() -> Iterator[int]:
-    """Yield PID 1 and its children; those that the kernel lists first: hundreds of others are s6's supervisors."""
+    """Yield PID 1 and its children: first those that the kernel lists, since to look through /proc takes longer."""
     yield 1
     try:
         yield from map(int, content("/proc/1/task/1/children").split())
@@ -2355,7 +2355,8 @@ def first_processes() -> Iterator[int]:
 
 
 def wrapped_words(line: list[str], is_init: bool) -> list[str]:
-    """Return a command line from the wrapper's name on, [] for none; one that is not PID 1's must be rc.init's."""
+    """Return a command line from the wrapper's name on, [] for none; unless it is PID 1's or the fallback init's, it
+    must be rc.init's."""
     names = [os.path.basename(word) for word in line]
     start = 0 if is_init else names.index("rc.init") if "rc.init" in names else len(names)
     return next((line[i:] for i in range(start, len(line)) if names[i] in ("main-wrapper.sh", "main_wrapper.py")), [])
@@ -2776,7 +2777,7 @@ def make_log_folder(home: Folder, profile: str) -> Fault | None:
 
 SETUP_FAILED = "/run/hermes-setup.failed"
 RECONCILED = "/run/hermes-reconciled"  # by the setup's process; 02-reconcile-profiles, in the Dockerfile, looks for it
-STATIC_SERVICES = "/etc/s6-overlay/s6-rc.d"
+CONT_INIT, STATIC_SERVICES = "/etc/cont-init.d", "/etc/s6-overlay/s6-rc.d"
 ASKED_LIMIT = 1 << 20  # bytes
 OF_THE_RUNNER = ("s6-ipcserverd", "s6-sudod")  # what s6-rc's oneshot runner is made of
 BOOT_LOG, BOOT_LOG_LIMIT = "container-boot.log", 256 << 10
@@ -3044,7 +3045,7 @@ def let_write(boot: Boot, folder: Folder, fifo: str) -> None:
 
 
 def own_static_services(boot: Boot, scandir: Folder, *, whole: bool) -> None:
-    """Let hermes see and control the image's static services, but for main-hermes, on which the container's life hangs.
+    """Let hermes see the image's static services, and control them, main-hermes excepted, which only waits.
 
     Their supervise folders stay root's, since who owns one can make s6-supervise, which is root, write through a link.
     So can who may write to event/, where others wait for s6's word: hermes can only where it has the scandir too.
@@ -3106,8 +3107,8 @@ def reconcile(boot: Boot, command: list[str], output: int | None = None) -> int:
 
 
 def most_wanted(boot: Boot, home: Folder, running: str | None) -> tuple[set[str] | None, Fault]:
-    """Return the profiles that have a gateway where there are more than fit, and why no more do: default, those that
-    start, then the others in name order, after those that have their slot. None when there is room for all."""
+    """Return the profiles that get a gateway where there are more than fit, and why no more do: first default, then
+    those that have a slot, then the others; of each those that start first, in name order. None when all fit."""
     limit, full = slot_limit(boot.scandir)
     try:
         with home.folder("profiles") as profiles:
@@ -3173,7 +3174,7 @@ START_GRACE = 10  # seconds that a wanted gateway may be down, and after which o
 
 
 def supervisor_answers(scandir: str) -> bool:
-    """Return whether an s6-svscan watches the scandir; its FIFO is root's alone in a container without gateways."""
+    """Return whether an s6-svscan watches the scandir; its FIFO is root's alone if sealed, or without gateways."""
     fifo = f"{scandir}/.s6-svscan/control"
     return heard(fifo) or (heard(fifo, unknown=True) and supervised())
 
@@ -3893,8 +3894,9 @@ SHUTDOWN_TIMEOUT = 8  # seconds for all when the container ends, unless HERMES_S
 
 def shut_down(environment: dict[str, str]) -> int:
     """End every gateway and the container command, all at once, and return when the last is gone, or
-    HERMES_SHUTDOWN_TIMEOUT seconds are over. Run by s6-overlay from cont-finish.d, before its final kill. No intent is
-    recorded, so what ran comes back at the next boot."""
+    HERMES_SHUTDOWN_TIMEOUT seconds are over. Run by s6-overlay from cont-finish.d, before its final kill; by the
+    fallback init itself where it cannot run s6-overlay's rc.shutdown. No intent is recorded, so what ran comes back at
+    the next boot."""
     patience = seconds(environment, "HERMES_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT, 0)
     deadline = time.monotonic() + patience
     set_terminal_going()
@@ -3962,8 +3964,6 @@ def end_gateways(environment: dict[str, str], deadline: float) -> None:
 # Fallback init: where s6-overlay cannot start
 # --------------------------------------------------------------------------------------------------------------------
 
-DASHBOARD_PORT = "9119"
-CONT_INIT = "/etc/cont-init.d"
 STAGES = "/package/admin/s6-overlay/etc/s6-linux-init/skel"  # s6-overlay's scripts that boot and end a container
 
 
@@ -4045,6 +4045,12 @@ def own_run() -> None:
         if not run.is_roots() or os.fstat(run.fd).st_mode & 0o022:
             os.fchown(run.fd, 0, 0)
             os.fchmod(run.fd, 0o755)
+
+
+# Dashboard and gateway run: what the image itself starts beside the gateways
+# --------------------------------------------------------------------------------------------------------------------
+
+DASHBOARD_PORT = "9119"
 
 
 def dashboard(environment: dict[str, str]) -> int:
@@ -4765,7 +4771,7 @@ def profile_checks(boot: Boot, home: Folder) -> list[Check]:
 def skipped_fix(boot: Boot, profile: Profile) -> tuple[str, str]:
     """Return why a folder is no profile, and what fixes it: a command, where the name is fit for one."""
     fault, path = profile.fault or Fault(""), f"{boot.home}/profiles/{profile.name}"
-    drop = f"{s6_program('s6-setuidgid')} {USER} " if boot.by_root else ""  # root acts on nothing there, see README
+    drop = f"{s6_program('s6-setuidgid')} {USER} " if boot.by_root else ""  # root does nothing there: SECURITY.md
     if fault.fix == "rename the folder" and path.isprintable():
         return fault.text, f"{drop}mv {quoted(path)} {quoted(f'{boot.home}/profiles/NEW-NAME')}"
     if "no SOUL.md" in fault.text and path.isprintable():

@@ -23,7 +23,7 @@ HOME = "/opt/data"  # of the user, and HERMES_HOME unless that is set
 VENV = "/opt/hermes/.venv"
 HERMES = f"{VENV}/bin/hermes"
 COMMAND_FOLDERS = ("/opt/hermes/bin", f"{VENV}/bin")
-COMMAND_PROCESS = "/run/hermes-command"  # pid and start time of the container command, for its graceful shutdown
+COMMAND_PROCESS = "/run/hermes-command"  # pid and start time of the container command, once that has started
 SUPERVISOR_PROCESS = "/run/hermes-supervisor"  # and of the fallback init, hermes_boot.py where s6-overlay cannot start
 CONTAINER_ENVIRONMENT = "/run/s6/container_environment"
 RUNTIME_FOLDER = "/tmp/hermes-runtime"  # XDG_RUNTIME_DIR unless that is set
@@ -164,8 +164,8 @@ def start_time(pid: int) -> str:
 
 
 def write_pid_file(path: str) -> None:
-    """Leave word of who we are, whole; exec keeps the pid. Only the shutdown needs it, so no failure matters. /run
-    may be everybody's to write, so no file that is there already is written to."""
+    """Leave word of who we are, whole; exec keeps the pid. The end goes by it; the rest works without, so no failure
+    matters. /run may be everybody's to write, so no file that is there already is written to."""
     try:
         new = f"{path}.{os.getpid()}"
         if os.path.lexists(new):

@@ -1,7 +1,8 @@
 """The image's files without an engine: what the Dockerfile makes of the checkout, and stand-ins for what it fetches.
 
-The Dockerfile is read and not repeated: its ENV, what it copies, and the commands that it runs after a stage's first
-COPY of ours. Those run in a copy-on-write root of this machine's. What an engine would fetch comes from elsewhere:
+The Dockerfile is read and not repeated: its ENV, what it copies, what it changes of s6-overlay's files, and the
+commands that it runs after a stage's first COPY of ours. Those run in a copy-on-write root of this machine's. What an
+engine would fetch comes from elsewhere:
 
 - packages and accounts: this machine's root, and the account files of sandbox.py.
 - s6-overlay: the scripts in docker/stand-in, with the s6 and execline of Debian forky, the release that s6-overlay
@@ -251,7 +252,8 @@ def calls(program: Path) -> set[str]:
 
 
 def put_scripts(layer: Path) -> None:
-    """Do the last stage's copies, with what the stages that they copy from make of the checkout."""
+    """Change s6-overlay's files as its stage does; then do the last stage's copies, with what the stages that they copy
+    from make of the checkout."""
     steps = "\n".join(instructions("RUN", "s6-overlay"))
     (target,) = re.findall(r"\bln -s (\S+) /s6/init\b", steps)
     (layer / "init").rename(layer / "init.s6-overlay")

@@ -4,7 +4,7 @@ In a plain container (root, no CAP_SYS_ADMIN) there are no namespaces to be had.
 they belong, /init runs below the container's PID 1, which makes it the fallback init, and afterwards all is as it was.
 sandbox.py takes this way where namespaces are refused and this is a container, or where HERMES_IN_PLACE=1 says so.
 
-What it cannot show, besides what a sandbox cannot: s6-overlay (PID 1 is another's), mounts, a second container beside
+What it cannot show, besides what a sandbox cannot: s6-overlay as PID 1, mounts, a second container beside
 the first, and a machine's own processes out of sight. What others make in /run while a container is in place goes with
 it, as does what other users make in /tmp, and while the tests run what is made in the folders KEPT below and in /tmp.
 

@@ -1,4 +1,4 @@
-"""The whole boot on real s6: what it leaves behind, the static services, the CMD's say, and a restart."""
+"""The whole boot on real s6: what it leaves behind, the static services, the command's say, and a restart."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_the_command_line_has_a_say(container, tmp_path, words, environment, lin
 
 
 def test_a_stopped_gateway_stays_stopped_with_gateway_run(container, tmp_path):
-    """Once there is a state file, the CMD has no say."""
+    """Once there is a state file, the command has no say."""
     (tmp_path / "volume").mkdir()
     (tmp_path / "volume/gateway_state.json").write_text('{"desired_state": "stopped"}')
     box = container()

@@ -371,7 +371,7 @@ termios.tcflow(2, termios.TCOOFF)
 """
 
 
-def run_on_terminal(box, *words: str, timeout: float = 30) -> tuple[int, bytes]:
+def run_on_terminal(box, *words: str) -> tuple[int, bytes]:
     """Run a container on a terminal that somebody reads; return its code and what was written."""
     ours, theirs = os.openpty()
     process = subprocess.Popen(box.command(list(words)), stdin=theirs, stdout=theirs, stderr=theirs)
@@ -388,7 +388,7 @@ def run_on_terminal(box, *words: str, timeout: float = 30) -> tuple[int, bytes]:
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
-        code = process.wait(timeout)
+        code = process.wait(30)
     finally:
         process.kill()
         process.wait()

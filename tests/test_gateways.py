@@ -305,7 +305,7 @@ DRAIN = "trap 'sleep 2; echo drained; exit 0' TERM\necho ready\nwhile :; do slee
 
 
 def test_the_end_drains_all_in_parallel_and_marks_nobody_stopped(gateways):
-    """Five gateways of 2 s each and a CMD end together well below Docker's 10 s, and all come back."""
+    """Five gateways of 2 s each and a command end together well below Docker's 10 s, and all come back."""
     host = gateways(dict.fromkeys("abcde", DRAIN), "running")
     assert wait_for(lambda: host.box.log().count("ready") == 5)
     started = time.monotonic()
@@ -576,7 +576,7 @@ def test_the_real_agent_fetches_what_a_platform_needs_to_the_volume(container, t
 
 
 def test_the_real_gateway_run_as_cmd_is_supervised_and_the_container_stays(container, tmp_path):
-    """The old way to start a gateway: the agent hands it to s6 and the CMD sleeps."""
+    """The old way to start a gateway: the agent hands it to s6 and the command sleeps."""
     box = container(agent=True)
     box.start("gateway", "run")
     state = tmp_path / "volume/gateway_state.json"
@@ -590,7 +590,7 @@ def test_the_real_gateway_run_as_cmd_is_supervised_and_the_container_stays(conta
     assert time.monotonic() - started < 9.5
     box.start("gateway", "run")
     assert wait_for(lambda: box.exec(MANAGER, "gateway", "status", "-p", "default").returncode == 0, 20)
-    assert wait_for(lambda: "sleep infinity" in box.processes().values())  # the CMD has had its say
+    assert wait_for(lambda: "sleep infinity" in box.processes().values())  # the command has had its say
     assert box.exec("hermes", "gateway", "stop").returncode == 0
     box.restart()
     assert wait_for(lambda: "info: default was stopped and stays so" in box.log())

@@ -184,9 +184,6 @@ def test_a_run_that_is_noexec_is_one_line(container, entrypoint):
     ]
 
 
-SUEXEC = "/command/s6-overlay-suexec"
-
-
 @pytest.mark.parametrize("suid", [True, False])
 def test_a_user_without_a_setuid_suexec_has_the_fallback(live, suid):
     """A copied image may lose the bit: s6-overlay could not take /run, so it is not tried."""

@@ -26,9 +26,9 @@ def found(host: Gateways, name: str = "a") -> list[dict[str, str]]:
     return [check for check in json.loads(done.stdout) if check["level"] != "pass" and check["check"] == name]
 
 
-def logger(host: Gateways, name: str = "a") -> str:
-    """Return the pid of a gateway's logger."""
-    return host.box.exec("/command/s6-svstat", "-o", "pid", f"/run/service/gateway-{name}/log").stdout.strip()
+def logger(host: Gateways) -> str:
+    """Return the pid of the logger of the gateway a."""
+    return host.box.exec("/command/s6-svstat", "-o", "pid", "/run/service/gateway-a/log").stdout.strip()
 
 
 @pytest.mark.sandbox

@@ -1,4 +1,4 @@
-"""The container's CMD: routing, the drop, and that nothing of the program's changes on the way. On real s6."""
+"""The container's command: routing, the drop, and that nothing of the program's changes on the way. On real s6."""
 
 from __future__ import annotations
 
@@ -150,9 +150,9 @@ def test_stdin_is_the_programs(container):
     assert container().run("cat", input=b"hi\n").stdout == b"hi\n"
 
 
-def read_until(fd: int, text: bytes, timeout: float = 20) -> bytes:
+def read_until(fd: int, text: bytes) -> bytes:
     """Read from a terminal until a text has come."""
-    seen, deadline = b"", time.monotonic() + timeout
+    seen, deadline = b"", time.monotonic() + 20
     while text not in seen and time.monotonic() < deadline:
         try:
             seen += os.read(fd, 4096)
