@@ -3975,10 +3975,10 @@ def fallback_init(why: str, words: list[str]) -> int:
     """
     sys.argv = ["/init"]
     boot = Boot(process_environment())
-    lay_out_run(boot)
+    kept = number_in(boot.setting("S6_KEEP_ENV"), 1, MAX_SECONDS)
+    lay_out_run({} if kept else boot.environment)
     children = Children()
-    environment = boot.environment if boot.setting("S6_KEEP_ENV") == "1" else {}
-    environment = environment | {"PATH": f"/command:{boot.setting('PATH') or os.defpath}"}
+    environment = (boot.environment if kept else {}) | {"PATH": f"/command:{boot.setting('PATH') or os.defpath}"}
     no_stdin = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]  # that is the command's
     try:
         svscan = children.start([s6_program("s6-svscan"), SCANDIR], environment, file_actions=no_stdin)
@@ -4010,9 +4010,8 @@ def fallback_init(why: str, words: list[str]) -> int:
     return shell_code(children.codes[stage_2] or 0) if code is None else code
 
 
-def lay_out_run(boot: Boot) -> None:
-    """Make /run as s6-overlay's first stages leave it, the environment a file a variable. Fatal where it cannot."""
-    variables = {} if boot.setting("S6_KEEP_ENV") == "1" else boot.environment
+def lay_out_run(variables: dict[str, str]) -> None:
+    """Make /run as s6-overlay's first stages leave it, with a file a variable. Fatal where it cannot."""
     try:
         own_run()
         with trusted_folder("/run") as run:

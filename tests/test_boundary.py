@@ -72,8 +72,7 @@ def test_without_gateways_hermes_has_nothing_of_s6s_but_the_dashboards_control(c
     ):
         assert box.exec(f"/command/{words[0]}", *words[1:], user="hermes").returncode, words
     runner = "/run/s6-rc/servicedirs/s6rc-oneshot-runner/s"
-    if not entrypoint:
-        assert box.exec("/command/s6-sudo", "-e", runner, "up", "0", user="hermes").returncode
+    assert box.exec("/command/s6-sudo", "-e", runner, "up", "0", user="hermes").returncode
     assert box.exec("/command/s6-svc", "-r", f"{SCANDIR}/dashboard", user="hermes").returncode == 0
     assert box.exec("hermes-boot", "health", user="hermes").returncode == 0
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from conftest import MANAGER, RUN, busy
-from sandbox import WRAPPER, wait_for, write_script
+from sandbox import WRAPPER, wait_for
 
 INIT = ("/init", WRAPPER)
 OLD = "/opt/hermes/docker/entrypoint.sh"
@@ -142,21 +142,6 @@ def test_the_wait_for_the_command_has_no_end():
     import hermes_boot
 
     assert inspect.signature(hermes_boot.Children.wait).parameters["timeout"].default == float("inf")
-
-
-@pytest.mark.sandbox
-def test_a_service_in_any_encoding_is_published(container):
-    """Its files are bytes."""
-    box = container(entrypoint=INIT)
-    service = box.upper / "etc/s6-overlay/s6-rc.d"
-    (service / "clock").mkdir()
-    write_script(service / "clock/run", "#!/bin/sh\nexec sleep 77\n")
-    (service / "clock/run").write_bytes(b"#!/bin/sh\n# caf\xe9\nexec sleep 77\n")
-    (service / "clock/type").write_text("longrun\n")
-    (service / "user/contents.d/clock").touch()
-    sleeps = "for try in $(seq 300); do grep -qsz '^77$' /proc/[0-9]*/cmdline && exit; sleep 0.1; done; exit 1"
-    done = box.run("sh", "-c", sleeps)
-    assert done.returncode == 0, done
 
 
 def test_the_command_gateway_run_is_s6s(gateways):
