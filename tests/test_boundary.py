@@ -245,8 +245,9 @@ def stopper(box, pattern: str) -> subprocess.Popen:
 
 @pytest.mark.parametrize("sealed", ["0", "1"])
 def test_a_command_of_roots_ends_though_hermes_stops_it(gateways, sealed):
-    """It is woken many times, which may be enough, then killed, and one line says so."""
-    host = gateways({"coder": RUN}, "running", environment={"HERMES_SEALED": sealed})
+    """It is woken many times, which may be enough, then killed, and one line says so. A restart takes a second."""
+    drains = "trap 'sleep 1; exit 0' TERM\nwhile :; do sleep 0.05; done\n"
+    host = gateways({"coder": drains}, "running", environment={"HERMES_SEALED": sealed})
     (host.volume / "profiles/new").mkdir()
     (host.volume / "profiles/new/SOUL.md").touch()
     process, ended = stopper(host.box, "hermes-boot"), 0

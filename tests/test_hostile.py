@@ -105,6 +105,7 @@ def hard_links_allowed(live):
 def play(box, boot: str, least: int) -> tuple[dict, dict, int]:
     """Let the agent race a boot for at least so many rounds; return the watched tree before and after, and the
     rounds."""
+    box.exec("rm", "-f", "/srv/stop")
     box.exec(
         "sh", "-c", "mkdir -p /srv/watched/sub && echo secret > /srv/watched/secret && echo x > /srv/watched/sub/file"
     )
@@ -166,8 +167,7 @@ def test_a_naive_boot_fails_the_same_attack(container, hard_links_allowed):
     """`chown -R` and seeding by path: the attack above is a real one."""
     box = container(environment={"HERMES_HOME": "/srv/home"})
     box.start("sleep", "infinity")
-    before, after, _ = play(box, NAIVE, 300)
-    assert after != before
+    assert any(after != before for before, after, _ in (play(box, NAIVE, 300) for _ in range(10)))
 
 
 # A boot that is killed

@@ -174,7 +174,7 @@ sys.exit(hermes_boot.main(["hermes-boot", "gateway", "stop", "--all"]))
 
 def test_what_is_waited_for_is_never_nobody(gateways):
     """Whenever the line is due."""
-    host = gateways({"a": "trap 'sleep 0.3; exit 0' TERM\nwhile :; do sleep 0.05; done\n"}, "running")
+    host = gateways({"a": "trap 'sleep 1; exit 0' TERM\nwhile :; do sleep 0.05; done\n"}, "running")
     assert wait_for(lambda: host.up("a"))
     done = host.box.exec("/usr/bin/python3", "-IBSc", OFTEN)
     assert done.returncode == 0 and "gateways to end" in done.stderr and "waiting for 0 " not in done.stderr, done
