@@ -263,7 +263,7 @@ CODES = [
     ("s6-svc -u /run/no", 111),
     ("s6-svc -u /run/service/.s6-svscan", 102),
     ("s6-svstat /run/no", 1),
-    ("s6-svwait -t 100 -D /run/service/main-hermes", 99),
+    ("s6-svwait -t 1000 -D /run/service/main-hermes", 99),
     ("s6-svok /run/service/main-hermes", 0),
     ("s6-svscanctl -a /tmp", 100),
     ("s6-setuidgid nobody-at-all true", 1),
