@@ -4013,8 +4013,10 @@ def fallback_init(why: str, words: list[str]) -> int:
 def lay_out_run(variables: dict[str, str]) -> None:
     """Make /run as s6-overlay's first stages leave it, with a file a variable. Fatal where it cannot."""
     try:
-        own_run()
         with trusted_folder("/run") as run:
+            if os.geteuid() == 0 and (not run.is_roots() or os.fstat(run.fd).st_mode & 0o022):
+                os.fchown(run.fd, 0, 0)  # else others could rename what root puts there
+                os.fchmod(run.fd, 0o755)
             for name in os.listdir(run.fd):
                 if name in ("s6", "service") or name.startswith("s6-"):
                     run.remove(name)  # an earlier start's
@@ -4034,16 +4036,6 @@ def lay_out_run(variables: dict[str, str]) -> None:
         advice = "give it a tmpfs (--tmpfs /run:exec), with `--user` one of that UID"
         raise Fatal(f"/run cannot be written ({reason(error)}); {advice}") from error
     write_pid_file(SUPERVISOR_PROCESS)
-
-
-def own_run() -> None:
-    """As root: let nobody else rename what root puts into /run. Raises OSError."""
-    if os.geteuid() != 0:
-        return
-    with trusted_folder("/run") as run:
-        if not run.is_roots() or os.fstat(run.fd).st_mode & 0o022:
-            os.fchown(run.fd, 0, 0)
-            os.fchmod(run.fd, 0o755)
 
 
 # Dashboard and gateway run: what the image itself starts beside the gateways
