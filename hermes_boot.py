@@ -417,8 +417,7 @@ class Boot:
 
 def take_umask(boot: Boot) -> int:
     """Take hermes's umask, for what hermes makes on the volume; return it."""
-    umask = umask_of(boot.environment)
-    umask = 0o022 if umask is None else umask
+    umask = 0o022 if (given := umask_of(boot.environment)) is None else given
     os.umask(umask)
     return umask
 
@@ -444,12 +443,12 @@ def number_in(value: str, least: int, most: int) -> int | None:
 
 
 def check_switches(boot: Boot) -> None:
-    """Warn of switches that are neither on nor off, and of an UMASK that is none."""
+    """Warn of switches that are neither on nor off, of an UMASK that is none, and of a timeout that is none."""
+    seconds(boot.environment, "HERMES_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT, 0)
     if boot.setting("UMASK") and umask_of(boot.environment) is None:
         warn(f"UMASK={boot.setting('UMASK')!r} is not an octal number from 0 to 777; using 022")
     for name in SWITCHES:
-        value = boot.setting(name)
-        if value.strip() and switch(value) is None:
+        if (value := boot.setting(name)).strip() and switch(value) is None:
             known = "on (1, true, yes, on) nor off (0, false, no, off)"
             warn(f"{name}={value!r} is neither {known}, so it is ignored; set it to one of these")
 
@@ -1083,9 +1082,11 @@ def wanted_id(boot: Boot, *names: str) -> int:
     for name in names:
         if value := boot.setting(name):
             if number := number_in(value, 1, MAX_ID):
+                if boot.setting(names[-1]) not in ("", value):
+                    warn(f"{names[-1]} is ignored, since {name}={value!r} is set")
                 return number
             root = "0 is root, as which the agent never runs; " if value == "0" else ""
-            which = f"a number from 1 to {MAX_ID}; {root}unset it or give your host's (id -u, id -g)"
+            which = f"a number from 1 to {MAX_ID}; {root}unset it, or give the folder's owner (ls -ldn FOLDER)"
             raise Fatal(f"{name}={value!r} is not {which}")
     return 0
 
@@ -1142,8 +1143,7 @@ def with_member(lines: list[bytes], member: bytes, groups: list[int]) -> list[by
 def rootless_advice(owner: Owner) -> str:
     """Return what else helps where UIDs are not the machine's, "" where they are: rootless Podman can map ours to
     hermes's."""
-    identity = [b"0", b"0", b"4294967295"]
-    mapped = content("/proc/self/uid_map").split() != identity
+    mapped = content("/proc/self/uid_map").split() != [b"0", b"0", b"4294967295"]
     return f"; with rootless Podman: --userns=keep-id:uid={owner[0]},gid={owner[1]}" if mapped else ""
 
 
@@ -1164,7 +1164,7 @@ def remap(boot: Boot) -> None:
         fields = line.split(b":")
         if len(fields) > 3 and fields[0] != USER.encode() and fields[2] == str(wanted[0]).encode():
             user = os.fsdecode(fields[0])
-            raise Fatal(f"UID {wanted[0]} belongs to the user {user} in this image; choose another HERMES_UID")
+            raise Fatal(f"UID {wanted[0]} belongs to the user {user} in this image; give another HERMES_UID or PUID")
     if boot.announce(f"remap {USER} from {boot.owner[0]}:{boot.owner[1]} to {wanted[0]}:{wanted[1]}"):
         try:
             rewrite(GROUP, lambda lines: with_field(lines, USER.encode(), {2: wanted[1]}))
@@ -1248,8 +1248,8 @@ def read_secrets(boot: Boot) -> None:
         try:
             value = secret_file(path, 131_000 - len(name)).rstrip(b"\r\n")  # Linux takes 128 KiB a variable
         except OSError as error:
-            text = f"{variable}={path!r} {described(error)}"
-            raise Fatal(f"{text}; mount it as a file, such as /run/secrets/NAME") from error
+            fix = "let hermes read it" if error.errno == errno.EACCES else "mount it as a file, say /run/secrets/NAME"
+            raise Fatal(f"{variable}={path!r} {described(error)}; {fix}") from error
         if not value or b"\0" in value:
             why = "has a NUL byte, which no variable can hold" if value else "is empty"
             raise Fatal(f"{variable}={path!r} {why}; give it the secret alone")
@@ -1881,13 +1881,28 @@ def open_home(boot: Boot) -> Folder:
     except FileNotFoundError:
         raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; mount a volume there, or correct it") from None
     except OSError as error:
-        where = barred(boot.home)
-        on_the_way = f"{shown(where)} on the way, which hermes may not enter,"
-        about = "it" if where == os.path.realpath(boot.home) else on_the_way
-        raise Fatal(
-            f"{shown(boot.home)} cannot be read by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)};"
-            f" {about} {owner_and_mode(where)}; let hermes in, or set HERMES_HOME to a folder elsewhere"
-        ) from error
+        if os.geteuid() != boot.owner[0]:
+            raise Fatal(f"UID {os.geteuid()} cannot read {shown(boot.home)}; run this as hermes or root") from error
+        where, it = barred(boot.home), "it"
+        advice = home_advice(boot, owner_of(where), error)
+        if where != os.path.realpath(boot.home):
+            it = f"{shown(where)} on the way, which hermes may not enter,"
+            advice = "let hermes in, or set HERMES_HOME to a folder elsewhere"
+        text = f"{shown(boot.home)} cannot be read by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)}"
+        raise Fatal(f"{text}; {it} {owner_and_mode(where)}; {advice}") from error
+
+
+def home_advice(boot: Boot, found: Owner, error: OSError) -> str:
+    """Return what helps on a volume that found owns and hermes cannot use."""
+    if error.errno == errno.EROFS:
+        return "mount it writable"
+    if found[0] == boot.owner[0]:
+        return "chmod u+rwx it"
+    if boot.by_group:
+        return "give it to group 0 (chgrp -R 0, chmod -R g+rwX)"
+    give = f"chown -R {boot.owner[0]}:{boot.owner[1]} it on the host"
+    start = f"{'' if boot.by_root else 'drop `--user` and '}start with HERMES_UID={found[0]} HERMES_GID={found[1]}"
+    return f"{start}, or {give}" if found[0] else give
 
 
 def barred(path: str) -> str:
@@ -1977,21 +1992,9 @@ def try_volume(boot: Boot, home: Folder) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             warn(f"{shown(boot.home)}: {reason(error)}; free some space, or gateways will not start well")
             return
-        status = os.fstat(home.fd)
-        if error.errno == errno.EROFS:
-            advice = "mount it writable"
-        elif status.st_uid == boot.owner[0]:
-            advice = "chmod u+rwx it"
-        elif boot.by_group:
-            advice = "give it to group 0 (chgrp -R 0, chmod -R g+rwX)"
-        elif status.st_uid:
-            advice = f"start with HERMES_UID={status.st_uid} HERMES_GID={status.st_gid}"
-        else:
-            advice = "chown it on the host"
-        raise Fatal(
-            f"{shown(boot.home)} cannot be written by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)};"
-            f" it {owner_and_mode('.', home.fd)}; {advice}{rootless_advice(boot.owner)}"
-        ) from error
+        advice = home_advice(boot, owner_of(boot.home), error) + rootless_advice(boot.owner)
+        text = f"{shown(boot.home)} cannot be written by hermes ({boot.owner[0]}:{boot.owner[1]}): {reason(error)}"
+        raise Fatal(f"{text}; it {owner_and_mode('.', home.fd)}; {advice}") from error
 
 
 def make_runtime_folder(boot: Boot) -> None:
@@ -2841,8 +2844,8 @@ def close_environment(boot: Boot) -> None:
     folder at its start, and reads it as root."""
     try:
         with trusted_folder(CONTAINER_ENVIRONMENT) as folder:
-            if os.geteuid() == 0 and not folder.is_roots():
-                return
+            if folder.is_roots() != (os.geteuid() == 0):
+                return  # root has done it, or cannot
             for name in [*os.listdir(folder.fd), "."]:
                 if os.geteuid() == 0:
                     os.chown(name, 0, boot.owner[1], dir_fd=folder.fd, follow_symlinks=False)
@@ -3028,7 +3031,7 @@ def own_services(boot: Boot) -> None:
             pass  # no s6-svscan watches it
         except OSError as error:
             text = f"the scandir {shown(boot.scandir)} {described(error)}"
-            warn(f"{text}, so no gateway can be added; restart the container")
+            warn(f"{text}, so no gateway can be added; give root the capability CHOWN (--cap-add)")
         own_static_services(boot, scandir, whole=not boot.sealed)
 
 
@@ -3403,8 +3406,8 @@ class S6ServiceManager:
             return f"{text}this container has none, and `hermes-boot doctor` says why"
         try:
             with self.profile_folder(profile) as folder:
-                if profile == "default" or not soul_fault(folder):
-                    return f"{text}its profile has no slot yet: `hermes-boot gateway register -p {profile}`"
+                fault = None if profile == "default" else soul_fault(folder)
+                return text + str(fault or f"its profile has no slot yet: `hermes-boot gateway register -p {profile}`")
         except FileNotFoundError:
             pass  # no such profile either
         except OSError as error:
@@ -3699,7 +3702,7 @@ class S6ServiceManager:
         try:
             with Folder(self.scandir, follow=True) as scandir, Lock(scandir):
                 if scandir.stat(name):
-                    raise AlreadyRegistered(f"{profile}: has a gateway already")
+                    raise AlreadyRegistered(f"{profile}: has a gateway already; see `hermes-boot status`")
                 build(scandir, name, files, start=start, group=group)
         except OSError as error:
             sealed = "; HERMES_SEALED leaves that to root: `docker exec CONTAINER hermes-boot gateway register -p NAME`"
@@ -4641,7 +4644,7 @@ def all_checks(boot: Boot) -> list[Check]:
             checks += stray_checks(boot)
             for row in rows:
                 checks += [gateway_check(boot, home, row, full), *logger_checks(boot, home, row.name)]
-                checks += [*platform_checks(row, rows), *foreign_checks(boot, row.name)]
+                checks += [*platform_checks(row, rows), *foreign_checks(boot, row)]
     except OSError as error:
         found = f"{shown(boot.home)} cannot be read: {reason(error)}"
         checks.append(Check("fail", "volume", found, "mount it, or correct HERMES_HOME"))
@@ -4664,8 +4667,7 @@ def supervisor_checks(boot: Boot) -> list[Check]:
         return [Check("pass", "supervisor", "s6 is PID 1")]
     if read_pid_file(SUPERVISOR_PROCESS) == 1:
         return [Check("pass", "supervisor", "s6-svscan runs below our own PID 1")]
-    first = shown(pid_1() or "hidden")
-    found = f"s6-svscan answers on {boot.scandir}, below another PID 1 ({first}), which works too"
+    found = f"s6-svscan answers on {boot.scandir}, below another PID 1 ({shown(pid_1() or 'hidden')}), which works too"
     fix = "drop `--init` (compose: `init: true`) where you can, so that s6 is PID 1"
     return [Check("warn", "supervisor", found, fix)]
 
@@ -4690,7 +4692,7 @@ def owner_checks(boot: Boot) -> list[Check]:
         boot.dry_run = False
     if sweep.strangers and not shared:
         found = f"{sweep.strangers} entries at the top of {shown(boot.home)} are neither {USER}'s nor the agent's own"
-        fix = f"move them off the volume, where {USER} can put them among its own, or chown them on the host"
+        fix = f"move them off the volume, where {USER} can put them among its own, or chown -hR {ours} them on the host"
         checks.append(Check("warn", "owner", f"{found}, the first: {shown(sweep.first_stranger)}", fix))
     if sweep.kept:
         fault = sweep.kept_fault()
@@ -4824,11 +4826,9 @@ def gateway_check(boot: Boot, home: Folder, row: Row, full: Fault | None) -> Che
     if row.state in ("crash loop", "parked"):
         lines = last_lines(home, name, 20)
         cause, fix = likely_cause(row, lines)
-        state = "parked for good"
-        if row.state == "crash loop":
-            state = f"crash loop, {row.restarts} restarts in the last minute, last"
+        often = f", {row.restarts} restarts in the last minute, last" if row.state == "crash loop" else ""
         said = "".join(f"\n      | {line}" for line in lines[-3:])
-        return Check("fail", name, f"{state} after {row.last_exit}; {cause}", f"{fix}, then {start}{said}")
+        return Check("fail", name, f"{row.state}{often} after {row.last_exit}; {cause}", f"{fix}, then {start}{said}")
     if row.state == "down" and row.autostart:
         return Check("warn", name, "is down, though it should run", start)
     if row.state == "down" and row.why == MULTIPLEXED.text:
@@ -4857,13 +4857,13 @@ def stray_checks(boot: Boot) -> list[Check]:
     return [Check("fail", "supervisors", found, "hermes-boot doctor --fix", fix)] if names else []
 
 
-def foreign_checks(boot: Boot, name: str) -> list[Check]:
-    """Look for a slot of hermes-agent's own manager's: it has no back-off, the wrong HOME, and a root logger."""
-    slot = f"{boot.scandir}/{SLOT_PREFIX}{name}"
-    if is_ours(slot, name) or not os.path.isdir(slot):
+def foreign_checks(boot: Boot, row: Row) -> list[Check]:
+    """Look for a slot of hermes-agent's own manager's in use: no back-off, the wrong HOME, a root logger."""
+    slot = f"{boot.scandir}/{SLOT_PREFIX}{row.name}"
+    if row.state == "down" or is_ours(slot, row.name) or not os.path.isdir(slot):
         return []
-    found = "its slot is not as the boot makes it; the next start or restart brings it up to date"
-    return [Check("warn", name, found, f"`hermes -p {name} gateway restart`")]
+    found = "its slot is not as the boot makes it; a restart brings it up to date"
+    return [Check("warn", row.name, found, f"`hermes -p {row.name} gateway restart`")]
 
 
 def platform_checks(row: Row, rows: list[Row]) -> list[Check]:
@@ -4932,7 +4932,7 @@ def logger_checks(boot: Boot, home: Folder, name: str) -> list[Check]:
         return []
     if holder == 0:
         fix = "give each container a volume of its own, or all but one HERMES_RECONCILE=0"
-        return [Check("fail", name, f"{folder} is locked by another container, so its log goes to its own alone", fix)]
+        return [Check("fail", name, f"{folder} is locked by another container; its log goes to this one's alone", fix)]
     if not status.up:
         fix = f"make {folder} on the volume a plain folder that hermes can write"
         return [Check("fail", name, "its logger dies again and again", fix)]
@@ -5081,10 +5081,10 @@ COMMANDS = {  # what it does, and examples
     "health": ("for health checks: end with 0 if each gateway that should be up is, else 1", "health", "health --live"),
     "logs": ("print a gateway's log", "logs -p coder -f", "logs -p coder --since 10m", "logs -n 50"),
     "gateway": (
-        "start, stop, restart, list, add (register) or remove gateways",
+        "start, stop, restart or list gateways; register gives a profile its slot, unregister takes it away",
         *("gateway start -p coder", "gateway restart --all", "gateway list"),
     ),
-    "setup": ("set hermes's UID and GID, give it its files, add missing ones, migrate the settings", "setup --dry-run"),
+    "setup": ("set hermes's IDs, give it its files, add missing ones, migrate the configuration", "setup --dry-run"),
     "reconcile": ("give every profile a slot, which is where s6 runs its gateway", "reconcile --dry-run"),
     "shutdown": ("stop all gateways and the container's command, as `docker stop` does",),
 }

@@ -261,7 +261,7 @@ def test_doctor_names_the_way_out_of_every_state(gateways):
     (parked,) = found["parked"]
     assert (
         parked["level"] == "fail"
-        and "parked for good after code 78" in parked["found"]
+        and "parked after code 78" in parked["found"]
         and "hermes -p parked setup" in parked["fix"]
     )
     assert (

@@ -69,12 +69,29 @@ def test_a_wrong_value_ends_the_boot(container, tmp_path, name):
     assert (box.upper / "etc/passwd").read_text() == PASSWD and list((tmp_path / "volume").iterdir()) == []
 
 
+def test_the_name_that_does_not_win_is_said(container):
+    """With two values, of which one is ignored."""
+    given = {"HERMES_UID": "1001", "PUID": "99", "HERMES_GID": "100", "PGID": "100"}
+    lines = ours(container(environment=given).run("true").stderr)
+    assert [line for line in lines if "ignored" in line] == [
+        "01-hermes-setup: warning: PUID is ignored, since HERMES_UID='1001' is set"
+    ]
+
+
+def test_root_is_told_whose_ids_to_give(container):
+    """`id -u` would be 0 once more."""
+    (line,) = ours(container(environment={"PUID": "0"}).run("true").stderr)
+    assert line.endswith(
+        "0 is root, as which the agent never runs; unset it, or give the folder's owner (ls -ldn FOLDER)"
+    )
+
+
 def test_a_taken_uid_ends_the_boot(container):
     """Two users of one UID would share files and processes; the message names the other."""
     done = container(environment={"HERMES_UID": "33"}).run("echo", "ran")
     assert (done.returncode, done.stdout) == (1, b"")
     (line,) = ours(done.stderr)
-    assert "UID 33 belongs to the user www-data" in line
+    assert line.endswith("UID 33 belongs to the user www-data in this image; give another HERMES_UID or PUID")
 
 
 @pytest.mark.sandbox

@@ -71,7 +71,7 @@ def test_a_profile_from_elsewhere_gets_its_slot_by_start(gateways):
     for action in ("stop", "restart"):
         done = host.do(action, "-p", "new")
         assert done.returncode == 4 and "`hermes-boot gateway register -p new`" in done.stderr
-    assert "no such gateway: nosoul" in host.do("start", "-p", "nosoul").stderr
+    assert "no such gateway: nosoul; no SOUL.md, so not a profile" in host.do("start", "-p", "nosoul").stderr
     done = host.box.exec("hermes", "-p", "new", "gateway", "start")
     assert (done.returncode, done.stdout) == (0, "new: started\n"), done
     assert host.up("new") and not (host.folder("new") / "gateway.pid").exists()
@@ -103,8 +103,10 @@ def test_a_slot_of_the_agents_own_manager_is_brought_to_ours(container, tmp_path
         assert box.exec("hermes", "profile", "create", name, user="hermes").returncode == 0
     slots = {name: box.path(f"/run/service/gateway-{name}") for name in ("coder", "writer")}
     assert all("hermes-boot" not in (slot / "finish").read_text() for slot in slots.values())
-    found = box.exec(MANAGER, "doctor").stdout
-    assert "warn  coder: its slot is not as the boot makes it" in found
+    box.exec("s6-svc", "-u", "/run/service/gateway-coder")
+    assert wait_for(lambda: "warn  coder: its slot is not as the boot makes it" in box.exec(MANAGER, "doctor").stdout)
+    assert "warn  writer" not in box.exec(MANAGER, "doctor").stdout  # it is down, and a start is enough
+    box.exec("s6-svc", "-d", "/run/service/gateway-coder")
     assert box.exec("hermes", "-p", "coder", "gateway", "start").stdout == "coder: started\n"
     assert box.exec(MANAGER, "gateway", "restart", "-p", "writer").stdout == "writer: restarted\n"
     for name, slot in slots.items():

@@ -128,6 +128,18 @@ def test_a_secret_that_cannot_be_had_ends_the_boot_with_one_line(container, secr
     assert code == 1 and len(lines) == 1 and said in lines[0] and "sk-" not in lines[0], lines
 
 
+def test_without_root_hermes_has_to_be_able_to_read_it(container, tmp_path):
+    """It is a file already; what is missing is said."""
+    for name in ("volume", "key"):
+        (tmp_path / name).mkdir() if name == "volume" else (tmp_path / name).write_text("sk-1")
+        os.chown(tmp_path / name, 10000 * (name == "volume"), 0)
+    (tmp_path / "key").chmod(0o600)
+    box = container(user=10000, environment={"A_KEY_FILE": "/key"}, mounts=((str(tmp_path / "key"), "/key"),))
+    done = box.run("true")
+    said = b"fatal: A_KEY_FILE='/key' cannot be used (Permission denied); let hermes read it\n"
+    assert done.returncode == 1 and said in done.stderr, done.stderr.decode()
+
+
 def test_hermes_cannot_have_root_read_for_it(container, tmp_path):
     """A link that hermes made, at any step of the way, leads to nothing."""
     volume = tmp_path / "volume"

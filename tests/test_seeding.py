@@ -89,12 +89,18 @@ def test_a_volume_that_hermes_cannot_write_ends_the_boot(container, tmp_path):
     done = container(user=10000).run("echo", "ran")
     assert (done.returncode, done.stdout) == (1, b"")
     assert (
-        b"/opt/data cannot be written by hermes (10000:10000): Permission denied; it belongs to 0:0, mode 0755"
-        in done.stderr
+        b"/opt/data cannot be written by hermes (10000:10000): Permission denied; it belongs to 0:0, mode 0755;"
+        b" chown -R 10000:10000 it on the host\n" in done.stderr
     )
     os.chown(tmp_path / "volume", 1234, 1235)
-    done = container(user=10000).run("echo", "ran")
-    assert b"it belongs to 1234:1235, mode 0755; start with HERMES_UID=1234 HERMES_GID=1235" in done.stderr
+    for mode, verb in ((0o755, b"written"), (0o700, b"read")):
+        (tmp_path / "volume").chmod(mode)
+        done = container(user=10000).run("echo", "ran")
+        assert done.returncode == 1 and re.search(
+            b"cannot be %s by hermes .* it belongs to 1234:1235, mode 0%o; drop `--user` and start with"
+            b" HERMES_UID=1234 HERMES_GID=1235, or chown -R 10000:10000 it on the host\n" % (verb, mode),
+            done.stderr,
+        ), done.stderr.decode()
 
 
 def test_a_home_that_cannot_be_read_or_made_ends_the_boot_with_one_line(container, tmp_path):

@@ -73,6 +73,16 @@ def test_what_falls_without_a_capability(hermes, tmp_path, capability):
     assert done.returncode == code and said in err and "Traceback" not in err, f"{done.returncode}\n{err}"
 
 
+def test_without_chown_no_gateway_can_be_added(hermes, tmp_path):
+    """On a volume that is hermes's: the command runs, and the boot says what root needs."""
+    (tmp_path / "volume").mkdir()
+    os.chown(tmp_path / "volume", 10000, 10000)
+    done = hermes(options=without("CHOWN")).run("id", "-u")
+    assert (done.returncode, done.stdout) == (0, b"10000\n")
+    said = b"(Operation not permitted), so no gateway can be added; give root the capability CHOWN (--cap-add)"
+    assert said in done.stderr and b"action=skipped" in done.stderr
+
+
 def test_without_kill_a_gateway_goes_on_and_the_engine_has_to_kill_the_container(hermes):
     """Root cannot signal hermes's processes, and s6-overlay waits for the last of them."""
     box = hermes(options=without("KILL"))
