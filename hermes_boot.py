@@ -449,8 +449,7 @@ def check_switches(boot: Boot) -> None:
         warn(f"UMASK={boot.setting('UMASK')!r} is not an octal number from 0 to 777; using 022")
     for name in SWITCHES:
         if (value := boot.setting(name)).strip() and switch(value) is None:
-            known = "on (1, true, yes, on) nor off (0, false, no, off)"
-            warn(f"{name}={value!r} is neither {known}, so it is ignored; set it to one of these")
+            warn(f"{name}={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off), so it is ignored")
 
 
 def seconds(environment: dict[str, str], name: str, default: int, least: int) -> int:
@@ -3865,11 +3864,12 @@ def gateway_as_hermes(boot: Boot, action: str, profile: str | None, every: bool)
         print(table(rows, []))
         return 0 if all(row.state in ("up", "starting") for row in rows) else 3
     names = manager.list_profile_gateways() if every else [named_profile(manager, profile)]
+    if every and action != "stop" and is_multiplexed(boot):
+        say("info", "default serves the other profiles (multiplex_profiles); `-p NAME` starts one all the same")
+        names = [name for name in names if name == "default"]
     if action in DONE:
         failures = manager.carry_out(action, names)
-        for name in names:
-            if name not in failures:
-                print(f"{name}: {DONE[action]}")
+        print("".join(f"{name}: {DONE[action]}\n" for name in names if name not in failures), end="")
         return report_failures(failures)
     if action == "register":  # as the next boot would: started if its state says so
         start = starts_by_itself(manager, names[0])

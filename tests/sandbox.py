@@ -81,7 +81,7 @@ def image():
 def unsupported() -> str:
     """Return why this machine cannot run the sandbox, "" when it can."""
     if os.geteuid() != 0:
-        return "the sandbox needs root"
+        return "the sandbox needs root: start docker or podman, or run this as root"
     if any(shutil.which(program) is None for program in ("unshare", "nsenter", "mount")):
         return "the sandbox needs util-linux (unshare, nsenter, mount)"
     if why := unreachable(base_python()):

@@ -94,3 +94,8 @@ def test_the_default_gateway_is_the_one_that_gateway_run_starts(container, how, 
     assert "stays down (multiplex_profiles leaves it to the default gateway)" in status
     found = host.box.exec(MANAGER, "doctor").stdout
     assert "pass  coder: down, since multiplex_profiles leaves it to the default gateway\n" in found
+    done = host.box.exec(MANAGER, "gateway", "restart", "--all")
+    assert done.stdout == "default: restarted\n" and "serves the other profiles" in done.stderr, done
+    assert host.starts("coder") == 0
+    assert host.box.exec(MANAGER, "gateway", "start", "-p", "coder").stdout == "coder: started\n"  # who says so
+    assert host.box.exec(MANAGER, "gateway", "stop", "--all").stdout == "coder: stopped\ndefault: stopped\n"
