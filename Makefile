@@ -54,4 +54,4 @@ bench: ## measure the boot against what the machine can do; QUICK=1 takes under 
 
 .PHONY: clean
 clean: ## remove everything that was built or fetched
-	rm -rf $(CACHE) __pycache__ tests/__pycache__
+	rm -rf $(CACHE) .mypy_cache .pytest_cache .ruff_cache __pycache__ tests/__pycache__ tests/docker/__pycache__

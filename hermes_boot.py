@@ -4036,7 +4036,7 @@ def lay_out_run(variables: dict[str, str]) -> None:
             put(run, EXIT_CODE, "", 0o644)
             put(run, "s6/workdir", ".\n", 0o644)  # rc.init is there already
     except OSError as error:
-        advice = "give it a tmpfs (--tmpfs /run:exec), with `--user` one of that UID"
+        advice = f"give it a tmpfs that UID {os.geteuid()} can write (--tmpfs /run:exec)"
         raise Fatal(f"/run cannot be written ({reason(error)}); {advice}") from error
     write_pid_file(SUPERVISOR_PROCESS)
 
@@ -4904,7 +4904,7 @@ def dashboard_checks(boot: Boot) -> list[Check]:
     status = slot_status(slot)
     if status and status.up and not is_looping(status, death_times(slot)):
         return [Check("pass", "dashboard", f"up for {duration(time.time() - status.since)}")]
-    fix = "`docker logs` says why (outside of the container it needs a login); then `s6-svc -u /run/service/dashboard`"
+    fix = "`docker logs` says why (any host but 127.0.0.1 needs a login); then `s6-svc -u /run/service/dashboard`"
     return [Check("fail", "dashboard", "does not run", fix)]
 
 
