@@ -35,7 +35,7 @@ image: ## build the image
 test: ## run the tests; TESTS="-k wrapper" picks some
 	@$(PYTHON) -c 'import pytest' 2>/dev/null || [ -x $(CACHE)/pytest/bin/pytest ] || \
 	  { $(PYTHON) -m venv $(CACHE)/pytest && $(CACHE)/pytest/bin/pip -q install pytest; }
-	@$(PYTEST) -m pytest tests $(TESTS)
+	@PYTHONDONTWRITEBYTECODE= $(PYTEST) -m pytest tests $(TESTS)
 
 .PHONY: lint
 lint: ## look over the code: ruff (format and lint) and mypy, fetched when they are missing
