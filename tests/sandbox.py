@@ -339,9 +339,10 @@ class Sandbox:
         self.start(*self.words)
 
     def remove(self) -> None:
-        """Stop and forget everything but a volume that was given."""
+        """Kill and forget everything but a volume that was given."""
         if self.process and self.process.poll() is None:
-            self.stop(1)
+            self.signal(signal.SIGKILL)
+            self.process.wait()
         if os.path.ismount(self.folder / "layers"):
             call("umount2", str(self.folder / "layers"), MNT_DETACH)
         shutil.rmtree(self.folder, ignore_errors=True)
