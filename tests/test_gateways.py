@@ -265,8 +265,8 @@ def test_a_misconfigured_gateway_parks(gateways):
     assert host.do("start", "-p", "a").returncode == 0 and host.up("a")
 
 
-COUNTER = """n=$(cat "$folder/count" 2>/dev/null || echo 0)
-while :; do n=$((n + 1)); echo "line $n $(printf %0200d 0)" >&$((n % 2 + 1)); echo $n > "$folder/count"; done
+COUNTER = """n=$(cat "$folder/count" 2>/dev/null || echo 0) zeros=$(printf %0200d 0)
+while :; do n=$((n + 1)); echo "line $n $zeros" >&$((n % 2 + 1)); echo $n > "$folder/count"; done
 """
 
 
