@@ -140,6 +140,15 @@ def lacking(item: pytest.Function) -> list[str]:
     return [refused(name) for name in missing if re.search(PROGRAMS[name], text)]
 
 
+def dealt(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """Return the tests in an order in which the part of each of pytest-xdist's workers begins with the long ones."""
+    long = [item for item in items if item.get_closest_marker("long")]
+    others = [item for item in items if item not in long]
+    size = -(-len(others) // workers)
+    parts = (long[number::workers] + others[number * size :][:size] for number in range(workers))
+    return [item for part in parts for item in part]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the plain tests; leave out what an engine cannot show; skip what this machine lacks the programs for."""
     for item in items:
@@ -152,6 +161,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         wanted += [item for item in items if item.path.parent.name == "docker" and item not in wanted]
         config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
         items[:] = wanted
+    items[:] = dealt(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
 def missing(why: str) -> NoReturn:

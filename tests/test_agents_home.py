@@ -65,6 +65,7 @@ def test_what_a_person_keeps_there_is_not():
         assert name not in hermes_boot.MANAGED_TOPS and not hermes_boot.is_managed_file(name)
 
 
+@pytest.mark.long
 def test_all_that_a_real_gateway_leaves_follows_a_remap(container, tmp_path):
     """It runs for some seconds as 10000; then the container is made anew as 1500, and nothing is the old one's."""
     volume = tmp_path / "volume"

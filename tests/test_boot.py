@@ -259,6 +259,7 @@ def test_the_old_entrypoint_says_that_it_is_old(container):
     assert "run as 10000:10000" in done.stderr and done.stdout == ""
 
 
+@pytest.mark.long
 @pytest.mark.sandbox
 def test_more_profiles_than_s6_supervises(container, tmp_path):
     """s6-svscan would take any 500 of them. Those that run have a gateway, then the first in name order; each of the

@@ -243,6 +243,7 @@ def stopper(box, pattern: str) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sealed", ["0", "1"])
 def test_a_command_of_roots_ends_though_hermes_stops_it(gateways, sealed):
     """It is woken many times, which may be enough, then killed, and one line says so. A restart takes a second."""

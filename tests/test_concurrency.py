@@ -83,6 +83,7 @@ def test_a_writer_that_takes_no_lock_is_seen(tmp_path):
     assert json.loads((tmp_path / "state.json").read_text()) == {"agent": 3, "ours": 1}
 
 
+@pytest.mark.long
 def test_a_stop_during_a_reconcile_is_not_forgotten(container, tmp_path):
     """The operator's word stands, whatever the reconciler does meanwhile."""
     folder = tmp_path / "volume/profiles/a"
@@ -252,6 +253,7 @@ def touch(path: str) -> None:
     open(path, "w").close()
 
 
+@pytest.mark.long
 def test_random_volumes(stays_itself, tmp_path, capfd):
     """Each boot ends with 0 and brings up exactly the good profiles; a second one changes nothing."""
     print(f"HERMES_TEST_SEED={SEED}")

@@ -189,6 +189,7 @@ def test_what_cannot_be_read_of_a_state_is_kept_beside(gateways):
         assert len((host.folder(name) / "gateway_state.json.bad").read_text()) == 60007
 
 
+@pytest.mark.long
 def test_many_restarts_are_no_crash_loop(gateways):
     """An end that the operator asked for is no death."""
     host = gateways({"a": RUN}, "running")
@@ -231,6 +232,7 @@ def test_a_hanging_gateway_is_killed_after_the_stop_timeout(gateways):
     assert 1 <= time.monotonic() - started < 3 * busy() and not host.up("a")
 
 
+@pytest.mark.long
 def test_a_crashing_gateway_backs_off_and_a_start_ends_that_at_once(gateways):
     """Five deaths within a minute, then waits; mended, the next start stays up."""
     host = gateways({"a": "exit 1\n"}, "running")
@@ -270,6 +272,7 @@ while :; do n=$((n + 1)); echo "line $n $zeros" >&$((n % 2 + 1)); echo $n > "$fo
 """
 
 
+@pytest.mark.long
 def test_no_line_is_lost_or_doubled_over_restarts_and_rotation(gateways):
     """stdout and stderr alike, in the container's log and in the profile's, over three restarts and a rotation at 1
     MB."""
@@ -395,6 +398,7 @@ def test_a_short_command_pays_no_grace(container):
     assert min(times) < 1.5 * busy()
 
 
+@pytest.mark.long
 def test_sixty_gateways_start_and_stop_as_one(gateways):
     """One call, in parallel: gateways that each take 2 s to end are all gone in a fraction of 60 times that."""
     host = gateways({f"p{number}": "trap 'sleep 2; exit 0' TERM\nsleep infinity & wait\n" for number in range(60)})
@@ -433,6 +437,7 @@ def test_the_hermes_command_answers_exactly_its_forms(gateways):
         assert done.returncode == 0, (form, done)
 
 
+@pytest.mark.long
 def test_the_profile_is_found_as_hermes_does(gateways):
     """-p, else HERMES_HOME of a profile, else active_profile, else default."""
     host = gateways({"a": RUN, "b": RUN, "c": RUN})
@@ -474,6 +479,7 @@ def scandir(host: Gateways) -> set[str]:
     return {path.name for path in host.box.path("/run/service").iterdir()}
 
 
+@pytest.mark.long
 @pytest.mark.sandbox
 def test_two_managers_interleave_without_a_leftover(gateways):
     """50 random commands of two processes on three names: then the scandir holds what it should, and nothing else
@@ -536,6 +542,7 @@ def test_extra_env_reaches_the_gateway_as_data(gateways):
     assert f"EXTRA={value}".encode() in (host.folder("a") / "env").read_bytes().split(b"\0")
 
 
+@pytest.mark.long
 @pytest.mark.overlay  # elsewhere the agent does not see s6
 def test_the_real_agent_and_ours_work_on_each_others_slots(container, tmp_path):
     """`hermes profile create` publishes what ours controls and removes, `profile delete` removes ours, a restart
@@ -563,6 +570,7 @@ def test_the_real_agent_and_ours_work_on_each_others_slots(container, tmp_path):
     assert wait_for(lambda: not any("gateway-coder" in line for line in box.processes().values()))
 
 
+@pytest.mark.long
 @pytest.mark.sandbox
 def test_the_real_agent_fetches_what_a_platform_needs_to_the_volume(container, tmp_path):
     """From PyPI, into lazy-packages; its own environment is sealed."""

@@ -50,6 +50,7 @@ def hermes(container) -> Gateways:
     return host
 
 
+@pytest.mark.long
 @pytest.mark.overlay
 @pytest.mark.sandbox
 def test_every_command_of_the_handbook(hermes):

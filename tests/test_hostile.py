@@ -134,6 +134,7 @@ def play(box, boot: str, least: int) -> tuple[dict, dict, int]:
     return before, json.loads(box.exec("/usr/bin/python3", "-c", WATCH).stdout), rounds
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("at_boot", [False, True], ids=["beside the command", "as at a boot"])
 def test_the_agent_cannot_turn_root_against_the_machine(container, hard_links_allowed, at_boot):
     """Links, hard links, swaps and restarts while setup and reconcile run as root: the watched tree is unchanged. The
@@ -281,6 +282,7 @@ print(json.dumps([total, problems[:10]]))
 """
 
 
+@pytest.mark.long
 def test_a_boot_killed_at_any_change_is_finished_by_the_next(container):
     """SIGKILL before each change the boot makes to a file: no half-written file is ever in place, and the next boot
     ends in the same tree."""

@@ -56,6 +56,7 @@ def opened_by_root(trace: str, home: str) -> list[str]:
     return found
 
 
+@pytest.mark.long
 def test_root_opens_no_file_of_the_volume(container, needs_strace, tmp_path):
     """In setup, with all of it to do, in reconcile, and in every command of an operator's."""
     box = container(agent=True, environment={"HERMES_AUTH_JSON_BOOTSTRAP": "{}"})
@@ -251,6 +252,7 @@ def with_memory(limit: int) -> list[str]:
     return ["prlimit", f"--data={limit << 20}", OURS]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place, fill, count, name, more", SIZES.values(), ids=SIZES)
 def test_memory_is_bounded_however_many_entries_there_are(container, in_memory, place, fill, count, name, more):
     """Listings are streamed: a process that kept the names of all entries would not have the memory for it."""

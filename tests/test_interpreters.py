@@ -91,6 +91,7 @@ def python(request) -> str:
 OTHERS = [version for version in SUITES if version != f"{sys.version_info[0]}.{sys.version_info[1]}"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("python", OTHERS, indirect=True)
 def test_the_rules_and_plain_tests_pass(python, tmp_path):
     """None fails, and most were there to run. With this process's own version they all run as it is."""

@@ -46,6 +46,7 @@ def test_a_locked_folder_costs_the_copy_alone(gateways):
     assert found(first) == []
 
 
+@pytest.mark.long
 def test_a_logger_without_its_supervisor_is_found_and_ended(gateways):
     """Its lock is seen to be of this container's; --fix gives the folder to the one with a supervisor."""
     host = gateways({"a": TALKS}, "running")

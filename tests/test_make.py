@@ -24,6 +24,7 @@ def make(in_time):
     return run
 
 
+@pytest.mark.long
 @pytest.mark.skipif(ON_ENGINE, reason="shows the sandbox")
 def test_an_engine_that_cannot_build_is_one_line_and_the_sandbox_runs(make):
     """A base image that is nowhere, as where there is no network: the version all the same, alone on stdout."""

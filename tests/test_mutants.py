@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROJECT = Path(__file__).resolve().parent.parent
 # a mistake's name: the script, what stands there, what the mistake makes of it
 MUTANTS = {
@@ -69,6 +71,7 @@ def make(folder: Path, mutant: str) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_each_mistake_is_noticed(tmp_path):
     """Of the table: test_rules.py fails with it, and passes without any."""
     folders = {mutant: make(tmp_path / str(number), mutant) for number, mutant in enumerate(["", *MUTANTS])}

@@ -94,6 +94,7 @@ def test_a_slot_whose_profile_is_gone_parks_and_doctor_removes_it(gateways):
     assert host.do("list").stdout == "b\ndefault\n" or host.do("list").stdout == "default\n"
 
 
+@pytest.mark.long
 @pytest.mark.overlay
 def test_a_slot_of_the_agents_own_manager_is_brought_to_ours(container, tmp_path):
     """By start and restart, also by the `hermes` command; until then doctor names it."""

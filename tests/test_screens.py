@@ -144,6 +144,7 @@ def test_filling_breaks_no_command():
     assert hermes_boot.filled("a `b", 30) == "a `b"
 
 
+@pytest.mark.long
 @pytest.mark.sandbox
 def test_a_long_stop_says_what_it_waits_for(gateways):
     """After 2 s: in a pipe once every 10 s, on a terminal in one line that counts and is cleared at the end; a short

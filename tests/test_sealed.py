@@ -37,6 +37,7 @@ def new_profile(host, name: str) -> None:
     assert host.box.exec("sh", "-c", script, user="hermes").returncode == 0
 
 
+@pytest.mark.long
 def test_hermes_starts_stops_restarts_and_sees_its_gateways(host):
     """And s6's own words for that work too; health and doctor find nothing wrong."""
     for user in ("hermes", None):
