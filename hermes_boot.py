@@ -2132,6 +2132,7 @@ def wants_migration(boot: Boot, home: Folder, *, fresh: bool) -> bool:
 def migrate_config(boot: Boot) -> int:
     """As hermes: run `hermes config migrate` for every profile that has a config.yaml of an older version; return 1
     when one was not migrated, which is tried again at the next boot. What the agent says is in logs/."""
+    take_umask(boot)
     version, code = image_version(), 0
     with open_home(boot) as home, home.folder("logs", make=True) as logs:
         fd = logs.open(MIGRATION_LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -3796,6 +3797,7 @@ def control_as_root(boot: Boot, action: str, profile: str | None) -> int:
 
 def ask_for_profile(boot: Boot, action: str, option: str | None, output: int) -> int:
     """As hermes: ask root for one profile's slot, or to remove it once its gateway has ended."""
+    take_umask(boot)
     manager = S6ServiceManager(environment=boot.environment)
     profile, start, to_folder = named_profile(manager, option), False, False
     if action == "unregister":
@@ -3853,6 +3855,7 @@ def gateway_command(boot: Boot, action: str, profile: str | None, every: bool) -
 def gateway_as_hermes(boot: Boot, action: str, profile: str | None, every: bool) -> int:
     """As hermes: run `gateway ...`, say what became of each gateway, and go on past a failure. `status` is about all
     that have a slot, unless a profile is given; it returns 0 when they are up, else 3. Raises GatewayError."""
+    take_umask(boot)
     manager = S6ServiceManager(environment=boot.environment)
     if action == "list":
         print("".join(f"{name}\n" for name in manager.list_profile_gateways()), end="")
@@ -4611,6 +4614,7 @@ def doctor(boot: Boot, *, as_json: bool, fix: bool) -> int:
 
 def doctor_as_hermes(boot: Boot, owners: list[Check], as_json: bool, fix: bool) -> int:
     """As hermes: look at all that needs no root, fix it with fix, and print these checks after those of the owners."""
+    take_umask(boot)
     checks = all_checks(boot)
     repairs = [(check.what, check.repair) for check in checks if fix and check.repair]
     for what, repair in repairs:

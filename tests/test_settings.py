@@ -74,10 +74,14 @@ def test_new_folders_and_seeds_follow_the_umask_and_secrets_do_not(container, tm
     box.start("sleep", "infinity")
     log = tmp_path / "volume/logs/gateways/default/current"
     assert wait_for(log.exists)
+    assert box.exec("mkdir", "/opt/data/profiles/late", user="hermes").returncode == 0
+    assert box.exec("touch", "/opt/data/profiles/late/SOUL.md", user="hermes").returncode == 0
+    assert box.exec("hermes-boot", "gateway", "register", "-p", "late").returncode == 0
     mask = int(umask, 8)
     wanted = {
         "workspace": 0o777,
         "logs/gateways/default": 0o777,
+        "logs/gateways/late": 0o777,
         "SOUL.md": 0o666,
         "gateway_state.json": 0o666,
         "config.yaml": 0o660,
@@ -117,6 +121,21 @@ def test_who_is_neither_root_nor_hermes_is_told_so(container):
     done = box.exec("hermes-boot", "status", user="www-data")
     assert done.stderr == "hermes-boot: fatal: UID 33 cannot read /opt/data; run this as hermes or root\n"
     assert done.returncode == 1
+
+
+@pytest.mark.sandbox
+def test_the_migration_has_the_umask_too(container, tmp_path):
+    """The agent's own part of it, and the backup's folder."""
+    home = tmp_path / "volume"
+    home.mkdir()
+    (home / ".hermes-agent-version").write_text("0.1\n")
+    (home / "config.yaml").touch()
+    box = container(environment={"UMASK": "027"})
+    (box.upper / "opt/hermes/.venv/lib/python3.11/site-packages/hermes_agent-0.19.0.dist-info").mkdir(parents=True)
+    box.put_agent("#!/bin/sh\numask >/opt/data/found\n")
+    done = box.run("true")
+    assert done.returncode == 0 and (home / "found").read_text() == "0027\n", done.stderr.decode()
+    assert stat.S_IMODE((home / "backups").stat().st_mode) == 0o750
 
 
 @pytest.mark.parametrize("umask", ["9", "abc", "1777", "00022", "0o22", "-1"])
