@@ -3822,7 +3822,7 @@ def named_profile(manager: S6ServiceManager, option: str | None) -> str:
 
 
 def report_failures(failures: dict[str, GatewayError]) -> int:
-    """Say what failed; return the exit code: a single failure's own, else 1."""
+    """Say what failed; return the exit code: the failures' own where they have the same one, else 1."""
     for error in failures.values():
         say("error", str(error))
     codes = {error.exit_code for error in failures.values()}
@@ -4987,7 +4987,7 @@ EXIT_CODES = "exit codes: 0 done, 1 failed, 2 wrong usage, 3 not running (gatewa
 
 
 def main(argv: list[str]) -> int:
-    """Run what our name or the first argument asks for; return the exit code: 0 done, 1 failed, 2 wrong usage."""
+    """Run what our name or the first argument asks for; return the exit code, see EXIT_CODES."""
     sys.argv = argv
     sys.stdout = sys.stdout or open(os.devnull, "w")  # closed, by `>&-`
     os.umask(0o022)
@@ -5036,7 +5036,7 @@ def without_parser(words: list[str]) -> Any:
     if found.command == "gateway" and rest and rest[0] in (*DONE, "status"):
         found.action = rest.pop(0)
     found.all = found.action in DONE and rest == ["--all"]
-    found.profile = rest[1] if rest[:-1] == ["-p"] else None
+    found.profile = rest[1] if rest[:-1] == ["-p"] and rest[1][:1] != "-" else None
     usual = found.command == "status" or found.action
     return found if usual and (not rest or found.all or found.profile) else None
 

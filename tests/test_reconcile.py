@@ -233,7 +233,13 @@ def test_scripts_take_names_and_values_only_as_data(tmp_path, home):
     assert not list(tmp_path.rglob("pwned"))
 
 
-USAGE_ERRORS = [["gateways"], ["setup", "reconcile"], ["--dry"]]
+USAGE_ERRORS = [
+    ["gateways"],
+    ["setup", "reconcile"],
+    ["--dry"],
+    ["status", "-p", "--json"],
+    ["gateway", "stop", "-p", "-x"],
+]
 
 
 @pytest.mark.parametrize("arguments", USAGE_ERRORS, ids=" ".join)
