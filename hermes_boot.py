@@ -4743,7 +4743,8 @@ def version_checks(boot: Boot) -> list[Check]:
     image, volume, fixed = image_version(), "", False
     try:
         with Folder(boot.home, follow=True) as home:
-            volume, fixed = volume_version(home), is_fixed(home, "config.yaml")
+            volume = volume_version(home)
+            fixed = is_fixed(home, "config.yaml")
     except OSError:
         pass  # the volume's own check says it; without a config.yaml there is none to migrate
     if image and volume and is_newer(volume, image):

@@ -124,6 +124,12 @@ def test_another_spelling_of_the_version_is_no_older_one(container, tmp_path, st
     assert b"pass  versions: " in done.stdout
 
 
+def test_a_configuration_that_is_gone_is_no_older_one(container):
+    """The next boot seeds it and has nothing to migrate."""
+    done = container(agent=True).run("sh", "-c", "rm /opt/data/config.yaml; hermes-boot doctor")
+    assert b"pass  versions: hermes-agent 0.19.0 in the image, 0.19.0 on the volume" in done.stdout, done.stdout
+
+
 def test_every_profile_with_a_configuration_is_migrated(container, tmp_path):
     """A line each, what the agent says in logs/, a backup beside each; a profile without a config.yaml gets none."""
     volume = tmp_path / "volume"
