@@ -369,6 +369,8 @@ SWITCHES = (
     "HERMES_BOOT_QUIET GATEWAY_MULTIPLEX_PROFILES HERMES_DASHBOARD HERMES_DOCKER_EXEC_AS_ROOT"
     " HERMES_GATEWAY_NO_SUPERVISE HERMES_RECONCILE HERMES_SEALED HERMES_SKIP_CONFIG_MIGRATION"
 ).split()
+STOP_TIMEOUT, SHUTDOWN_TIMEOUT = "HERMES_GATEWAY_STOP_TIMEOUT", "HERMES_SHUTDOWN_TIMEOUT"
+TIMES = {STOP_TIMEOUT: (30, 1), SHUTDOWN_TIMEOUT: (8, 0)}  # seconds: the default, and the least that can be given
 
 
 class Boot:
@@ -442,22 +444,22 @@ def number_in(value: str, least: int, most: int) -> int | None:
     return int(value) if plain and least <= int(value) <= most else None
 
 
-def check_switches(boot: Boot) -> None:
-    """Warn of switches that are neither on nor off, of an UMASK that is none, and of a timeout that is none."""
-    seconds(boot.environment, "HERMES_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT, 0)
+def check_settings(boot: Boot) -> None:
+    """Warn of switches that are neither on nor off, and of a time or an UMASK that is none."""
     if boot.setting("UMASK") and umask_of(boot.environment) is None:
         warn(f"UMASK={boot.setting('UMASK')!r} is not an octal number from 0 to 777; using 022")
     for name in SWITCHES:
         if (value := boot.setting(name)).strip() and switch(value) is None:
             warn(f"{name}={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off), so it is ignored")
+    for name, (default, least) in TIMES.items():
+        if (value := boot.setting(name)) and number_in(value, least, MAX_SECONDS) is None:
+            warn(f"{name}={value!r} is not a number of seconds from {least} to {MAX_SECONDS}; using {default}")
 
 
-def seconds(environment: dict[str, str], name: str, default: int, least: int) -> int:
-    """Return the seconds that a variable gives, or with a warning the default when it gives none."""
-    value = environment.get(name, "")
-    number = number_in(value, least, MAX_SECONDS) if value else default
-    if number is None:
-        warn(f"{name}={value!r} is not a number of seconds from {least} to {MAX_SECONDS}; using {default}")
+def seconds(environment: dict[str, str], name: str) -> int:
+    """Return the seconds that a variable gives, its default when it gives none."""
+    default, least = TIMES[name]
+    number = number_in(environment.get(name, ""), least, MAX_SECONDS)
     return default if number is None else number
 
 
@@ -2546,7 +2548,6 @@ SPARE_SPACE = 64 << 10  # of it for the container's end: s6-overlay has to write
 NO_SPACE = Fault("the scandir has no room for more gateways", "mount a larger /run: --tmpfs /run:exec,size=64m")
 EX_CONFIG = 78
 ENDING = ".s6-svscan/hermes-ending"  # in the scandir while the container ends
-STOP_TIMEOUT = 30  # seconds until SIGKILL, unless HERMES_GATEWAY_STOP_TIMEOUT says otherwise
 BACK_OFF_LIMIT = 60  # seconds
 LOGGER_MEMORY = 16 << 10  # KiB of address space; s6-log keeps all that the container's stderr does not take
 
@@ -2807,7 +2808,7 @@ def setup(boot: Boot) -> int:
             f" HERMES_GID={os.getegid()}, or use `--user {boot.owner[0]}`, or any UID with GID 0 on a volume that"
             f" group 0 may write{rootless_advice(boot.owner)}"
         )
-    check_switches(boot)
+    check_settings(boot)
     for fault in mount_faults(boot):
         warn(fault)
     remap(boot)
@@ -2997,7 +2998,7 @@ def ask_for(output: int, profile: str, *, start: bool, to_folder: bool) -> None:
 
 def publish_for_hermes(boot: Boot, wanted: Asked) -> None:
     """As root: publish the slots that hermes has asked for, so that hermes can control them and nothing more."""
-    timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
+    timeout = seconds(boot.environment, STOP_TIMEOUT)
     with trusted_folder(boot.scandir) as scandir:
         for profile, (start, to_folder) in wanted.items():
             name, files = SLOT_PREFIX + profile, slot_files(profile, timeout, None, to_folder=to_folder)
@@ -3094,9 +3095,7 @@ def reconcile(boot: Boot, command: list[str], output: int | None = None) -> int:
             return 0
         lines, (chosen, full) = [], most_wanted(boot, home, running)
         with Folder(boot.scandir, follow=True) as scandir:
-            timeout = STOP_TIMEOUT  # root, if it is asked, reads the other one
-            if output is None:
-                timeout = seconds(boot.environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
+            timeout = seconds(boot.environment, STOP_TIMEOUT)
             for profile, folder in open_profiles(boot, home, running):
                 if folder and (chosen is None or profile.name in chosen):
                     register(home, folder, scandir, profile, timeout, output)
@@ -3367,7 +3366,7 @@ class S6ServiceManager:
         self.environment = environment = container_environment() if environment is None else environment
         self.home = home or root_home(environment)
         self.scandir = str(scandir or scandir_of(environment))
-        self.stop_timeout = seconds(environment, "HERMES_GATEWAY_STOP_TIMEOUT", STOP_TIMEOUT, 1)
+        self.stop_timeout = seconds(environment, STOP_TIMEOUT)
         self.patience = self.stop_timeout + 5  # seconds to wait for an end: a little longer than until s6 kills
 
     # Names
@@ -3775,7 +3774,7 @@ def by_hermes(timeout: float, action: Callable[..., int], *arguments: object) ->
 
 def command_timeout(environment: dict[str, str], *, waits: bool) -> int:
     """Return an operator's command's time in seconds; one that waits may have to wait for another one first."""
-    stop = number_in(environment.get("HERMES_GATEWAY_STOP_TIMEOUT", ""), 1, MAX_SECONDS) or STOP_TIMEOUT
+    stop = seconds(environment, STOP_TIMEOUT)
     return 2 * (stop + 15) + 10 if waits else stop + 10
 
 
@@ -3895,7 +3894,6 @@ def to_json(value: object) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 EXIT_CODE, HALT = "/run/s6-linux-init-container-results/exitcode", "/run/s6/basedir/bin/halt"  # s6-overlay's
-SHUTDOWN_TIMEOUT = 8  # seconds for all when the container ends, unless HERMES_SHUTDOWN_TIMEOUT says otherwise
 
 
 def shut_down(environment: dict[str, str]) -> int:
@@ -3903,7 +3901,7 @@ def shut_down(environment: dict[str, str]) -> int:
     HERMES_SHUTDOWN_TIMEOUT seconds are over. Run by s6-overlay from cont-finish.d, before its final kill; by the
     fallback init itself where it cannot run s6-overlay's rc.shutdown. No intent is recorded, so what ran comes back at
     the next boot."""
-    patience = seconds(environment, "HERMES_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT, 0)
+    patience = seconds(environment, SHUTDOWN_TIMEOUT)
     deadline = time.monotonic() + patience
     set_terminal_going()
     command = read_pid_file(COMMAND_PROCESS)

@@ -147,6 +147,16 @@ def test_a_umask_that_is_none_is_said_once_and_not_taken(container, umask):
     assert len(lines) == 1 and f"UMASK={umask!r} is not an octal number from 0 to 777; using 022" in lines[0]
 
 
+def test_a_time_that_is_none_is_said_once_and_not_taken(container):
+    """At the boot, whether it is for a stop or for the end; no command says it again."""
+    box = container(environment={"HERMES_GATEWAY_STOP_TIMEOUT": "1m", "HERMES_SHUTDOWN_TIMEOUT": "-1"})
+    done = box.run("sh", "-c", "hermes-boot gateway status; cat /run/service/gateway-default/timeout-kill")
+    lines = [line for line in done.stderr.decode().splitlines() if "TIMEOUT" in line]
+    assert done.stdout.endswith(b"\n30000\n") and len(lines) == 2, lines
+    assert lines[0].endswith("HERMES_GATEWAY_STOP_TIMEOUT='1m' is not a number of seconds from 1 to 86400; using 30")
+    assert lines[1].endswith("HERMES_SHUTDOWN_TIMEOUT='-1' is not a number of seconds from 0 to 86400; using 8")
+
+
 @pytest.mark.skipif(not ON_ENGINE, reason="the sandbox has the machine's own /dev")
 def test_render_nodes_groups_reach_the_program(container, tmp_path):
     """As the Docker socket's does; another kind of file there gives no group."""
