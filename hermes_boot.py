@@ -520,14 +520,7 @@ class Folder:
 
     def read(self, name: str, limit: int) -> bytes:
         """Return a regular file's content; OSError when it is anything else or longer than limit bytes."""
-        fd = self.open(name, os.O_RDONLY)
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "is not a regular file")
-            data = os.read(fd, min(status.st_size, limit) + 1)
-        finally:
-            os.close(fd)
+        data = read_plain(name, limit + 1, self.fd)
         if len(data) > limit:
             raise OSError(errno.EFBIG, f"is longer than {limit} bytes")
         return data
@@ -741,13 +734,14 @@ def names_in(folder: str) -> list[str]:
         return []
 
 
-def read_small(path: str) -> bytes:
-    """Return the first 4 KiB of a file of s6's, never blocking."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
+def read_plain(path: str, limit: int = 4096, at: int | None = None) -> bytes:
+    """Return a regular file's first limit bytes, not through a link, never blocking; OSError for anything else."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=at)
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "is not a regular file")
-        return os.read(fd, 4096)
+        return os.read(fd, min(status.st_size, limit))
     finally:
         os.close(fd)
 
@@ -3184,7 +3178,7 @@ def supervisor_answers(scandir: str) -> bool:
 def is_ours(slot: str, profile: str) -> bool:
     """Return whether a slot is as we make it: hermes-agent's own manager has another finish, and no back-off."""
     try:
-        return read_small(f"{slot}/finish") == finish_script(profile).encode()
+        return read_plain(f"{slot}/finish") == finish_script(profile).encode()
     except OSError:
         return False
 
@@ -3218,7 +3212,7 @@ def slot_status(slot: str) -> SlotStatus | None:
     if not heard(f"{slot}/supervise/control", unknown=True):  # main-hermes's is root's alone
         return None
     try:
-        data = read_small(f"{slot}/supervise/status")
+        data = read_plain(f"{slot}/supervise/status")
     except OSError:
         return None
     return SlotStatus(data) if len(data) >= 35 else None
@@ -3227,7 +3221,7 @@ def slot_status(slot: str) -> SlotStatus | None:
 def deaths(slot: str) -> list[tuple[float, int]]:
     """Return the last deaths in a slot, oldest first: when, in seconds since 1970, and the wait status."""
     try:
-        data = read_small(f"{slot}/supervise/death_tally")
+        data = read_plain(f"{slot}/supervise/death_tally")
     except OSError:
         return []
     records = [data[start : start + 14] for start in range(0, len(data) - 13, 14)]
