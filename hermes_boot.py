@@ -685,11 +685,6 @@ def mount_of(fd: int) -> bytes:
     return next((line for line in lines if line.startswith(b"mnt_id:")), b"")
 
 
-def mount_id(fd: int) -> MountId:
-    """Return what file system an open folder is on, and by which mount."""
-    return os.fstat(fd).st_dev, mount_of(fd)
-
-
 def changes(status: os.stat_result | None) -> tuple[int, int, int] | None:
     """Return what differs once somebody has written, replaced or removed a file."""
     return (status.st_ino, status.st_mtime_ns, status.st_size) if status else None
@@ -758,8 +753,8 @@ OVERDUE = 124  # the exit code of a process that was ended for its time, as of t
 
 
 class TimeLimit:
-    """Raises TimeoutError in its block after so many seconds (0: never), out of a system call too; one within another
-    holds no longer than that has left. In another thread than the main one, which alone gets signals, it limits
+    """Raises TimeoutError in its block after so many seconds, out of a system call too; one within another holds no
+    longer than that has left. In another thread than the main one, which alone gets signals, it limits
     nothing."""
 
     def __init__(self, seconds: float) -> None:
@@ -774,8 +769,7 @@ class TimeLimit:
             self.before = None
             return
         self.started, self.outer = time.monotonic(), _signal.getitimer(_signal.ITIMER_REAL)[0]
-        limits = [seconds for seconds in (self.seconds, self.outer) if seconds]
-        _signal.setitimer(_signal.ITIMER_REAL, min(limits, default=0))
+        _signal.setitimer(_signal.ITIMER_REAL, min(self.seconds, self.outer or self.seconds))
 
     def __exit__(self, *_: object) -> None:
         import _signal
@@ -826,7 +820,7 @@ def forked(action: Callable[[], int]) -> int:
 
 def wait_for(child: int, timeout: float) -> int:
     """Return a child's exit code, 128 + n where signal n ended it. What has become hermes can be stopped by hermes: it
-    is told to go on, and after MOST_STOPS of these, or timeout seconds (0: any number), killed: OVERDUE."""
+    is told to go on, and after MOST_STOPS of these, or timeout seconds, killed: OVERDUE."""
     try:
         with TimeLimit(timeout):
             for _ in range(MOST_STOPS):
@@ -1318,7 +1312,6 @@ MANAGED_PREFIXES = (  # databases, to which SQLite and the agent add -wal, -shm,
     *"state.db hermes_state.db response_store.db kanban.db projects.db memory_store.db retaindb_queue.db".split(),
     *"verification_evidence.db config.yaml. auth.json. .npm_lock_hash_".split(),
 )
-MANAGED_SUFFIXES = (".tmp", "_threads.json")  # the first one on names with a dot in front only
 SHARED_FOLDERS, SHARED_DEPTH, MOST_SWEEPERS = 64, 6, 4  # folders to share among processes, looked for to this depth
 MOST_LEVELS = 2000  # below a managed folder; no path reaches further
 MOST_NAMES, MOST_SHARED = 100_000, 8192  # of folders, kept in memory at a time, and of one folder's to share
@@ -1435,7 +1428,7 @@ class Sweep:
 
     def place(self, fd: int) -> MountId:
         """Return where an open folder is, as far as that can differ here."""
-        return mount_id(fd) if self.mounted else (os.fstat(fd).st_dev, b"")
+        return os.fstat(fd).st_dev, mount_of(fd) if self.mounted else b""
 
     def fail(self, name: str, at: int, error: OSError) -> None:
         """Count a refusal; the first one stands for all, since a volume that refuses one chown refuses every one."""
@@ -1824,9 +1817,8 @@ def make_home(boot: Boot) -> None:
 
 def is_managed_file(name: str) -> bool:
     """Return whether a top-level file is one that hermes keeps."""
-    if name in MANAGED_FILES or name.startswith(MANAGED_PREFIXES):
-        return True
-    return name.endswith(MANAGED_SUFFIXES) and (name[0] == "." or not name.endswith(".tmp"))
+    temporary = name.startswith(".") and name.endswith(".tmp")
+    return name in MANAGED_FILES or name.startswith(MANAGED_PREFIXES) or name.endswith("_threads.json") or temporary
 
 
 # Seeding
