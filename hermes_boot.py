@@ -385,6 +385,8 @@ class Boot:
         if os.geteuid() not in (0, self.owner[0]) and os.getegid() == 0:
             self.owner = os.geteuid(), 0  # OpenShift's way: any UID, with root's group
         self.dry_run, self.by_root = dry_run, os.geteuid() == 0
+        self.quiet = switch(self.setting("HERMES_BOOT_QUIET")) is True  # only warnings are wanted
+        self.sealed = self.by_root and switch(self.setting("HERMES_SEALED")) is True  # root keeps the scandir and slots
         self.multiplexes: bool | None = None  # see is_multiplexed; None: not looked up yet
         if not self.home.startswith("/") or os.path.realpath(self.home) == "/":
             raise Fatal(f"HERMES_HOME={self.home!r} is no folder of its own; set it to an absolute path such as {HOME}")
@@ -402,19 +404,9 @@ class Boot:
         return not self.dry_run
 
     @property
-    def sealed(self) -> bool:
-        """Return whether root keeps the scandir and all slots for itself, which takes root."""
-        return switch(self.setting("HERMES_SEALED")) is True and os.geteuid() == 0
-
-    @property
     def by_group(self) -> bool:
         """Return whether hermes is any UID with root's group, as on OpenShift: then what that group can use is its."""
         return self.owner[1] == 0 and self.owner[0] != 0
-
-    @property
-    def quiet(self) -> bool:
-        """Return whether only warnings are wanted."""
-        return switch(self.setting("HERMES_BOOT_QUIET")) is True
 
 
 def take_umask(boot: Boot) -> int:
