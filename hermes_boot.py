@@ -2442,10 +2442,12 @@ def open_profiles(boot: Boot, home: Folder, running: str | None) -> Iterator[tup
     try:
         with home.folder("profiles") as profiles:
             for name in profile_names(profiles):
-                if found := inspect(boot, profiles, name, running):
-                    yield found
-                    if found[1]:
-                        os.close(found[1].fd)
+                found = inspect(profiles, name)
+                if isinstance(found, Folder):
+                    with found:
+                        yield decide(boot, found, name, running), found
+                elif found:
+                    yield Profile(name, None, "skipped", found, ""), None
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -2468,26 +2470,26 @@ def profile_names(profiles: Folder) -> list[str]:
     return sorted(names, key=os.fsencode)
 
 
-def inspect(boot: Boot, profiles: Folder, name: str, running: str | None) -> tuple[Profile, Folder | None] | None:
-    """Return one entry of profiles/ with its folder, open unless it is skipped; None for a file: no profile."""
-    folder = None
+def inspect(profiles: Folder, name: str) -> Folder | Fault | None:
+    """Open a profile's folder; return why an entry of profiles/ is no profile instead, None for what is a file."""
+    folder, fault = None, name_fault(name)
     try:
         status = profiles.stat(name)
         if status is None or not (stat.S_ISDIR(status.st_mode) or stat.S_ISLNK(status.st_mode)):
             return None
-        if not (fault := name_fault(name)):
+        if not fault:
             folder = Folder(name, profiles.fd)
             fault = soul_fault(folder)
-            if not fault and name == "default":
-                fault = Fault("the name is reserved for the root profile", "rename profiles/default")
-            if not fault:
-                return decide(boot, folder, name, running), folder
+        if not fault and name == "default":
+            fault = Fault("the name is reserved for the root profile", "rename profiles/default")
+        if not fault:
+            return folder
     except OSError as error:
         found = f"profiles/{shown(name)} {described(error)}: it {owner_and_mode(name, profiles.fd)}"
         fault = Fault(found, "fix or remove it")
     if folder:
         os.close(folder.fd)
-    return Profile(name, None, "skipped", fault, ""), None
+    return fault
 
 
 def decide(boot: Boot, folder: Folder, name: str, running: str | None) -> Profile:
@@ -4116,21 +4118,16 @@ def rows_of(boot: Boot, profile: str | None = None) -> list[Row]:
 
 def unregistered(home: Folder, registered: set[str]) -> set[str]:
     """Return the volume's profiles that are not among the registered ones."""
-
-    def is_profile(name: str) -> bool:
-        if name == "default" or name in registered or name_fault(name):
-            return False
-        try:
-            with Folder(name, profiles.fd) as folder:
-                return not soul_fault(folder)
-        except OSError:
-            return False  # a file, or nothing that hermes can look into
-
+    result: set[str] = set()
     try:
         with home.folder("profiles") as profiles:
-            return set(filter(is_profile, profile_names(profiles)))
+            for name in profile_names(profiles):
+                if name not in registered and isinstance(found := inspect(profiles, name), Folder):
+                    os.close(found.fd)
+                    result.add(name)
     except OSError:
-        return set()
+        pass  # none, or none that hermes can look into
+    return result
 
 
 def row_of(boot: Boot, home: Folder, name: str) -> Row:
