@@ -2933,11 +2933,7 @@ def reconcile_phase(boot: Boot) -> int:
     command = container_words()
     if why := no_gateways(boot, command):
         if boot.announce(f"leave the gateways alone, since {why}") and os.geteuid() == 0:
-            try:
-                with trusted_folder(boot.scandir) as scandir:
-                    own_static_services(boot, scandir, whole=False)
-            except OSError:
-                pass  # no s6 here, so no services
+            own_static_services(boot, whole=False)
         return 0
     if not os.path.isdir(boot.home):
         if boot.dry_run:
@@ -3013,7 +3009,7 @@ def own_services(boot: Boot) -> None:
         except OSError as error:
             text = f"the scandir {shown(boot.scandir)} {described(error)}"
             warn(f"{text}, so no gateway can be added; give root the capability CHOWN (--cap-add)")
-        own_static_services(boot, scandir, whole=not boot.sealed)
+    own_static_services(boot, whole=not boot.sealed)
 
 
 def let_write(boot: Boot, folder: Folder, fifo: str) -> None:
@@ -3028,30 +3024,29 @@ def let_write(boot: Boot, folder: Folder, fifo: str) -> None:
         os.close(fd)
 
 
-def own_static_services(boot: Boot, scandir: Folder, *, whole: bool) -> None:
+def own_static_services(boot: Boot, *, whole: bool) -> None:
     """Let hermes see the image's static services, and control them, main-hermes excepted, which only waits.
 
     Their supervise folders stay root's, since who owns one can make s6-supervise, which is root, write through a link.
     So can who may write to event/, where others wait for s6's word: hermes can only where it has the scandir too.
     """
-    for name in [os.path.basename(path) for path in names_in(STATIC_SERVICES) if os.path.exists(f"{path}/run")]:
-        for path in (f"/run/s6-rc/servicedirs/{name}", name):
-            try:
-                with (
-                    Folder(path, scandir.fd) as service,
-                    service.folder("supervise") as supervise,
-                    service.folder("event") as event,
-                ):
-                    if os.fstat(supervise.fd).st_uid != 0:
-                        continue
-                    os.fchmod(supervise.fd, 0o711)
-                    if name != "main-hermes":
-                        let_write(boot, supervise, "control")
-                    if whole:
-                        os.fchown(event.fd, 0, boot.owner[1])
-                        os.fchmod(event.fd, 0o3730)
-            except OSError:
-                continue  # not supervised here, or s6-rc's link to the other folder
+    for name in [os.path.basename(path) for path in names_in(STATIC_SERVICES)]:
+        try:
+            with (
+                Folder(f"/run/s6-rc/servicedirs/{name}") as service,
+                service.folder("supervise") as supervise,
+                service.folder("event") as event,
+            ):
+                if os.fstat(supervise.fd).st_uid != 0:
+                    continue
+                os.fchmod(supervise.fd, 0o711)
+                if name != "main-hermes":
+                    let_write(boot, supervise, "control")
+                if whole:
+                    os.fchown(event.fd, 0, boot.owner[1])
+                    os.fchmod(event.fd, 0o3730)
+        except OSError:
+            continue  # a bundle or a oneshot, or none of this container's
 
 
 def take_timezone(environment: dict[str, str]) -> None:
