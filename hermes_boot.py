@@ -714,9 +714,9 @@ class Lock:
 
 
 def names_in(folder: str) -> list[str]:
-    """Return the paths of what is in a folder, in name order, as s6-overlay lists it: without dot files."""
+    """Return the names of what is in a folder, in order, as s6-overlay lists it: without dot files."""
     try:
-        return [f"{folder}/{name}" for name in sorted(os.listdir(folder)) if not name.startswith(".")]
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError:
         return []
 
@@ -1180,7 +1180,8 @@ def given_groups() -> list[int]:
         groups += [int(number) for line in lines if line.startswith(b"Groups:") for number in line.split()[1:]]
     except OSError:
         pass  # hidden from hermes
-    for path in (DOCKER_SOCKET, *(node for node in names_in(RENDER_NODES) if "/renderD" in node)):
+    nodes = [f"{RENDER_NODES}/{name}" for name in names_in(RENDER_NODES) if name.startswith("renderD")]
+    for path in (DOCKER_SOCKET, *nodes):
         try:
             status = os.stat(path)
             if stat.S_ISSOCK(status.st_mode) or stat.S_ISCHR(status.st_mode):
@@ -2050,13 +2051,14 @@ def sync_skills(boot: Boot) -> None:
 
 def installed(path: str) -> list[str]:
     """Return a path in each site-packages of the venv."""
-    return [f"{folder}/site-packages/{path}" for folder in names_in(f"{VENV}/lib") if "/lib/python3" in folder]
+    pythons = [name for name in names_in(f"{VENV}/lib") if name.startswith("python3")]
+    return [f"{VENV}/lib/{python}/site-packages/{path}" for python in pythons]
 
 
 def image_version() -> str:
     """Return the version of hermes-agent that the image has, from its metadata's folder name, "" when there is none."""
     for folder in installed(""):
-        for name in os.listdir(folder):
+        for name in names_in(folder):
             if name.startswith("hermes_agent-") and name.endswith(".dist-info"):
                 return name.removeprefix("hermes_agent-").removesuffix(".dist-info")
     return ""
@@ -2857,7 +2859,7 @@ def setup_phase(boot: Boot) -> int:
 def reconciles_too(boot: Boot) -> bool:
     """Return whether the setup may do the reconciler's work in one go, which saves the start of a Python: at a boot,
     where no script of somebody's comes between the two."""
-    scripts = [os.path.basename(path) for path in names_in(CONT_INIT)]
+    scripts = names_in(CONT_INIT)
     later = scripts[scripts.index("01-hermes-setup") + 1 :] if "01-hermes-setup" in scripts else []
     return is_cont_init(boot) and supervised() and later[:1] == ["02-reconcile-profiles"]
 
@@ -3030,7 +3032,7 @@ def own_static_services(boot: Boot, *, whole: bool) -> None:
     Their supervise folders stay root's, since who owns one can make s6-supervise, which is root, write through a link.
     So can who may write to event/, where others wait for s6's word: hermes can only where it has the scandir too.
     """
-    for name in [os.path.basename(path) for path in names_in(STATIC_SERVICES)]:
+    for name in names_in(STATIC_SERVICES):
         try:
             with (
                 Folder(f"/run/s6-rc/servicedirs/{name}") as service,
@@ -3392,9 +3394,8 @@ class S6ServiceManager:
 
     def list_profile_gateways(self) -> list[str]:
         """Return the profiles with a slot, in name order; folders that hermes gave any other name are none."""
-        start = f"{self.scandir}/{SLOT_PREFIX}"
-        profiles = [path.removeprefix(start) for path in names_in(self.scandir) if path.startswith(start)]
-        return [profile for profile in profiles if not name_fault(profile)]
+        slots = [name for name in names_in(self.scandir) if name.startswith(SLOT_PREFIX)]
+        return [profile for slot in slots if not name_fault(profile := slot.removeprefix(SLOT_PREFIX))]
 
     # State
 
@@ -4278,7 +4279,7 @@ def table(rows: list[Row], services: list[Row]) -> str:
 def service_rows(boot: Boot) -> list[Row]:
     """Return a row for each of the image's static services that hermes may control."""
     rows = []
-    for name in sorted(os.listdir(STATIC_SERVICES)) if os.path.isdir(STATIC_SERVICES) else ():
+    for name in names_in(STATIC_SERVICES):
         slot = f"{boot.scandir}/{name}"
         if os.access(f"{slot}/supervise/control", os.W_OK):
             row = Row(name, slot, {}, True, "service")
