@@ -409,9 +409,9 @@ class Boot:
         return self.owner[1] == 0 and self.owner[0] != 0
 
 
-def take_umask(boot: Boot) -> int:
+def take_umask(environment: dict[str, str]) -> int:
     """Take hermes's umask, for what hermes makes on the volume; return it."""
-    umask = 0o022 if (given := umask_of(boot.environment)) is None else given
+    umask = 0o022 if (given := umask_of(environment)) is None else given
     os.umask(umask)
     return umask
 
@@ -886,8 +886,7 @@ def run_helper(argv: list[str], environment: dict[str, str]) -> int:
     def watch() -> int:
         os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
         os.dup2(2, 1)
-        if (umask := umask_of(environment)) is not None:
-            os.umask(umask)
+        take_umask(environment)
         children = Children()
         try:
             helper = children.start(as_hermes(argv), environment, setsid=True)  # else the terminal could stop it
@@ -1905,7 +1904,7 @@ def owner_and_mode(path: str, at: int | None = None) -> str:
 def seed(boot: Boot) -> int:
     """As hermes: try the volume, make the managed folders, put missing files in place. Never overwrites. Fatal if
     not writable. Returns TO_MIGRATE when the configuration is of an older hermes-agent."""
-    umask = take_umask(boot)
+    umask = take_umask(boot.environment)
     if not boot.dry_run:
         give_access(os.path.realpath(boot.home))
     with open_home(boot) as home:
@@ -2114,7 +2113,7 @@ def wants_migration(boot: Boot, home: Folder, *, fresh: bool) -> bool:
 def migrate_config(boot: Boot) -> int:
     """As hermes: run `hermes config migrate` for every profile that has a config.yaml of an older version; return 1
     when one was not migrated, which is tried again at the next boot. What the agent says is in logs/."""
-    take_umask(boot)
+    take_umask(boot.environment)
     version, code = image_version(), 0
     with open_home(boot) as home, home.folder("logs", make=True) as logs:
         fd = logs.open(MIGRATION_LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -3060,7 +3059,7 @@ def take_timezone(environment: dict[str, str]) -> None:
 
 def reconcile(boot: Boot, command: list[str], output: int | None = None) -> int:
     """As hermes: find the profiles, publish their slots, or with output ask root to, say and log a line for each."""
-    take_umask(boot)
+    take_umask(boot.environment)
     take_timezone(boot.environment)
     with open_home(boot) as home:
         running = run_profile(boot, command, home)
@@ -3772,7 +3771,7 @@ def control_as_root(boot: Boot, action: str, profile: str | None) -> int:
 
 def ask_for_profile(boot: Boot, action: str, option: str | None, output: int) -> int:
     """As hermes: ask root for one profile's slot, or to remove it once its gateway has ended."""
-    take_umask(boot)
+    take_umask(boot.environment)
     manager = S6ServiceManager(environment=boot.environment)
     profile, start, to_folder = named_profile(manager, option), False, False
     if action == "unregister":
@@ -3830,7 +3829,7 @@ def gateway_command(boot: Boot, action: str, profile: str | None, every: bool) -
 def gateway_as_hermes(boot: Boot, action: str, profile: str | None, every: bool) -> int:
     """As hermes: run `gateway ...`, say what became of each gateway, and go on past a failure. `status` is about all
     that have a slot, unless a profile is given; it returns 0 when they are up, else 3. Raises GatewayError."""
-    take_umask(boot)
+    take_umask(boot.environment)
     manager = S6ServiceManager(environment=boot.environment)
     if action == "list":
         print("".join(f"{name}\n" for name in manager.list_profile_gateways()), end="")
@@ -4583,7 +4582,7 @@ def doctor(boot: Boot, *, as_json: bool, fix: bool) -> int:
 
 def doctor_as_hermes(boot: Boot, owners: list[Check], as_json: bool, fix: bool) -> int:
     """As hermes: look at all that needs no root, fix it with fix, and print these checks after those of the owners."""
-    take_umask(boot)
+    take_umask(boot.environment)
     checks = all_checks(boot)
     repairs = [(check.what, check.repair) for check in checks if fix and check.repair]
     for what, repair in repairs:
