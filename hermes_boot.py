@@ -480,11 +480,7 @@ class Folder:
         parent = self
         for name in path.split("/"):
             try:
-                child = Folder(name, parent.fd)
-            except FileNotFoundError:
-                if not make:
-                    raise
-                child = parent.made(name)
+                child = parent.made(name) if make else Folder(name, parent.fd)
             finally:
                 if parent is not self:
                     os.close(parent.fd)
@@ -529,9 +525,7 @@ class Folder:
             temporary = self.write_beside(name, data, mode)
             try:  # link() decides in the kernel whether something has the name
                 os.link(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
-            except FileExistsError:
-                pass
-            except OSError:  # CIFS, exFAT and FUSE may have no hard links
+            except OSError:  # something has it, or there are no hard links, as on CIFS, exFAT and FUSE
                 if self.stat(name) is None:
                     os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
             self.unlinked(temporary)
