@@ -244,9 +244,8 @@ def program_of(words: list[str], environment: dict[str, str]) -> list[str]:
 def gateway_request(words: list[str]) -> list[str]:
     """Return hermes_boot's arguments for exactly `[-p NAME] gateway start|stop|restart [--all]`, else none."""
     profile, rest = profile_option(words)
-    if len(rest) < 2 or rest[0] != "gateway" or rest[1] not in ("start", "stop", "restart"):
-        return []
-    if rest[2:] not in ([], ["--all"]):
+    ours = [["gateway", action] for action in ("start", "stop", "restart")]
+    if rest[:2] not in ours or rest[2:] not in ([], ["--all"]):
         return []
     return rest if rest[2:] or profile is None else [*rest, "-p", profile]
 
