@@ -647,8 +647,7 @@ def trusted_folder(path: str, *, make: bool = False) -> Folder:
             continue
         safe = safe and folder.is_roots()
         try:
-            missing = make and len(names) < given and folder.stat(name) is None
-            child = folder.made(name) if missing else Folder(name, folder.fd)
+            child = folder.made(name) if make and len(names) < given else Folder(name, folder.fd)
         except OSError as error:
             links += 1
             is_link = safe and links < 40 and error.errno in (errno.ELOOP, errno.ENOTDIR)
@@ -739,9 +738,8 @@ OVERDUE = 124  # the exit code of a process that was ended for its time, as of t
 
 
 class TimeLimit:
-    """Raises TimeoutError in its block after so many seconds, out of a system call too; one within another holds no
-    longer than that has left. In another thread than the main one, which alone gets signals, it limits
-    nothing."""
+    """Raises TimeoutError in its block after so many seconds, out of a system call too; within another one, when that
+    one's time is over. It limits nothing in another thread than the main one, which alone gets signals."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -1115,8 +1113,7 @@ def with_member(lines: list[bytes], member: bytes, groups: list[int]) -> list[by
 
 
 def rootless_advice(owner: Owner) -> str:
-    """Return what else helps where UIDs are not the machine's, "" where they are: rootless Podman can map ours to
-    hermes's."""
+    """Return what else helps a rootless engine, "" where there is none: Podman can map our UID to hermes's."""
     mapped = content("/proc/self/uid_map").split() != [b"0", b"0", b"4294967295"]
     return f"; with rootless Podman: --userns=keep-id:uid={owner[0]},gid={owner[1]}" if mapped else ""
 
@@ -1715,8 +1712,7 @@ def path_in(folder: int, name: str) -> str:
 
 
 def mount_points() -> list[tuple[str, str]]:
-    """Return where something is mounted, as a path that ends with a slash, and the kind of file system, of every
-    mount. See proc(5)."""
+    """Return the path of every mount, with a slash at its end, and its kind of file system. See proc(5)."""
     result = []
     for line in content("/proc/self/mountinfo").split(b"\n")[:-1]:
         before, _, after = line.partition(b" - ")
@@ -2124,8 +2120,7 @@ def migrate_config(boot: Boot) -> int:
 
 
 def is_older_config(folder: Folder) -> bool:
-    """Return whether a profile's config.yaml is not of the image's version, by the number that the agent keeps in
-    it."""
+    """Return whether a profile's config.yaml is older than the image, by the number that the agent keeps in it."""
     import re
 
     try:
@@ -4340,12 +4335,13 @@ def unhealthy_reason(manager: S6ServiceManager, profile: str, status: SlotStatus
     slot = f"{manager.scandir}/{SLOT_PREFIX}{profile}"
     if is_looping(status, death_times(slot)):
         return "crash loop"
-    down = time.time() - status.since
-    if not status.up and down > START_GRACE:
-        return f"down for {duration(down)}"
+    if (age := time.time() - status.since) <= START_GRACE:
+        return ""
+    if not status.up:
+        return f"down for {duration(age)}"
     logger = slot_status(f"{slot}/log")
     silent = logger is None or (not logger.up and time.time() - logger.since > START_GRACE)
-    return "no logger" if silent and down > START_GRACE and os.path.isdir(f"{slot}/log") else ""
+    return "no logger" if silent and os.path.isdir(f"{slot}/log") else ""
 
 
 def wanted_without_slot(boot: Boot, registered: dict[str, SlotStatus | None]) -> list[str]:
