@@ -3488,8 +3488,7 @@ class S6ServiceManager:
             for name in able() if desired == "running" else ():
                 self.tried(failures, name, self.make_ours)
             for up in {"start": (True,), "stop": (False,), "restart": (False, True)}[action]:
-                first = not up or action == "start"
-                failures |= self.bring(able(), up=up, timeout=timeout, desired=desired if first else "")
+                failures |= self.bring(able(), up=up, timeout=timeout, desired=desired)
             return failures | self.record_all(able(), desired)
         finally:
             for lock in locks:
@@ -3524,9 +3523,7 @@ class S6ServiceManager:
         at_once(lambda name: self.tried(failures, name, self.record, desired), names)
         return {name: failures[name] for name in names if name in failures}
 
-    def bring(
-        self, names: list[str], *, up: bool, timeout: float | None = None, desired: str = ""
-    ) -> dict[str, GatewayError]:
+    def bring(self, names: list[str], *, up: bool, timeout: float | None, desired: str = "") -> dict[str, GatewayError]:
         """Tell s6 to bring slots up or down, all in parallel, record what is desired, if anything, and wait until s6
         has done it, timeout seconds at most; return what failed, by name. A supervisor that is not there yet is waited
         for: s6-svscan takes seconds to start hundreds of them."""
