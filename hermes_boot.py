@@ -2925,12 +2925,9 @@ def reconcile_phase(boot: Boot) -> int:
         if boot.announce(f"leave the gateways alone, since {why}") and os.geteuid() == 0:
             own_static_services(boot, whole=False)
         return 0
-    if not os.path.isdir(boot.home):
-        if boot.dry_run:
-            return 0  # setup would make it first
-        raise Fatal(f"HERMES_HOME={boot.home!r} does not exist; run the setup first, or correct it")
     if boot.dry_run:
-        return as_owner(boot.owner, reconcile, boot, command)
+        there = os.path.isdir(boot.home)  # else the setup would make it first
+        return as_owner(boot.owner, reconcile, boot, command) if there else 0
     if boot.sealed and boot.scandir != SCANDIR:
         raise Fatal(f"HERMES_SEALED cannot seal S6_PROFILE_GATEWAY_SCANDIR={boot.scandir!r}; unset one of the two")
     own_services(boot)
