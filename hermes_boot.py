@@ -3633,6 +3633,7 @@ class S6ServiceManager:
 
     def made_ready(self, profile: str) -> bool:
         """Remove what a dead process has left in a profile, make its log folder; return whether that can be used."""
+        self.check_free(profile)
         left = None
         try:
             with Folder(self.home, follow=True) as home:
@@ -3648,18 +3649,21 @@ class S6ServiceManager:
             warn(f"{profile}: {fault}")
         return not log_fault
 
+    def check_free(self, profile: str) -> None:
+        """Raise AlreadyRegistered where a profile has a slot."""
+        if os.path.lexists(f"{self.scandir}/{SLOT_PREFIX}{profile}"):
+            raise AlreadyRegistered(f"{profile}: has a gateway already; see `hermes-boot status`")
+
     def publish(self, profile: str, files: Files, *, start: bool, group: int | None = None) -> None:
         """Put a profile's slot into the scandir and wait until s6 supervises it. group is for root, see build."""
         name = SLOT_PREFIX + profile
         limit, full = slot_limit(self.scandir)
-        if profile not in (names := self.list_profile_gateways()) and len(names) >= limit:
+        if len(self.list_profile_gateways()) >= limit:
             raise CommandFailed(f"{profile}: {full}")
-        if not os.path.lexists(f"{self.scandir}/{name}"):
-            self.end_strays(name)
+        self.end_strays(name)
         try:
             with Folder(self.scandir, follow=True) as scandir, Lock(scandir):
-                if scandir.stat(name):
-                    raise AlreadyRegistered(f"{profile}: has a gateway already; see `hermes-boot status`")
+                self.check_free(profile)
                 build(scandir, name, files, start=start, group=group)
         except OSError as error:
             sealed = "; HERMES_SEALED leaves that to root: `docker exec CONTAINER hermes-boot gateway register -p NAME`"

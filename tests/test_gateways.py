@@ -510,6 +510,19 @@ def test_two_managers_interleave_without_a_leftover(gateways):
     assert not any("s6-log" in line for line in host.box.processes().values())
 
 
+@pytest.mark.parametrize("sealed", ["", "1"])
+def test_to_register_a_gateway_that_runs_takes_nothing_from_it(gateways, sealed):
+    """What a dead container's process left goes before a slot is made; this one's pid file is a living one's."""
+    host = gateways({"a": RUN}, "running", environment={"HERMES_SEALED": sealed})
+    assert wait_for(lambda: host.up("a"))
+    files = [host.folder("a") / name for name in ("gateway.pid", "processes.json")]
+    for file in files:
+        file.write_text("living\n")
+    done = host.do("register", "-p", "a")
+    assert (done.returncode, done.stdout) == (1, "") and "a: has a gateway already" in done.stderr, done
+    assert [file.exists() for file in files] == [True, True]
+
+
 def test_a_slot_that_goes_meanwhile_is_that_gateways_failure_alone(gateways):
     """Somebody unregisters one between its lock and its signal; the others stop."""
     host = gateways({"a": RUN})
