@@ -3761,8 +3761,9 @@ def ask_for_profile(boot: Boot, action: str, option: str | None, output: int) ->
     take_umask(boot.environment)
     manager = S6ServiceManager(environment=boot.environment)
     profile, start, to_folder = named_profile(manager, option), False, False
-    if action == "unregister":
+    if action != "register":
         profile = manager.valid(profile)
+    if action == "unregister":
         manager.end(profile)
     elif action in DONE and profile in manager.list_profile_gateways():
         return 0

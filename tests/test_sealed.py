@@ -74,6 +74,8 @@ def test_a_profile_gets_its_slot_from_root(host):
     assert (done.returncode, done.stdout) == (0, "new: registered\nnew: started\n"), done
     assert wait_for(lambda: host.up("new")) and host.state("new")["desired_state"] == "running"
     assert host.do("register", "-p", "new").returncode == 1
+    done = host.do("start", "-p", "gateway-new")  # a service's name, as everywhere
+    assert (done.returncode, done.stdout) == (0, "gateway-new: started\n"), done
     done = host.do("unregister", "-p", "new")
     assert (done.returncode, done.stdout) == (0, "new: unregistered\n"), done
     done = host.do("register", "-p", "new")
