@@ -3625,11 +3625,18 @@ class S6ServiceManager:
         """Publish a profile's slot, whole or not at all, and wait until s6 supervises it. extra_env is exported to the
         gateway; without start_now the slot waits for `start`."""
         self.valid(profile)
+        self.check_rights("register", profile)
         for name, value in (extra_env or {}).items():
             if not name.isascii() or not name.isidentifier() or "\0" in value:
                 raise InvalidName(f"extra_env: {name!r} cannot be a variable; use letters, digits and _")
         files = slot_files(profile, self.stop_timeout, extra_env, to_folder=self.made_ready(profile))
         self.publish(profile, files, start=start_now)
+
+    def check_rights(self, action: str, profile: str) -> None:
+        """Raise CommandFailed where only root may publish and remove slots."""
+        if os.geteuid() != 0 and is_sealed(self.environment):
+            command = f"docker exec CONTAINER hermes-boot gateway {action} -p {profile}"
+            raise CommandFailed(f"{profile}: HERMES_SEALED leaves that to root: `{command}`")
 
     def made_ready(self, profile: str) -> bool:
         """Remove what a dead process has left in a profile, make its log folder; return whether that can be used."""
@@ -3666,9 +3673,7 @@ class S6ServiceManager:
                 self.check_free(profile)
                 build(scandir, name, files, start=start, group=group)
         except OSError as error:
-            sealed = "; HERMES_SEALED leaves that to root: `docker exec CONTAINER hermes-boot gateway register -p NAME`"
-            advice = sealed if is_sealed(self.environment) else ""
-            raise CommandFailed(f"{profile}: its slot could not be made: {reason(error)}{advice}") from error
+            raise CommandFailed(f"{profile}: its slot could not be made: {reason(error)}") from error
         rescan(self.scandir)
         if not until(lambda: is_supervised(f"{self.scandir}/{name}"), 5) and is_watched(self.scandir):
             self.withdraw(profile)
@@ -3686,6 +3691,7 @@ class S6ServiceManager:
 
     def unregister_profile_gateway(self, profile: str, *, timeout: float | None = None) -> None:
         """Stop a gateway, and once it has ended remove its slot, supervisors and logger included."""
+        self.check_rights("unregister", self.valid(profile))
         self.end(profile, timeout)
         self.withdraw(profile)
 

@@ -68,12 +68,16 @@ def test_a_profile_gets_its_slot_from_root(host):
     new_profile(host, "new")
     done = host.do("register", "-p", "new", user="hermes")
     assert done.returncode == 1 and "HERMES_SEALED leaves that to root" in done.stderr
+    assert not (host.volume / "logs/gateways/new").exists()
     done = host.box.exec("hermes", "-p", "new", "gateway", "start", user="hermes")
     assert done.returncode == 4 and "`hermes-boot gateway register -p new`" in done.stderr
     done = host.box.exec("hermes", "-p", "new", "gateway", "start")
     assert (done.returncode, done.stdout) == (0, "new: registered\nnew: started\n"), done
     assert wait_for(lambda: host.up("new")) and host.state("new")["desired_state"] == "running"
     assert host.do("register", "-p", "new").returncode == 1
+    assert wait_for(lambda: host.up("new"))
+    done = host.do("unregister", "-p", "new", user="hermes")
+    assert done.returncode == 1 and "gateway unregister -p new`" in done.stderr and host.up("new"), done
     done = host.do("start", "-p", "gateway-new")  # a service's name, as everywhere
     assert (done.returncode, done.stdout) == (0, "gateway-new: started\n"), done
     done = host.do("unregister", "-p", "new")
