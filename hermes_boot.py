@@ -2101,8 +2101,9 @@ def wants_migration(boot: Boot, home: Folder, *, fresh: bool) -> bool:
 
 
 def migrate_config(boot: Boot) -> int:
-    """As hermes: run `hermes config migrate` for every profile that has a config.yaml of an older version; return 1
-    when one was not migrated, which is tried again at the next boot. What the agent says is in logs/."""
+    """Become hermes, run `hermes config migrate` for every profile that has a config.yaml of an older version; return
+    1 when one was not migrated, which is tried again at the next boot. What the agent says is in logs/."""
+    become_hermes()
     take_umask(boot.environment)
     version, code = image_version(), 0
     with open_home(boot) as home, home.folder("logs", make=True) as logs:

@@ -124,7 +124,7 @@ def test_who_is_neither_root_nor_hermes_is_told_so(container):
 
 
 @pytest.mark.sandbox
-def test_the_migration_has_the_umask_too(container, tmp_path):
+def test_the_migration_has_the_umask_too_and_is_hermess(container, tmp_path):
     """The agent's own part of it, and the backup's folder."""
     home = tmp_path / "volume"
     home.mkdir()
@@ -132,10 +132,12 @@ def test_the_migration_has_the_umask_too(container, tmp_path):
     (home / "config.yaml").touch()
     box = container(environment={"UMASK": "027"})
     (box.upper / "opt/hermes/.venv/lib/python3.11/site-packages/hermes_agent-0.19.0.dist-info").mkdir(parents=True)
-    box.put_agent("#!/bin/sh\numask >/opt/data/found\n")
-    done = box.run("true")
-    assert done.returncode == 0 and (home / "found").read_text() == "0027\n", done.stderr.decode()
+    box.put_agent("#!/bin/sh\n{ umask; id -un; } >>/opt/data/found\n")
+    box.start("sleep", "infinity")
+    assert (home / "found").read_text() == "0027\nhermes\n", box.log()
     assert stat.S_IMODE((home / "backups").stat().st_mode) == 0o750
+    assert box.exec("hermes-boot", "migrate").returncode == 0  # by root, by hand
+    assert (home / "found").read_text() == "0027\nhermes\n" * 2
 
 
 @pytest.mark.parametrize("umask", ["9", "abc", "1777", "00022", "0o22", "-1"])
