@@ -66,6 +66,15 @@ def test_the_runtime_folder_is_hermess_alone(container):
     assert box.exec("stat", "-c", "%U %a", "/tmp/hermes-runtime").stdout == "hermes 700\n"
 
 
+def test_a_setup_by_hand_has_nothing_to_warn_of(container):
+    """Nor as hermes: the environment, which root has closed, is not its to close."""
+    box = container()
+    box.start("sleep", "infinity")
+    for user in ("hermes", None):
+        done = box.exec("hermes-boot", "setup", user=user)
+        assert done.returncode == 0 and "warning" not in done.stderr, done
+
+
 @pytest.mark.parametrize("umask", ["002", "027", "77", "0022"])
 def test_new_folders_and_seeds_follow_the_umask_and_secrets_do_not(container, tmp_path, umask):
     """As LinuxServer's images have it; a gateway's log included."""
