@@ -2786,7 +2786,7 @@ def setup(boot: Boot) -> int:
     read_secrets(boot)
     if not boot.dry_run:
         close_environment(boot)
-    if euid != 0 and switch(boot.setting("HERMES_SEALED")):
+    if euid != 0 and switch(boot.setting("HERMES_SEALED")) and not is_sealed(boot.environment):
         warn("HERMES_SEALED seals nothing here: without root, nothing in this container is root's; unset it")
     boot.announce(f"run as {boot.owner[0]}:{boot.owner[1]}")
     if euid == 0:

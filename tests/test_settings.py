@@ -66,9 +66,10 @@ def test_the_runtime_folder_is_hermess_alone(container):
     assert box.exec("stat", "-c", "%U %a", "/tmp/hermes-runtime").stdout == "hermes 700\n"
 
 
-def test_a_setup_by_hand_has_nothing_to_warn_of(container):
-    """Nor as hermes: the environment, which root has closed, is not its to close."""
-    box = container()
+@pytest.mark.parametrize("sealed", ["", "1"])
+def test_a_setup_by_hand_has_nothing_to_warn_of(container, sealed):
+    """Nor as hermes: what root has closed, the environment or the slots, is not its to close."""
+    box = container(environment={"HERMES_SEALED": sealed})
     box.start("sleep", "infinity")
     for user in ("hermes", None):
         done = box.exec("hermes-boot", "setup", user=user)
