@@ -39,15 +39,19 @@ def needs_strace() -> None:
 
 def opened_by_root(trace: str, home: str) -> list[str]:
     """Return the files below a folder that root has opened for more than their name, by strace -f -y of a process that
-    started as root; folders excepted."""
+    started as root; folders excepted. A child's first calls may stand before the one that made it has returned."""
+    births = re.findall(r"^(\d+) +(?:<\.\.\. )?(?:clone3?|v?fork)\b.* = (\d+)$", trace, re.MULTILINE)
+    parents = {child: parent for parent, child in births}
+    seen: set[str] = set()
     dropped: set[str] = set()
     found = []
     for line in trace.splitlines():
         pid, _, call = line.partition(" ")
         call = call.strip()
-        if match := re.match(r"(?:clone3?|v?fork)\(.* = (\d+)$", call):
-            dropped |= {match[1]} if pid in dropped else set()
-        elif re.match(r"set(res|re)?uid\(10000.* = 0$", call):
+        if pid not in seen:
+            seen.add(pid)
+            dropped |= {pid} if parents.get(pid) in dropped else set()
+        if re.match(r"set(res|re)?uid\(10000.* = 0$", call):
             dropped.add(pid)
         elif pid not in dropped and re.match(r"open(at|at2)?\(.* = \d+<", call):
             path = re.search(r" = \d+<([^>]*)>", call)[1]
