@@ -19,7 +19,7 @@ MUTANTS = {
     "any PATH entry": ("main_wrapper.py", "os.path.isfile(path) and os.access(path, os.X_OK)", "os.path.exists(path)"),
     "a dash": ("main_wrapper.py", 'and not word.startswith("-")', ""),
     "any flag": ("main_wrapper.py", 'rest[2:] not in ([], ["--all"])', "False"),
-    "any action": ("main_wrapper.py", 'rest[1] not in ("start", "stop", "restart")', "False"),
+    "any action": ("main_wrapper.py", "rest[:2] not in ours", "len(rest) < 2"),
     "blanks": ("hermes_boot.py", "value.strip().lower()", "value.lower()"),
     "every newline": ("hermes_boot.py", '.removesuffix(b"\\n"))', ".rstrip())"),
     "a profile's home": ("hermes_boot.py", 'os.path.basename(parent) == "profiles"', "False"),
