@@ -480,7 +480,11 @@ class Folder:
         parent = self
         for name in path.split("/"):
             try:
-                child = parent.made(name) if make else Folder(name, parent.fd)
+                child = Folder(name, parent.fd)  # first: NFS may refuse to make what is there already
+            except FileNotFoundError:
+                if not make:
+                    raise
+                child = parent.made(name)
             finally:
                 if parent is not self:
                     os.close(parent.fd)
@@ -647,7 +651,8 @@ def trusted_folder(path: str, *, make: bool = False) -> Folder:
             continue
         safe = safe and folder.is_roots()
         try:
-            child = folder.made(name) if make and len(names) < given else Folder(name, folder.fd)
+            missing = make and len(names) < given and folder.stat(name) is None
+            child = folder.made(name) if missing else Folder(name, folder.fd)
         except OSError as error:
             links += 1
             is_link = safe and links < 40 and error.errno in (errno.ELOOP, errno.ENOTDIR)
