@@ -109,20 +109,6 @@ def test_the_strictest_umask_and_sealed_slots_go_together(container, tmp_path):
     assert {lines[0] for lines in found.values()} == {"0077"}
 
 
-def test_a_shutdown_timeout_that_is_none_is_said_at_the_boot(container):
-    """And not only at the end, when nobody looks."""
-    done = container(environment={"HERMES_SHUTDOWN_TIMEOUT": "8s"}).run("true")
-    said = b"warning: HERMES_SHUTDOWN_TIMEOUT='8s' is not a number of seconds from 0 to 86400; using 8\n"
-    assert done.returncode == 0 and said in done.stderr
-
-
-def test_a_setup_by_hermes_says_nothing_of_what_root_has_done(container):
-    """The environment's folder is closed already."""
-    box = container()
-    box.start("sleep", "infinity")
-    assert "warning" not in box.exec("hermes-boot", "setup", user="hermes").stderr
-
-
 def test_who_is_neither_root_nor_hermes_is_told_so(container):
     """Where the agent has closed the volume."""
     box = container()
