@@ -3955,9 +3955,12 @@ def fallback_init(why: str, words: list[str]) -> int:
     sys.argv = ["/init"]
     boot = Boot(process_environment())
     kept = number_in(boot.setting("S6_KEEP_ENV"), 1, MAX_SECONDS)
+    folders = (boot.setting("PATH") or os.defpath).split(":")
+    missing = [folder for folder in ("/command", "/usr/bin", "/bin") if folder not in folders]  # as s6-overlay's init
+    boot.environment["PATH"] = path = ":".join([*missing, *folders])
     lay_out_run({} if kept else boot.environment)
     children = Children()
-    environment = (boot.environment if kept else {}) | {"PATH": f"/command:{boot.setting('PATH') or os.defpath}"}
+    environment = boot.environment if kept else {"PATH": path}
     no_stdin = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]  # that is the command's
     try:
         svscan = children.start([s6_program("s6-svscan"), SCANDIR], environment, file_actions=no_stdin)
