@@ -2562,6 +2562,7 @@ def run_script(profile: str, extra_env: dict[str, str] | None = None) -> str:
         "exec 2>&1",
         *FIND_HOME,
         'export HOME="$home" HERMES_HOME="$home" HERMES_S6_SUPERVISED_CHILD=1 HERMES_SUPERVISED_CHILD=1',
+        f'case ":$PATH:" in *:{COMMAND_FOLDERS[0]}:*) ;; *) PATH="{COMMAND_FOLDERS[0]}:$PATH" ;; esac',
         'cd "$home" || cd /',
     ]
     if profile != "default":

@@ -209,12 +209,13 @@ def test_a_folder_of_the_volume_before_the_systems_is_refused(container, path, u
 
 
 @SERVICES
-def test_a_folder_of_the_volume_after_the_systems_is_not(container, entrypoint):
-    """People keep tools there. Root finds s6's programs before them, though this PATH has not got these."""
-    given = f"{SYSTEM}:/opt/data/bin:/opt/data/x"
-    box = container(environment={"PATH": given}, entrypoint=entrypoint)
-    done = box.run("cat", "/run/s6/container_environment/PATH")
-    assert (done.returncode, done.stdout.decode()) == (0, f"/command:{given}\n"), done.stderr
+def test_a_folder_of_the_volume_after_the_systems_is_not(gateways, entrypoint):
+    """People keep tools there. Root finds s6's programs before them, and a gateway the image's `hermes`, though this
+    PATH has got neither."""
+    path = f"{SYSTEM}:/opt/data/bin:/opt/data/x"
+    host = gateways({}, "running", environment={"PATH": path}, entrypoint=entrypoint)
+    assert host.box.exec("cat", "/run/s6/container_environment/PATH").stdout == f"/command:{path}\n"
+    assert wait_for(lambda: host.starts("default")), host.box.log()
 
 
 # Processes that hermes stops

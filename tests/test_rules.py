@@ -389,6 +389,7 @@ home="${HERMES_HOME:-/opt/data}"
 home="${home%"${home##*[!/]}"}"
 case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac
 export HOME="$home" HERMES_HOME="$home" HERMES_S6_SUPERVISED_CHILD=1 HERMES_SUPERVISED_CHILD=1
+case ":$PATH:" in *:/opt/hermes/bin:*) ;; *) PATH="/opt/hermes/bin:$PATH" ;; esac
 cd "$home" || cd /
 [ -d "$home/profiles/coder" ] || s6-setuidgid hermes test -d "$home/profiles/coder" || { echo "coder: profiles/coder is no folder, so its gateway is parked"; exit 78; }
 unset $(awk 'BEGIN { for (name in ENVIRON) if (name ~ /^API_SERVER_[A-Z0-9_]+$/) print name }')
