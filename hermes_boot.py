@@ -180,8 +180,10 @@ def pid_1() -> str:
 
 
 def s6_is_pid_1() -> bool:
-    """Return whether s6-overlay supervises this container."""
-    return pid_1() == "s6-svscan" and os.path.isdir("/run/s6/basedir")
+    """Return whether s6-overlay supervises this container. PID 1 may be another container's, where ours has the
+    fallback init."""
+    ours = os.path.isdir("/run/s6/basedir") and not os.path.lexists(SUPERVISOR_PROCESS)
+    return ours and pid_1() == "s6-svscan"
 
 
 def supervised() -> bool:

@@ -149,8 +149,10 @@ def pid_1() -> str:
 
 
 def s6_is_pid_1() -> bool:
-    """Return whether s6-overlay supervises this container."""
-    return pid_1() == "s6-svscan" and os.path.isdir("/run/s6/basedir")
+    """Return whether s6-overlay supervises this container. PID 1 may be another container's, where ours has the
+    fallback init."""
+    ours = os.path.isdir("/run/s6/basedir") and not os.path.lexists(SUPERVISOR_PROCESS)
+    return ours and pid_1() == "s6-svscan"
 
 
 def supervised() -> bool:
@@ -392,10 +394,11 @@ def init(words: list[str]) -> int:
     if fault:
         print(f"init: fatal: {fault}", file=sys.stderr)
         return code
-    try:
-        os.unlink(COMMAND_PROCESS)  # an earlier start's, where /run is kept: a stop would take the boot for over
-    except OSError:
-        pass  # there is none
+    for path in (COMMAND_PROCESS, SUPERVISOR_PROCESS):
+        try:
+            os.unlink(path)  # an earlier start's, where /run is kept: a stop would take the boot for over
+        except OSError:
+            pass  # there is none
     why, folder = obstacle(), os.readlink("/proc/self/cwd")
     if set(folder) & set(" \t\n*?["):  # s6-overlay would take it for several words, and hang
         environment[WORKDIR] = folder

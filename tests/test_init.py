@@ -172,6 +172,24 @@ def test_orphans_are_reaped_and_strangers_are_left_alone(container):
     assert (done.returncode, done.stdout) == (3, b"alive\n"), done
 
 
+@pytest.mark.sandbox
+def test_another_containers_s6_as_pid_1_is_not_ours(gateways):
+    """In a PID namespace that is shared with a container of this image, at a restart with the same /run too."""
+    host = gateways({"a": RUN}, "running")
+    look = "s6-svwait -t 5000 -u /run/service/gateway-default && hermes-boot health; hermes-boot doctor"
+    script = f"""
+        mount -t tmpfs -o mode=755 none /run
+        mount -t tmpfs none /opt/data
+        echo exec sleep 300 >/opt/data/does
+        echo '{{"desired_state": "running"}}' >/opt/data/gateway_state.json
+        for start in 1 2; do {" ".join(INIT)} sh -c '{look}'; done
+    """
+    done = host.box.exec("unshare", "-m", "sh", "-ec", script)
+    assert done.stdout.count("healthy: 1 up, 0 not wanted\n") == 2, done
+    assert done.stdout.count("s6-svscan answers on /run/service, below another PID 1") == 2, done
+    assert "supervisors:" not in done.stdout  # the other container's are no strays of ours
+
+
 def test_the_command_has_the_terminal(container):
     """It is in the foreground, so that ^C and job control are its own."""
     import pty
