@@ -4583,7 +4583,7 @@ def doctor(boot: Boot, *, as_json: bool, fix: bool) -> int:
             pass  # what keeps it from that, the checks say
         if is_sealed(boot.environment) and not no_gateways(boot, container_words()):
             reconcile_phase(boot)
-    timeout = command_timeout(boot.environment, waits=False)
+    timeout = CHILD_TIMEOUT if fix else command_timeout(boot.environment, waits=False)
     return by_hermes(timeout, doctor_as_hermes, boot, owner_checks(boot), as_json, fix)
 
 
@@ -4891,10 +4891,10 @@ def dashboard_checks(boot: Boot) -> list[Check]:
 def repair_slot(boot: Boot, name: str) -> str:
     """Have s6-svscan look again, else publish the slot anew, as the next boot would. Raises GatewayError."""
     slot, manager = f"{boot.scandir}/{SLOT_PREFIX}{name}", S6ServiceManager(environment=boot.environment)
-    rescan(boot.scandir)
-    if until(lambda: is_supervised(slot), 1):
-        return "s6-svscan has taken up its slot"
     if os.path.lexists(slot):
+        rescan(boot.scandir)
+        if until(lambda: is_supervised(slot), 1):
+            return "s6-svscan has taken up its slot"
         manager.withdraw(name)
     start = starts_by_itself(manager, name)
     manager.register_profile_gateway(name, start_now=start)

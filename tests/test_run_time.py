@@ -79,6 +79,19 @@ def test_a_profile_from_elsewhere_gets_its_slot_by_start(gateways):
     assert host.do("list").stdout == "a\ndefault\nnew\n"
 
 
+def test_doctor_gives_many_profiles_their_slots(gateways):
+    """As after a restore at run time: root's limit on what hermes does is none on that, and none of them waits."""
+    host = gateways({}, "running")
+    for number in range(50):
+        folder = host.folder(f"p{number}")
+        folder.mkdir(parents=True)
+        (folder / "SOUL.md").touch()
+    started = time.monotonic()
+    done = host.box.exec(MANAGER, "doctor", "--fix")
+    assert done.returncode == 0 and done.stderr.count("published its slot (registered)") == 50, done
+    assert time.monotonic() - started < 15 * busy()
+
+
 def test_a_slot_whose_profile_is_gone_parks_and_doctor_removes_it(gateways):
     """One line, one start, code 78."""
     host = gateways({"a": RUN}, "running")
