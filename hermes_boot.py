@@ -2132,7 +2132,7 @@ def is_older_config(folder: Folder) -> bool:
     import re
 
     try:
-        found = re.search(rb"^_config_version:\s*(\d+)", folder.read("config.yaml", 16 << 20), re.MULTILINE)
+        found = re.search(rb"^_config_version:\s*(\d{1,9})\b", folder.read("config.yaml", 16 << 20), re.MULTILINE)
     except FileNotFoundError:
         return False
     except OSError:

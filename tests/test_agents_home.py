@@ -155,6 +155,19 @@ def test_every_profile_with_a_configuration_is_migrated(container, tmp_path):
     assert b"migrate" not in box.run("true").stderr
 
 
+def test_a_configuration_of_no_version_costs_no_other_its_migration(container, tmp_path):
+    """A number that Python takes for none, in the profile before."""
+    volume = tmp_path / "volume"
+    for name, version in (("a", "1" * 5000), ("b", "1")):
+        (volume / "profiles" / name).mkdir(parents=True)
+        (volume / "profiles" / name / "SOUL.md").touch()
+        (volume / "profiles" / name / "config.yaml").write_text(f"_config_version: {version}\n")
+    (volume / "config.yaml").write_text("_config_version: 1\n")
+    done = container(agent=True).run("true")
+    assert b"b: configuration migrated" in done.stderr and b"Traceback" not in done.stderr, done.stderr
+    assert "_config_version: 33" in (volume / "profiles/b/config.yaml").read_text()
+
+
 def test_a_configuration_that_is_mounted_read_only_is_one_line(container, tmp_path):
     """No backup, no migration, no traceback, at each boot; doctor's way out is one."""
     volume, mounted = tmp_path / "volume", tmp_path / "config.yaml"
