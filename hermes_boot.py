@@ -3207,12 +3207,13 @@ def deaths(slot: str) -> list[tuple[float, int]]:
 
 def death_times(slot: str, tally: list[tuple[float, int]] | None = None) -> list[float]:
     """Return when the last deaths in a slot were, in seconds since 1970, after an operator's last start, since what the
-    operator ended is in no crash loop; that start's time is the FIFO back-off's. tally is deaths(), where known."""
+    operator ended is in no crash loop; that start's time is the FIFO back-off's. tally is deaths(), where known. What
+    is yet to come, by a clock that was set back or hermes's word, is none."""
     try:
         started = os.stat(f"{slot}/back-off", follow_symlinks=False).st_mtime
     except OSError:
         started = 0.0  # a logger's, or a slot that hermes-agent made
-    return [moment for moment, _ in (deaths(slot) if tally is None else tally) if moment > started]
+    return [moment for moment, _ in (deaths(slot) if tally is None else tally) if started < moment < time.time() + 1]
 
 
 def back_off(times: list[float]) -> int:

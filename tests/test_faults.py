@@ -471,6 +471,10 @@ def test_what_hermes_puts_into_the_scandir_stops_no_command(gateways):
         mkfifo gateway-c/supervise/status gateway-c/supervise/control
         sleep 60 <>gateway-c/supervise/control >&- 2>&- &
         rm gateway-b/supervise/death_tally && printf '%014d' 0 | tr 0 '\\177' >gateway-b/supervise/death_tally
+        mkdir -p gateway-e/supervise && mkfifo gateway-e/supervise/control
+        sleep 60 <>gateway-e/supervise/control >&- 2>&- &
+        printf '%034d\\4' 0 | tr 0 '\\0' >gateway-e/supervise/status
+        printf '%084d' 0 | tr 0 '\\177' >gateway-e/supervise/death_tally
         mkdir .gateway-d.tmp && cd .gateway-d.tmp && for i in $(seq 1500); do mkdir d; cd -P d; done
     """
     assert host.box.exec("sh", "-c", f"cd /run/service; {script}", user="hermes").returncode == 0
