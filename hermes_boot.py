@@ -1771,7 +1771,8 @@ def sweep_volume(boot: Boot) -> Sweep:
     """Check all that hermes manages on the volume, and change wrong owners unless it is a dry run. Who the volume
     belongs to until then is who hermes was before, root excepted."""
     with trusted_folder(boot.home) as home:
-        top = os.fstat(home.fd).st_uid if home.roots_way else 0  # else hermes could have put another's folder there
+        # Else hermes could have put another's folder there, or never was that user: each boot of its leaves logs.
+        top = os.fstat(home.fd).st_uid if home.roots_way and home.stat("logs") else 0
         mounts = mount_points()
         holder = holding_mount(boot.home, mounts)[0]
         others = any(point != holder and point.startswith(holder) for point, _ in mounts)  # hermes may move these

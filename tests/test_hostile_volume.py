@@ -157,6 +157,21 @@ def test_hermess_own_entries_of_a_mount_follow_a_remap(container, tmp_path):
     assert owner(skills) == (1500, 10000) and owner(project) == (0, 0)
 
 
+def test_a_first_boot_takes_nobody_for_hermes(container, tmp_path):
+    """Who made the volume may have other folders, mounted below it or linked to: these stay as they are."""
+    volume, project = tmp_path / "volume", tmp_path / "project"
+    for folder in (volume / "workspace", project):
+        folder.mkdir(parents=True)
+    (project / "file").write_text("x")
+    os.link(project / "file", volume / "workspace/linked")
+    for path in (volume, volume / "workspace", project, project / "file"):
+        os.chown(path, 1000, 1000)
+    done = container(mounts=((str(project), "/opt/data/workspace/project"),)).run("true")
+    assert owner(project) == owner(project / "file") == (1000, 1000)
+    assert owner(volume) == owner(volume / "workspace") == HERMES
+    assert b"entries of mounts below /opt/data are not hermes's and stay so" in done.stderr, done.stderr
+
+
 def test_a_file_that_is_mounted_with_something_in_it_stays_the_operators(container, tmp_path):
     """It may be any file of the host, by a link that hermes has put on the engine's way."""
     (tmp_path / "config.yaml").write_text("a: 1\n")
