@@ -2822,19 +2822,20 @@ def setup(boot: Boot) -> int:
 
 def close_environment(boot: Boot) -> None:
     """Keep the container's environment, which has its keys, from everybody but root and hermes. s6-overlay opens that
-    folder at its start, and reads it as root."""
-    try:
-        with trusted_folder(CONTAINER_ENVIRONMENT) as folder:
-            if folder.is_roots() != (os.geteuid() == 0):
-                return  # root has done it, or cannot
-            for name in [*os.listdir(folder.fd), "."]:
-                if os.geteuid() == 0:
-                    os.chown(name, 0, boot.owner[1], dir_fd=folder.fd, follow_symlinks=False)
-                os.chmod(name, 0o750 if name == "." else 0o640, dir_fd=folder.fd)
-    except FileNotFoundError:
-        pass  # S6_KEEP_ENV=1, or no container of ours
-    except OSError as error:
-        warn(f"{CONTAINER_ENVIRONMENT} {described(error)}, so every user of the container can read its environment")
+    folder at its start, and reads it as root; with S6_KEEP_ENV=1 there is another."""
+    for path in (CONTAINER_ENVIRONMENT, "/run/s6/basedir/env"):
+        try:
+            with trusted_folder(path) as folder:
+                if folder.is_roots() != (os.geteuid() == 0):
+                    continue  # root has done it, or cannot
+                for name in [*os.listdir(folder.fd), "."]:
+                    if os.geteuid() == 0:
+                        os.chown(name, 0, boot.owner[1], dir_fd=folder.fd, follow_symlinks=False)
+                    os.chmod(name, 0o750 if name == "." else 0o640, dir_fd=folder.fd)
+        except FileNotFoundError:
+            pass  # no container of ours
+        except OSError as error:
+            warn(f"{path} {described(error)}, so every user of the container can read its environment")
 
 
 def setup_phase(boot: Boot) -> int:

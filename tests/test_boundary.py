@@ -158,6 +158,16 @@ def test_only_root_and_hermes_read_the_containers_environment(gateways, entrypoi
         assert host.box.exec("cat", f"{path}/SOME_API_KEY", user=user).stdout == "k-1\n"
 
 
+def test_an_environment_that_is_kept_is_no_more_open(container):
+    """S6_KEEP_ENV=1, for which s6-overlay has a folder of its own."""
+    box = container(environment={"S6_KEEP_ENV": "1", "SOME_API_KEY": "k-1"})
+    box.start("sleep", "infinity")
+    script = (
+        "import os\nos.setgroups([]); os.setgid(33); os.setuid(33)\nos.execlp('grep', 'grep', '-rsl', 'k-1', '/run')"
+    )
+    assert box.exec("/usr/bin/python3", "-IBSc", script).stdout == ""
+
+
 @pytest.mark.sandbox
 def test_a_run_that_everybody_may_write_becomes_roots(container):
     """As an emptyDir is, and s6-overlay makes it; what hermes has put there does not count."""
