@@ -400,6 +400,7 @@ def init(words: list[str]) -> int:
         except OSError:
             pass  # there is none
     why, folder = obstacle(), os.readlink("/proc/self/cwd")
+    environment.pop(WORKDIR, None)  # given by somebody else it says nothing of ours
     if set(folder) & set(" \t\n*?["):  # s6-overlay would take it for several words, and hang
         environment[WORKDIR] = folder
         os.chdir("/")

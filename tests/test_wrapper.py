@@ -116,6 +116,7 @@ def test_the_process_environment_is_right_with_keep_env(container):
 def test_the_working_directory_is_kept(container):
     """`docker run -w`."""
     assert container(workdir="/usr/share").run("pwd").stdout == b"/usr/share\n"
+    assert container(environment={"HERMES_WORKDIR": "/none"}).run("pwd").stdout == b"/opt/data\n"
 
 
 @pytest.mark.parametrize("entrypoint", [(), ENTRYPOINT], ids=["PID 1", "below another"])
