@@ -3240,13 +3240,14 @@ def is_looping(status: SlotStatus, times: list[float]) -> bool:
 
 def stray_supervisors(scandir: str) -> list[str]:
     """Return the names of the slots and loggers, `gateway-NAME` and `gateway-NAME/log`, that have a supervisor too
-    many: somebody has removed or replaced their folder, and s6-svscan was not told to let go of the old one's."""
-    children = families()
-    svscans = [1] if s6_is_pid_1() else children.get(read_pid_file(SUPERVISOR_PROCESS) or -1, [])
-    strays, seen = [], set()
+    many: somebody has removed or replaced their folder, and s6-svscan was not told to let go of the old one's. An
+    orphan of hermes's that has such a command line is none: it is not the supervisor's user's."""
+    children, top = families(), 1 if s6_is_pid_1() else read_pid_file(SUPERVISOR_PROCESS) or -1
+    svscans = [1] if s6_is_pid_1() else children.get(top, [])
+    strays, seen, user = [], set(), owner_of(f"/proc/{top}")
     for process in [child for svscan in svscans for child in children.get(svscan, [])]:
         program, name = [*map(os.fsdecode, command_of(process)[1]), "", ""][:2]
-        if program == "s6-supervise" and name.startswith(SLOT_PREFIX):
+        if program == "s6-supervise" and name.startswith(SLOT_PREFIX) and owner_of(f"/proc/{process}") == user:
             if name in seen or not os.path.isdir(f"{scandir}/{name}"):
                 strays.append(name)
             seen.add(name)
@@ -3828,7 +3829,7 @@ def gateway_command(boot: Boot, action: str, profile: str | None, every: bool) -
             return control_as_root(boot, action, profile)
         if action in ("start", "restart") and (code := control_as_root(boot, action, profile)):
             return code
-    timeout = command_timeout(boot.environment, waits=action in (*DONE, "unregister"))
+    timeout = command_timeout(boot.environment, waits=action not in ("status", "list"))
     return by_hermes(timeout, gateway_as_hermes, boot, action, profile, every)
 
 

@@ -160,6 +160,25 @@ def test_a_slot_that_somebody_has_removed_runs_once(gateways, entrypoint):
     assert [check for check in doctor(host) if check["check"] in ("a", "b", "supervisors")] == []
 
 
+FALSE = """cd /tmp; echo sleep 300 >gateway-new
+(setsid bash -c 'exec -a s6-supervise sh gateway-new' &)
+(setsid bash -c '(exec -a s6-supervise sh gateway-new) & wait' &)
+exec sleep infinity
+"""
+
+
+@pytest.mark.parametrize("entrypoint", [(), INIT], ids=["s6-overlay", "another init"])
+def test_a_process_of_hermess_is_taken_for_no_supervisor(container, entrypoint):
+    """By its command line, below PID 1 or s6-svscan's own parent: a new slot would wait for its end, in vain."""
+    box = container(entrypoint=entrypoint)
+    host = Gateways(box, {"new": RUN}, "running", command=("bash", "-c", FALSE))
+    assert wait_for(lambda: len(processes(host, "s6-supervise gateway-new")) == 4) and wait_for(lambda: host.up("new"))
+    assert [check for check in doctor(host) if check["check"] == "supervisors"] == []
+    assert host.do("unregister", "-p", "new").returncode == 0
+    done = host.do("register", "-p", "new")
+    assert (done.returncode, done.stdout) == (0, "new: registered, started\n"), done
+
+
 def test_commands_that_overlap_follow_one_another_and_the_last_one_is_the_intent(gateways):
     """A start waits for the stop before it, however long the gateway drains; what runs is what is recorded."""
     host = gateways({"a": "trap 'sleep 3; exit 0' TERM\necho ready\nwhile :; do sleep 0.05; done\n"}, "running")
