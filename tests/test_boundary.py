@@ -168,6 +168,23 @@ def test_an_environment_that_is_kept_is_no_more_open(container):
     assert box.exec("/usr/bin/python3", "-IBSc", script).stdout == ""
 
 
+DEEP = """import os, sys
+for path in "/run/service/x", "/run/s6-rc:x/servicedirs/dashboard/event/x":
+    os.makedirs(path); os.chdir(path)
+    for _ in range(3000): os.mkdir("deep"); os.chdir("deep")
+os.chdir("/")
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.mark.overlay
+@pytest.mark.sandbox
+def test_what_hermes_has_left_in_a_run_that_is_kept_stops_no_start(container):
+    """By an engine that restarts a container; s6-overlay cannot remove what is too deep, and would end with 111."""
+    done = container(first=("/usr/bin/python3", "-c", DEEP, *INIT)).run("echo", "done")
+    assert (done.returncode, done.stdout) == (0, b"done\n"), done.stderr[-1000:]
+
+
 @pytest.mark.sandbox
 def test_a_run_that_everybody_may_write_becomes_roots(container):
     """As an emptyDir is, and s6-overlay makes it; what hermes has put there does not count."""
