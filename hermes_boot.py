@@ -390,7 +390,7 @@ class Boot:
         self.quiet = switch(self.setting("HERMES_BOOT_QUIET")) is True  # only warnings are wanted
         self.sealed = self.by_root and switch(self.setting("HERMES_SEALED")) is True  # root keeps the scandir and slots
         self.multiplexes: bool | None = None  # see is_multiplexed; None: not looked up yet
-        if not self.home.startswith("/") or os.path.realpath(self.home) == "/":
+        if not self.home.startswith("/") or os.path.realpath(self.home) in ("/", "/etc", "/run"):
             raise Fatal(f"HERMES_HOME={self.home!r} is no folder of its own; set it to an absolute path such as {HOME}")
 
     def setting(self, name: str) -> str:
