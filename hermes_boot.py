@@ -132,10 +132,11 @@ def program_environment(environment: dict[str, str]) -> dict[str, str]:
 
 
 def umask_of(environment: dict[str, str]) -> int | None:
-    """Return the umask that UMASK gives for hermes's processes, in octal, None when it gives none."""
+    """Return the umask that UMASK gives for hermes's processes, in octal, None when it gives none, or one that would
+    keep hermes from its own files."""
     value = environment.get("UMASK", "")
     octal = value and len(value) <= 4 and not value.strip("01234567")
-    return int(value, 8) if octal and int(value, 8) <= 0o777 else None
+    return int(value, 8) if octal and int(value, 8) <= 0o77 else None
 
 
 def s6_program(name: str) -> str:
@@ -441,7 +442,7 @@ def number_in(value: str, least: int, most: int) -> int | None:
 def check_settings(boot: Boot) -> None:
     """Warn of switches that are neither on nor off, and of a time or an UMASK that is none."""
     if boot.setting("UMASK") and umask_of(boot.environment) is None:
-        warn(f"UMASK={boot.setting('UMASK')!r} is not an octal number from 0 to 777; using 022")
+        warn(f"UMASK={boot.setting('UMASK')!r} is not an octal number from 0 to 77; using 022")
     for name in SWITCHES:
         if (value := boot.setting(name)).strip() and switch(value) is None:
             warn(f"{name}={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off), so it is ignored")
@@ -1250,7 +1251,7 @@ def secret_file(path: str, limit: int) -> bytes:
     for _ in range(40):
         parent, _, name = path.rpartition("/")
         with trusted_folder(parent or "/") as folder:
-            if os.geteuid() == 0 and not folder.is_roots():
+            if os.geteuid() == 0 and not (folder.roots_way and folder.is_roots()):
                 raise OSError(errno.EPERM, "is in a folder that others than root can write")
             if not (target := folder.link_of_root(name)):
                 return folder.read(name, limit)
@@ -2541,7 +2542,8 @@ FIND_HOME = (  # in shell, what root_home does
     'home="${home%"${home##*[!/]}"}"',
     'case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac',
 )
-TAKE_UMASK = 'case "$UMASK" in "" | *[!0-7]* | [1-7]??? | ?????*) ;; *) umask "$UMASK" ;; esac'  # what umask_of does
+# What umask_of does.
+TAKE_UMASK = 'case "$UMASK" in [0-7] | [0-7][0-7] | 0[0-7][0-7] | 00[0-7][0-7]) umask "$UMASK" ;; esac'
 # s6-log makes its stdout non-blocking, for all who share it: so not the container command's stderr itself, but the same
 # file opened anew. Its stderr is that one too: on a stderr that nobody reads, its last words would keep it from ending.
 OWN_STDERR = "if [ -w /proc/self/fd/2 ] && [ ! -S /proc/self/fd/2 ]; then exec 1>>/proc/self/fd/2; else exec 1>&2; fi"
@@ -2979,7 +2981,8 @@ def publish_for_hermes(boot: Boot, wanted: Asked) -> None:
             try:
                 publish(scandir, name, files, start=start, group=boot.owner[1])
             except OSError as error:
-                say("error", f"{profile}: its slot could not be made ({reason(error)}); make space in /run")
+                fix = "give root the capability CHOWN" if error.errno == errno.EPERM else "make space in /run"
+                say("error", f"{profile}: its slot could not be made ({reason(error)}); {fix}")
     if not is_cont_init(boot):
         rescan(boot.scandir)
 
@@ -3505,14 +3508,14 @@ class S6ServiceManager:
                 lock.__exit__()
 
     def lock_all(self, names: list[str], timeout: float, failures: dict[str, GatewayError]) -> list[Lock]:
-        """Keep other commands from gateways; return the locks. Who has waited in vain for timeout seconds fails."""
+        """Keep other commands from gateways; return the locks. All of them together are waited for timeout seconds."""
         locks, deadline = [], time.monotonic() + timeout
         for name in sorted(names):
             try:
                 with Folder(self.slot(name)) as slot:
                     locks.append(Lock(slot, timeout=max(0, deadline - time.monotonic())).__enter__())
-                if not locks[-1].held:
-                    raise CommandFailed(f"another command has been at work on it for {timeout:g} s; try again")
+                if not locks[-1].held:  # by hermes then, who can lock what it can read: the operator's word counts
+                    warn(f"{name}: somebody has locked its slot for {timeout:g} s, longer than any command; going on")
             except (OSError, GatewayError) as error:
                 failures[name] = CommandFailed(f"{name}: its slot cannot be used: {error}")
         return locks

@@ -101,10 +101,11 @@ def program_environment(environment: dict[str, str]) -> dict[str, str]:
 
 
 def umask_of(environment: dict[str, str]) -> int | None:
-    """Return the umask that UMASK gives for hermes's processes, in octal, None when it gives none."""
+    """Return the umask that UMASK gives for hermes's processes, in octal, None when it gives none, or one that would
+    keep hermes from its own files."""
     value = environment.get("UMASK", "")
     octal = value and len(value) <= 4 and not value.strip("01234567")
-    return int(value, 8) if octal and int(value, 8) <= 0o777 else None
+    return int(value, 8) if octal and int(value, 8) <= 0o77 else None
 
 
 def s6_program(name: str) -> str:
@@ -367,13 +368,27 @@ def obstacle() -> str:
     return "" if is_roots else f"/run belongs to another user and {SUEXEC} is not setuid root"
 
 
-def exposed_folders(environment: dict[str, str]) -> list[str]:
-    """Return the folders on PATH that hermes can write and that come before one of the system's: s6-overlay, a setuid
-    program of its own too, finds programs there that it runs as root."""
-    homes = [f"{os.path.realpath(home).rstrip('/')}/" for home in (root_home(environment), HOME)]
+def exposure(environment: dict[str, str]) -> str:
+    """Return by which variable root would run what hermes can write, "" for none: s6-overlay, a setuid program of its
+    own too, finds programs on PATH. What the loader looks for is root's only without such a program."""
+    homes = tuple(f"{os.path.realpath(home).rstrip('/')}/" for home in (root_home(environment), HOME))
+
+    def hermess(places: list[str]) -> list[str]:
+        return [path for path in places if path[:1] != "/" or f"{os.path.realpath(path)}/".startswith(homes)]
+
     folders = (environment.get("PATH") or os.defpath).split(":")
-    ours = [f for f in folders if not f.startswith("/") or f"{os.path.realpath(f)}/".startswith(tuple(homes))]
-    return [] if ours and folders[-len(ours) :] == ours else ours
+    found = hermess(folders)  # one may be "", the working directory
+    if found and folders[-len(found) :] != found:
+        return (
+            f"PATH has {':'.join(found)!r} before the system's folders, so hermes could put programs there for root"
+            " to run; give the container a PATH (-e PATH=...) that has it last"
+        )
+    for name in ("LD_LIBRARY_PATH", "LD_PRELOAD", "LD_AUDIT"):
+        places = environment[name].replace(";", ":").replace(" ", ":").split(":") if environment.get(name) else []
+        places = [path for path in places if "/" in path or name == "LD_LIBRARY_PATH"]  # a name is looked for there
+        if os.geteuid() == 0 and (found := hermess(places)):
+            return f"{name} has {':'.join(found)!r}, so hermes could put libraries there for root to run; leave it out"
+    return ""
 
 
 def init(words: list[str]) -> int:
@@ -382,13 +397,8 @@ def init(words: list[str]) -> int:
     words, environment = launched(words), process_environment()
     if os.getpid() != 1 and supervised():
         return container_command(words)
-    fault, code = "", 1
-    if exposed := exposed_folders(environment):  # one may be "", the working directory
-        fault = (
-            f"PATH has {':'.join(exposed)!r} before the system's folders, so hermes could put programs there for root"
-            " to run; give the container a PATH (-e PATH=...) that has it last"
-        )
-    elif is_unusable(environment):
+    fault, code = exposure(environment), 1
+    if not fault and is_unusable(environment):
         fault = "/run is mounted noexec, so s6 cannot run anything there; mount it with exec: --tmpfs /run:exec"
         code = NOT_EXECUTABLE
     if fault:

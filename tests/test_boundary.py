@@ -221,6 +221,11 @@ PATHS = {
     f"/srv/home/bin:{SYSTEM}": {"HERMES_HOME": "/srv/home"},
     "/opt/data/bin:/usr/bin:/bin ": {"HERMES_HOME": "/srv/home/profiles/a"},
 }
+LOADED = {
+    "LD_LIBRARY_PATH": ["/opt/data/lib", "/usr/lib:/opt/data/lib", "/usr/lib:", "lib"],
+    "LD_PRELOAD": ["/opt/data/x.so", "libm.so.6 /opt/data/x.so"],
+    "LD_AUDIT": ["/opt/data/x.so"],
+}
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -233,6 +238,21 @@ def test_a_folder_of_the_volume_before_the_systems_is_refused(container, path, u
     done = box.run("true")
     assert (done.returncode, done.stdout) == (1, b""), done
     assert done.stderr.startswith(b"init: fatal: PATH has ") and done.stderr.count(b"\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in LOADED.items() for value in values])
+def test_a_library_of_the_volume_is_refused(container, name, value):
+    """Root would load it with each of its programs. Others are the operator's to give."""
+    done = container(environment={name: value}, entrypoint=INIT).run("true")
+    assert done.returncode == 1 and f"init: fatal: {name} has '".encode() in done.stderr, done
+
+
+def test_other_libraries_are_the_operators_to_give(container):
+    """A GPU's, or an allocator; without root all of them."""
+    given = {"LD_LIBRARY_PATH": "/usr/local/nvidia/lib:/usr/lib", "LD_PRELOAD": "libm.so.6"}
+    done = container(environment=given).run("printenv", "LD_PRELOAD")
+    assert (done.returncode, done.stdout) == (0, b"libm.so.6\n"), done
+    assert container(environment={"LD_LIBRARY_PATH": "/opt/data/lib"}, user=10000).run("true").returncode == 0
 
 
 @SERVICES
@@ -272,6 +292,21 @@ def stopper(box, pattern: str) -> subprocess.Popen:
     process = subprocess.Popen(argv, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
     return process
+
+
+@pytest.mark.long
+def test_a_lock_of_hermess_does_not_keep_a_gateway_from_an_operator(gateways):
+    """Who can read a slot can lock it, sealed too: after the time that any command takes, a stop goes on."""
+    host = gateways({"a": RUN}, "running", environment={"HERMES_SEALED": "1", "HERMES_GATEWAY_STOP_TIMEOUT": "1"})
+    assert wait_for(lambda: host.up("a"))
+    lock = "import fcntl, os, time; fcntl.flock(os.open('/run/service/gateway-a', 0), 2); print('held', flush=True)"
+    argv = host.box.exec_command(["/usr/bin/python3", "-IBSc", f"{lock}; time.sleep(600)"], "hermes")
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        done = host.do("stop", "-p", "a")
+        holder.kill()
+    assert (done.returncode, done.stdout) == (0, "a: stopped\n"), done
+    assert "warning: a: somebody has locked its slot for 16 s, longer than any command; going on" in done.stderr
 
 
 @pytest.mark.long

@@ -330,8 +330,8 @@ def test_what_is_no_state_file(data):
 
 # What hermes's programs are given
 
-UMASKS = {"": None, "0": 0, "2": 2, "022": 18, "0022": 18, "777": 511, "0777": 511, "1777": None, "00022": None}
-UMASKS |= {"8": None, "abc": None, "-1": None, "0o22": None, " 22": None, "٢": None}
+UMASKS = {"": None, "0": 0, "2": 2, "022": 18, "0022": 18, "077": 63, "777": None, "0177": None}
+UMASKS |= {"1022": None, "00022": None, "8": None, "abc": None, "-1": None, "0o22": None, " 22": None, "٢": None}
 
 
 @pytest.mark.parametrize("value, umask", UMASKS.items())
@@ -408,7 +408,7 @@ LOG_RUN = """\
 #!/command/with-contenv sh
 if [ -w /proc/self/fd/2 ] && [ ! -S /proc/self/fd/2 ]; then exec 1>>/proc/self/fd/2; else exec 1>&2; fi
 exec 2>&1
-case "$UMASK" in "" | *[!0-7]* | [1-7]??? | ?????*) ;; *) umask "$UMASK" ;; esac
+case "$UMASK" in [0-7] | [0-7][0-7] | 0[0-7][0-7] | 00[0-7][0-7]) umask "$UMASK" ;; esac
 home="${HERMES_HOME:-/opt/data}"
 home="${home%"${home##*[!/]}"}"
 case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac
