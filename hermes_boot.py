@@ -3856,7 +3856,9 @@ def gateway_as_hermes(boot: Boot, action: str, profile: str | None, every: bool)
         names = [name for name in names if name == "default"]
     if action in DONE:
         failures = manager.carry_out(action, names)
-        print("".join(f"{name}: {DONE[action]}\n" for name in names if name not in failures), end="")
+        for name in names:
+            if name not in failures:
+                print(f"{name}: {DONE[action]}")
         return report_failures(failures)
     if action == "register":  # as the next boot would: started if its state says so
         start = starts_by_itself(manager, names[0])
