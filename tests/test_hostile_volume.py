@@ -250,7 +250,7 @@ SIZES = {
     "folders in a managed folder": ("sessions", fill_with_folders, 50_000, "a-folder-of-the-agents-{}", 3),
     "folders far down": ("workspace/a/b/c/d/e/f/g/h", fill_with_folders, 50_000, "a-folder-of-the-agents-{}", 3),
     "folders in profiles": ("profiles", fill_with_folders, 80_000, "a-folder-of-the-agents-{}", 5),
-    "links in profiles": ("profiles", fill_with_links, 80_000, "a-link-of-the-agents-{}", 4),
+    "links in profiles": ("profiles", fill_with_links, 25_000, "link-{:0200}", 4),
     "files in a log folder": ("logs/gateways/default", fill_with_links, 25_000, "@{:0200}", 4),
 }
 
