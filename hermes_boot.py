@@ -3691,7 +3691,7 @@ class S6ServiceManager:
         except OSError as error:
             raise CommandFailed(f"{profile}: its slot could not be made: {reason(error)}") from error
         rescan(self.scandir)
-        if not until(lambda: is_supervised(f"{self.scandir}/{name}"), 5) and is_watched(self.scandir):
+        if not until(lambda: slot_status(f"{self.scandir}/{name}") is not None, 5) and is_watched(self.scandir):
             self.withdraw(profile)
             raise CommandFailed(f"{profile}: s6-svscan did not take up its slot within 5 s")
 
@@ -4902,7 +4902,7 @@ def repair_slot(boot: Boot, name: str) -> str:
     slot, manager = f"{boot.scandir}/{SLOT_PREFIX}{name}", S6ServiceManager(environment=boot.environment)
     if os.path.lexists(slot):
         rescan(boot.scandir)
-        if until(lambda: is_supervised(slot), 1):
+        if until(lambda: slot_status(slot) is not None, 1):
             return "s6-svscan has taken up its slot"
         manager.withdraw(name)
     start = starts_by_itself(manager, name)
