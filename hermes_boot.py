@@ -368,6 +368,7 @@ IMAGE = "/opt/hermes"
 WRAPPER = f"{IMAGE}/docker/main-wrapper.sh"
 SCANDIR = "/run/service"
 MAX_SECONDS = 86400
+SYSTEM_FOLDERS = (IMAGE, *"/command /dev /etc /package /proc /run /sys /tmp /usr".split())
 SWITCHES = (
     "HERMES_BOOT_QUIET GATEWAY_MULTIPLEX_PROFILES HERMES_DASHBOARD HERMES_DOCKER_EXEC_AS_ROOT"
     " HERMES_GATEWAY_NO_SUPERVISE HERMES_RECONCILE HERMES_SEALED HERMES_SKIP_CONFIG_MIGRATION"
@@ -391,7 +392,8 @@ class Boot:
         self.quiet = switch(self.setting("HERMES_BOOT_QUIET")) is True  # only warnings are wanted
         self.sealed = self.by_root and switch(self.setting("HERMES_SEALED")) is True  # root keeps the scandir and slots
         self.multiplexes: bool | None = None  # see is_multiplexed; None: not looked up yet
-        if not self.home.startswith("/") or os.path.realpath(self.home) in ("/", "/etc", "/run"):
+        top = os.path.realpath(self.home).rstrip("/") + "/"
+        if not self.home.startswith("/") or any(f"{folder}/".startswith(top) for folder in SYSTEM_FOLDERS):
             raise Fatal(f"HERMES_HOME={self.home!r} is no folder of its own; set it to an absolute path such as {HOME}")
 
     def setting(self, name: str) -> str:

@@ -304,6 +304,8 @@ class InPlace(Sandbox):
         layers = os.path.realpath(self.folder / "layers")
         if InPlace.latest is self:
             InPlace.latest = None
+        if self.process and self.process.poll() is None:
+            self.stop(1)  # a kill would leave what was started in it from outside
         super().remove()
         shutil.rmtree(layers, ignore_errors=True)
         with contextlib.suppress(OSError):  # another's layer is there

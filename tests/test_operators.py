@@ -187,11 +187,11 @@ def test_colour_is_for_terminals_only_and_no_color_is_honoured(gateways):
 def test_watch_goes_on(gateways):
     """Every second, until it is interrupted."""
     host = gateways({}, "running")
-    words = ["timeout", "60", MANAGER, "status", "--watch", "1"]
+    words = ["sh", "-c", f"echo $$; exec {MANAGER} status --watch 1"]
     watching = subprocess.Popen(host.box.exec_command(words), stdout=subprocess.PIPE)
+    pid = watching.stdout.readline().decode().strip()
     for _ in range(2):
         assert any(line.startswith(b"PROFILE") for line in watching.stdout)
-    (pid,) = (pid for pid, line in host.box.processes().items() if "python" in line and "status --watch" in line)
     assert host.box.exec("kill", "-INT", pid).returncode == 0
     assert watching.wait(20) == 130
 

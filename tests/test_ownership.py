@@ -185,9 +185,9 @@ def test_a_folder_of_roots_that_the_agent_has_moved_is_no_way_home(container, vo
     """A link in it is root's, but where it lies is not root's choice."""
     os.chown(volume, *HERMES)
     (volume / "agent").mkdir()
-    (volume / "agent/home").symlink_to("/etc")
+    (volume / "agent/home").symlink_to("/usr/lib")
     box = container(environment={"HERMES_HOME": "/opt/data/agent/home", "S6_BEHAVIOUR_IF_STAGE2_FAILS": "0"})
-    done = box.run("stat", "-c", "%U", "/etc")
+    done = box.run("stat", "-c", "%U", "/usr/lib")
     assert done.stdout == b"root\n" and b"fatal: HERMES_HOME='/opt/data/agent/home'" in done.stderr, done
 
 
@@ -196,11 +196,11 @@ def test_root_goes_through_no_link_of_the_agents_on_its_way_home(container, volu
     """HERMES_HOME below a folder that hermes owns, which it has replaced by a link: one line, and what that leads to
     is unchanged."""
     os.chown(volume, *HERMES)
-    (volume / "agent").symlink_to("/etc")
+    (volume / "agent").symlink_to("/usr/lib")
     os.lchown(volume / "agent", *HERMES)
     box = container(environment={"HERMES_HOME": f"/opt/data/agent{below}", "S6_BEHAVIOUR_IF_STAGE2_FAILS": "0"})
-    done = box.run("stat", "-c", "%U %a %n", "/etc", "/etc/passwd", "/etc/new")
-    assert done.stdout == b"root 755 /etc\nroot 644 /etc/passwd\n", done
+    done = box.run("stat", "-c", "%U %a %n", "/usr/lib", "/usr/lib/os-release", "/usr/lib/new")
+    assert done.stdout == b"root 755 /usr/lib\nroot 644 /usr/lib/os-release\n", done
     assert b"fatal: HERMES_HOME='/opt/data/agent" in done.stderr and b"Traceback" not in done.stderr
 
 
