@@ -3247,9 +3247,9 @@ def stray_supervisors(scandir: str) -> list[str]:
     """Return the names of the slots and loggers, `gateway-NAME` and `gateway-NAME/log`, that have a supervisor too
     many: somebody has removed or replaced their folder, and s6-svscan was not told to let go of the old one's. An
     orphan of hermes's that has such a command line is none: it is not the supervisor's user's."""
-    children, top = families(), 1 if s6_is_pid_1() else read_pid_file(SUPERVISOR_PROCESS) or -1
-    svscans = [1] if s6_is_pid_1() else children.get(top, [])
-    strays, seen, user = [], set(), owner_of(f"/proc/{top}")
+    children, fallback = families(), 0 if s6_is_pid_1() else read_pid_file(SUPERVISOR_PROCESS) or -1
+    svscans = children.get(fallback, []) if fallback else [1]
+    strays, seen, user = [], set(), owner_of(f"/proc/{fallback or 1}")
     for process in [child for svscan in svscans for child in children.get(svscan, [])]:
         program, name = [*map(os.fsdecode, command_of(process)[1]), "", ""][:2]
         if program == "s6-supervise" and name.startswith(SLOT_PREFIX) and owner_of(f"/proc/{process}") == user:

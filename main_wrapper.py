@@ -409,10 +409,10 @@ def init(words: list[str]) -> int:
             os.unlink(path)  # an earlier start's, where /run is kept: a stop would take the boot for over
         except OSError:
             pass  # there is none
-    left = [f"/run/{name}" for name in os.listdir("/run") if name == "service" or name.startswith("s6-rc")]
-    if left:  # that start's too: what hermes has put there too deep, s6-overlay cannot remove
-        os.waitpid(os.posix_spawn("/bin/rm", ["rm", "-rf", "--one-file-system", *left], {}), 0)
     why, folder = obstacle(), os.readlink("/proc/self/cwd")
+    left = [f"/run/{name}" for name in os.listdir("/run") if name == "service" or name.startswith("s6-rc")]
+    if left and not why:  # that start's too: what is too deep s6-overlay, unlike the fallback init, cannot remove
+        os.waitpid(os.posix_spawn("/bin/rm", ["rm", "-rf", "--one-file-system", *left], {}), 0)
     environment.pop(WORKDIR, None)  # given by somebody else it says nothing of ours
     if set(folder) & set(" \t\n*?["):  # s6-overlay would take it for several words, and hang
         environment[WORKDIR] = folder
