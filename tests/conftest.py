@@ -161,7 +161,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         wanted += [item for item in items if item.path.parent.name == "docker" and item not in wanted]
         config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
         items[:] = wanted
-    items[:] = dealt(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+        items[:] = dealt(items, int(workers))
 
 
 def missing(why: str) -> NoReturn:
