@@ -368,6 +368,7 @@ IMAGE = "/opt/hermes"
 WRAPPER = f"{IMAGE}/docker/main-wrapper.sh"
 SCANDIR = "/run/service"
 MAX_SECONDS = 86400
+TIME_ZONES = "/usr/share/zoneinfo"
 SYSTEM_FOLDERS = (IMAGE, *"/command /dev /etc /package /proc /run /sys /tmp /usr".split())
 SWITCHES = (
     "HERMES_BOOT_QUIET GATEWAY_MULTIPLEX_PROFILES HERMES_DASHBOARD HERMES_DOCKER_EXEC_AS_ROOT"
@@ -442,7 +443,7 @@ def number_in(value: str, least: int, most: int) -> int | None:
 
 
 def check_settings(boot: Boot) -> None:
-    """Warn of switches that are neither on nor off, and of a time or an UMASK that is none."""
+    """Warn of switches that are neither on nor off, and of a time, an UMASK or a time zone that is none."""
     if boot.setting("UMASK") and umask_of(boot.environment) is None:
         warn(f"UMASK={boot.setting('UMASK')!r} is not an octal number from 0 to 77; using 022")
     for name in SWITCHES:
@@ -451,6 +452,9 @@ def check_settings(boot: Boot) -> None:
     for name, (default, least) in TIMES.items():
         if (value := boot.setting(name)) and number_in(value, least, MAX_SECONDS) is None:
             warn(f"{name}={value!r} is not a number of seconds from {least} to {MAX_SECONDS}; using {default}")
+    zone = boot.setting("TZ").removeprefix(":")  # a file's path, or as in UTC-2 an offset from UTC
+    if zone and not any(map(str.isdigit, zone)) and not os.path.exists(os.path.join(TIME_ZONES, zone)):
+        warn(f"TZ={zone!r} is not a time zone of this image, so it is UTC; give one such as Europe/Berlin")
 
 
 def seconds(environment: dict[str, str], name: str) -> int:
@@ -4512,7 +4516,9 @@ def show_logs(boot: Boot, profile: str | None, count: int | None, since: str | N
             for line in lines:
                 write_lines([line], harmless) if line else time.sleep(0.2)
     except FileNotFoundError:
-        raise NotRegistered(f"{name}: no log here; `hermes-boot status` lists the gateways") from None
+        raise NotRegistered(
+            f"{name}: no log here; `hermes-boot status` lists gateways, `docker logs` has the rest"
+        ) from None
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise

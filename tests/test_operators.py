@@ -451,7 +451,9 @@ def test_a_log_that_is_not_there_is_one_line(plain):
     done = plain.reconcile(command=["logs", "-p", "nobody"])
     assert (
         done.returncode == 4
-        and done.stderr == "hermes_boot.py: error: nobody: no log here; `hermes-boot status` lists the gateways\n"
+        and done.stderr
+        == "hermes_boot.py: error: nobody: no log here; `hermes-boot status` lists gateways,"
+        " `docker logs` has the rest\n"
     )
     (plain.home / "logs/gateways/default").mkdir(parents=True)
     (plain.home / "logs/gateways/default/current").write_text("2026-11-29 10:00:00.000000000  line\n")

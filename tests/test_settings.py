@@ -209,3 +209,15 @@ def test_fetched_packages_of_another_python_are_named(container, tmp_path):
     )
     (packages / ".python-abi").write_bytes(done.stdout)
     assert b"lazy-packages" not in box.run("true").stderr
+
+
+@pytest.mark.parametrize(
+    "zone, known", [("Europe/Berln", False), ("Europe/Berlin", True), ("CET-1CEST", True), ("", True)]
+)
+def test_a_wrong_time_zone_is_named(container, zone, known):
+    """A name that is no time zone counts as UTC with every program: one line says so."""
+    lines = [
+        line for line in container(environment={"TZ": zone}).run("true").stderr.decode().splitlines() if "TZ=" in line
+    ]
+    text = f"01-hermes-setup: warning: TZ={zone!r} is not a time zone of this image, so it is UTC"
+    assert lines == [] if known else len(lines) == 1 and lines[0].startswith(text)
