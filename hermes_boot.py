@@ -3655,10 +3655,14 @@ class S6ServiceManager:
         self.publish(profile, files, start=start_now)
 
     def check_rights(self, action: str, profile: str) -> None:
-        """Raise CommandFailed where only root may publish and remove slots."""
-        if os.geteuid() != 0 and is_sealed(self.environment):
-            command = f"docker exec CONTAINER hermes-boot gateway {action} -p {profile}"
-            raise CommandFailed(f"{profile}: HERMES_SEALED leaves that to root: `{command}`")
+        """Raise CommandFailed where only root may publish and remove slots, or this container has none."""
+        if os.access(self.scandir, os.W_OK):
+            return
+        why, fix = f"{USER} may not write to {shown(self.scandir)}", "`hermes-boot doctor` says why"
+        if is_sealed(self.environment):
+            why = "HERMES_SEALED leaves that to root"
+            fix = f"`docker exec CONTAINER hermes-boot gateway {action} -p {profile}`"
+        raise CommandFailed(f"{profile}: {why}; {fix}")
 
     def made_ready(self, profile: str) -> bool:
         """Remove what a dead process has left in a profile, make its log folder; return whether that can be used."""

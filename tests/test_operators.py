@@ -219,6 +219,9 @@ def test_a_container_without_gateways_is_healthy(container, tmp_path, words, env
         assert (done.returncode, done.stdout) == (0, "healthy: 0 up, 0 not wanted\n"), done
         done = box.exec(MANAGER, "doctor", user=user)
         assert done.returncode == 0 and "pass  gateways: none here, since " in done.stdout, done
+        done = box.exec(MANAGER, "gateway", "register", "-p", "a", user=user)
+        text = "error: a: hermes may not write to /run/service; `hermes-boot doctor` says why\n"
+        assert done.returncode == 1 and done.stderr.endswith(text), done
 
 
 # doctor
