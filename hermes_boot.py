@@ -3152,7 +3152,7 @@ def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
 
 TAI_OFFSET = (1 << 62) + 37  # s6 counts TAI seconds since 1970, 37 ahead of UTC since 2017
 MOST_DEATHS = 100  # that s6 remembers, unless told otherwise
-RESTART_WINDOW = 60  # seconds in which deaths count as one crash loop
+RESTART_WINDOW = 60  # seconds that a run has to last to be none of a crash loop's
 PERMANENT_FAILURE = 125  # s6's word from a finish script for "do not restart"
 START_GRACE = 10  # seconds that a wanted gateway may be down, and after which one that is up has come up to stay
 
@@ -3229,22 +3229,23 @@ def death_times(slot: str, tally: list[tuple[float, int]] | None = None) -> list
 
 def back_off(times: list[float]) -> int:
     """Return how long finish waits after the last of these deaths, in seconds: 2, 4, 8 ... BACK_OFF_LIMIT from the
-    fifth death in a minute on, until a run has lasted a minute longer than the wait before it."""
-    delay, last = 0, [float("-inf")] * 4
+    fifth in a row on, which a run ends that has lasted a minute longer than the wait before it."""
+    delay, row, last = 0, 0, float("-inf")
     for now in times:
-        if delay and now - last[3] <= delay + RESTART_WINDOW:
-            delay = min(delay * 2, BACK_OFF_LIMIT)
-        else:
-            delay = 2 if now - last[0] <= RESTART_WINDOW else 0
-        last = [*last[1:], now]
+        row = row + 1 if now - last <= delay + RESTART_WINDOW else 1
+        delay = min(2 ** (row - 4), BACK_OFF_LIMIT) if row > 4 else 0
+        last = now
     return delay
 
 
 def is_looping(status: SlotStatus, times: list[float]) -> bool:
-    """Return whether these deaths are a crash loop now; a gateway that has come up to stay after them is in none."""
+    """Return whether these deaths are a crash loop now; a gateway that is up for longer than its last run, and than
+    START_GRACE, is in none."""
     delay, now = back_off(times), time.time()
-    stays_up = status.up and now - status.since > START_GRACE
-    return delay > 0 and not stays_up and now - times[-1] <= delay + RESTART_WINDOW
+    if not delay or now - times[-1] > delay + RESTART_WINDOW:
+        return False
+    last_run = times[-1] - times[-2] - back_off(times[:-1])
+    return not status.up or now - status.since <= max(START_GRACE, last_run)
 
 
 def stray_supervisors(scandir: str) -> list[str]:
@@ -3861,9 +3862,12 @@ def gateway_as_hermes(boot: Boot, action: str, profile: str | None, every: bool)
         print(table(rows, []))
         return 0 if all(row.state in ("up", "starting") for row in rows) else 3
     names = manager.list_profile_gateways() if every else [named_profile(manager, profile)]
-    if every and action != "stop" and is_multiplexed(boot):
-        say("info", "default serves the other profiles (multiplex_profiles); `-p NAME` starts one all the same")
-        names = [name for name in names if name == "default"]
+    if action in ("start", "restart") and is_multiplexed(boot):
+        if not every and manager.valid(names[0]) != "default":
+            raise CommandFailed(
+                f"{names[0]}: default serves it (multiplex_profiles); `hermes -p default gateway restart`"
+            )
+        names = ["default"]
     if action in DONE:
         failures = manager.carry_out(action, names)
         for name in names:
@@ -4090,7 +4094,7 @@ def gateway_run(words: list[str], environment: dict[str, str]) -> int:
     if stopped:
         say("info", f"{profile} was stopped and stays so; start it with `hermes -p {profile} gateway start`")
     else:
-        gateway_as_hermes(boot, "start", profile, False)  # what fails is said, and s6's to try again
+        guarded(gateway_as_hermes, boot, "start", profile, False)  # what fails is said, and s6's to try again
     return execute(["/bin/sleep", "infinity"], environment)
 
 
@@ -4827,7 +4831,7 @@ def gateway_check(boot: Boot, home: Folder, row: Row, full: Fault | None) -> Che
     if row.state in ("crash loop", "parked"):
         lines = last_lines(home, name, 20)
         cause, fix = likely_cause(row, lines)
-        often = f", {row.restarts} restarts in the last minute, last" if row.state == "crash loop" else ""
+        often = f", {row.restarts_since_boot} restarts since the boot, last" if row.state == "crash loop" else ""
         said = "".join(f"\n      | {line}" for line in lines[-3:])
         return Check("fail", name, f"{row.state}{often} after {row.last_exit}; {cause}", f"{fix}, then {start}{said}")
     if row.state == "down" and row.autostart:

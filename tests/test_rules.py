@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -368,7 +369,8 @@ BACK_OFFS = {
     "none": ([], 0),
     "four": ([10, 11, 12, 13], 0),
     "five in a minute": ([10, 11, 12, 13, 14], 2),
-    "five in more": ([10, 30, 50, 71, 90], 0),
+    "slow starts": ([10, 70, 130, 190, 250, 312], 4),
+    "a run of more than a minute": ([10, 70, 130, 190, 251], 0),
     "longer each time": ([10, 11, 12, 13, 14, 17, 22, 31], 16),
     "a minute at most": ([*range(10, 15), 17, 22, 31, 48, 81, 142], 60),
     "a long run ends it": ([10, 11, 12, 13, 14, 90], 0),
@@ -380,6 +382,24 @@ def test_back_off(case):
     """Seconds that finish waits after the last of deaths at these seconds."""
     times, delay = case
     assert hermes_boot.back_off([1000.0 + moment for moment in times]) == delay
+
+
+LOOPS = {  # by the seconds between deaths, since the last one, and since the start, of a gateway that is up
+    "five quick ones": (1, 5, 4, True),
+    "up to stay": (1, 15, 11, False),
+    "up for less than the slow ones were": (16, 17, 15, True),
+    "up for longer than the slow ones were": (16, 22, 17, False),
+    "long ago": (1, 70, 5, False),
+}
+
+
+@rows(LOOPS)
+def test_is_looping(case):
+    """Whether five deaths are a crash loop while a gateway is up again."""
+    apart, ago, since, looping = case
+    now = time.time()
+    status = SimpleNamespace(up=True, since=now - since)
+    assert hermes_boot.is_looping(status, [now - ago - apart * count for count in reversed(range(5))]) is looping
 
 
 RUN = """\
