@@ -267,8 +267,12 @@ def test_a_misconfigured_gateway_parks(gateways):
     assert host.do("start", "-p", "a").returncode == 0 and host.up("a")
 
 
-COUNTER = """n=$(cat "$folder/count" 2>/dev/null || echo 0) zeros=$(printf %0200d 0)
-while :; do n=$((n + 1)); echo "line $n $zeros" >&$((n % 2 + 1)); echo $n > "$folder/count"; done
+# Two files, since it may be ended while it writes one. No more lines than s6-log keeps.
+COUNTER = """n=$(cat "$folder"/count.* 2>/dev/null | sort -n | tail -n 1) zeros=$(printf %0200d 0)
+while [ "${n:-0}" -lt 30000 ]; do
+  n=$((n + 1)); echo "line $n $zeros" >&$((n % 2 + 1)); echo $n >"$folder/count.$((n % 2))"
+done
+exec sleep infinity
 """
 
 
@@ -277,14 +281,17 @@ def test_no_line_is_lost_or_doubled_over_restarts_and_rotation(gateways):
     """stdout and stderr alike, in the container's log and in the profile's, over three restarts and a rotation at 1
     MB."""
     host = gateways({"a": COUNTER}, "running")
-    count = host.folder("a") / "count"
+
+    def count() -> int:
+        return max((int(path.read_text() or 0) for path in host.folder("a").glob("count.*")), default=0)
+
     for _ in range(3):
-        assert wait_for(lambda: count.exists() and (count.read_text().strip() or "0") != "0", 10)
+        assert wait_for(lambda: count() > 0, 10)
         time.sleep(0.7)
         assert host.do("restart", "-p", "a").returncode == 0
-    assert wait_for(lambda: int(count.read_text().strip() or 0) > 6000, 60 * busy())
+    assert wait_for(lambda: count() > 6000, 60 * busy())
     assert host.do("stop", "-p", "a").returncode == 0
-    last = int(count.read_text().strip() or 6000)  # it may have been ended while it wrote that file
+    last = count()
     logs = host.volume / "logs/gateways/a"
 
     def files() -> list[str]:
