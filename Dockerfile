@@ -163,7 +163,6 @@ COPY s6-rc.d/ /etc/s6-overlay/s6-rc.d/
 # The agent's own environment is sealed; packages that it fetches go to the volume, behind its own on its path.
 ENV HERMES_HOME=/opt/data \
     HERMES_DISABLE_LAZY_INSTALLS=1 \
-    HERMES_LAZY_INSTALL_TARGET=/opt/data/lazy-packages \
     PATH=/opt/hermes/bin:/opt/hermes/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/command \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

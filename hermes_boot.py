@@ -63,8 +63,9 @@ SIGPIPE, SIGXFSZ = 13, 25
 
 
 def content(path: str) -> bytes:
-    """Return a file's content, in a third of open()'s time: an environment is a file a variable. Raises OSError."""
-    fd, parts = os.open(path, os.O_RDONLY), []
+    """Return a file's content, in a third of open()'s time: an environment is a file a variable; never waits. Raises
+    OSError."""
+    fd, parts = os.open(path, os.O_RDONLY | os.O_NONBLOCK), []
     try:
         while part := os.read(fd, 1 << 15):
             parts.append(part)
@@ -121,7 +122,13 @@ def program_environment(environment: dict[str, str]) -> dict[str, str]:
     path, home = environment.get("PATH") or os.defpath, root_home(environment)
     missing = [folder for folder in COMMAND_FOLDERS if folder not in path.split(":")]
     made = [f"{home}/.local/bin"] if f"{home}/.local/bin" not in path.split(":") else []
-    defaults = {"USER": USER, "LOGNAME": USER, "PYTHONUSERBASE": f"{home}/.local", "XDG_RUNTIME_DIR": RUNTIME_FOLDER}
+    defaults = {
+        "USER": USER,
+        "LOGNAME": USER,
+        "HERMES_LAZY_INSTALL_TARGET": f"{home}/lazy-packages",
+        "PYTHONUSERBASE": f"{home}/.local",
+        "XDG_RUNTIME_DIR": RUNTIME_FOLDER,
+    }
     own = {
         "HOME": home,
         "HERMES_HOME": environment.get("HERMES_HOME") or HOME,
@@ -369,7 +376,7 @@ WRAPPER = f"{IMAGE}/docker/main-wrapper.sh"
 SCANDIR = "/run/service"
 MAX_SECONDS = 86400
 TIME_ZONES = "/usr/share/zoneinfo"
-SYSTEM_FOLDERS = (IMAGE, *"/command /dev /etc /package /proc /run /sys /tmp /usr".split())
+SYSTEM_FOLDERS = (IMAGE, *"/command /dev /etc /package /proc /root /run /sys /tmp /usr /var".split())
 SWITCHES = (
     "HERMES_BOOT_QUIET GATEWAY_MULTIPLEX_PROFILES HERMES_DASHBOARD HERMES_DOCKER_EXEC_AS_ROOT"
     " HERMES_GATEWAY_NO_SUPERVISE HERMES_RECONCILE HERMES_SEALED HERMES_SKIP_CONFIG_MIGRATION"
@@ -587,7 +594,8 @@ class Folder:
             with open(fd, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fchmod(fd, mode)  # what the umask has taken from it
+                if mode & ~os.fstat(fd).st_mode:  # else it may be another's by the mount's word, as on CIFS
+                    os.fchmod(fd, mode)  # what the umask has taken from it
                 if sync:
                     os.fsync(fd)
         except OSError:
@@ -767,7 +775,8 @@ class TimeLimit:
             self.before = None
             return
         self.started, self.outer = time.monotonic(), _signal.getitimer(_signal.ITIMER_REAL)[0]
-        _signal.setitimer(_signal.ITIMER_REAL, min(self.seconds, self.outer or self.seconds))
+        # Again and again: who takes it for another OSError goes on.
+        _signal.setitimer(_signal.ITIMER_REAL, min(self.seconds, self.outer or self.seconds), 1)
 
     def __exit__(self, *_: object) -> None:
         import _signal
@@ -779,7 +788,7 @@ class TimeLimit:
             _signal.setitimer(_signal.ITIMER_REAL, 0)  # first: SIGALRM's default is to end the process
         finally:
             _signal.signal(_signal.SIGALRM, self.before)
-            _signal.setitimer(_signal.ITIMER_REAL, left)
+            _signal.setitimer(_signal.ITIMER_REAL, left, left and 1)
 
     def expire(self, *_: object) -> None:
         """Be the handler of SIGALRM."""
@@ -1808,6 +1817,8 @@ def make_home(boot: Boot) -> None:
         return
     try:
         os.close(trusted_folder(boot.home, make=True).fd)
+    except PermissionError:
+        pass  # root may be refused what hermes is not, on NFS: what hermes finds there says it
     except OSError as error:
         raise Fatal(f"HERMES_HOME={boot.home!r} cannot be made: {reason(error)}; mount a volume there") from error
 
@@ -1883,7 +1894,7 @@ def home_advice(boot: Boot, found: Owner, error: OSError) -> str:
     if found[0] == boot.owner[0]:
         return "chmod u+rwx it"
     if boot.by_group:
-        return "give it to group 0 (chgrp -R 0, chmod -R g+rwX)"
+        return f"give it to group 0 (chgrp -R 0, chmod -R g+rwX), or drop `--user` for HERMES_UID={boot.owner[0]}"
     give = f"chown -R {boot.owner[0]}:{boot.owner[1]} it on the host"
     start = f"{'' if boot.by_root else 'drop `--user` and '}start with HERMES_UID={found[0]} HERMES_GID={found[1]}"
     return f"{start}, or {give}" if found[0] else give
@@ -2323,7 +2334,7 @@ def container_words() -> list[str]:
     """Return the words of hermes's command line that the container was started with. Cont-init scripts do not see them;
     rc.init does, a child of PID 1's, or PID 1 where that runs the wrapper, or the fallback init."""
     fallback = read_pid_file(SUPERVISOR_PROCESS)  # among others' processes, in a shared PID namespace
-    for process in [fallback] if fallback else first_processes():
+    for process in [fallback] if fallback else [1, *families().get(1, [])]:
         try:
             line = [os.fsdecode(word) for word in content(f"/proc/{process}/cmdline").split(b"\0")[:-1]]
         except OSError:
@@ -2331,16 +2342,6 @@ def container_words() -> list[str]:
         if words := wrapped_words(line, process in (1, fallback)):
             return words[2:] if words[1:2] == [USER] else words[1:]
     return []
-
-
-def first_processes() -> Iterator[int]:
-    """Yield PID 1 and its children: first those that the kernel lists, since to look through /proc takes longer."""
-    yield 1
-    try:
-        yield from map(int, content("/proc/1/task/1/children").split())
-    except OSError:
-        pass  # not every kernel has that, and it may miss one while another ends
-    yield from families().get(1, [])
 
 
 def wrapped_words(line: list[str], is_init: bool) -> list[str]:
@@ -2759,8 +2760,15 @@ def make_log_folder(home: Folder, profile: str) -> Fault | None:
                 if status and not stat.S_ISREG(status.st_mode):
                     path += f"/{name}"
                     raise OSError(errno.EINVAL, "is not a regular file")
+            if (folder.stat("current") or os.fstat(folder.fd)).st_uid != os.geteuid():
+                fd = folder.open("current", os.O_WRONLY | os.O_CREAT, 0o744)
+                try:  # s6-log has to, which is the owner's to do; CIFS shows its mount's user
+                    os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode))
+                finally:
+                    os.close(fd)
     except OSError as error:
-        return Fault(f"{path} {described(error)}, so its log goes to the container's alone", "put plain folders there")
+        fix = f"put plain folders there, {USER}'s own"
+        return Fault(f"{path} {described(error)}, so its log goes to the container's alone", fix)
     return None
 
 
@@ -2813,8 +2821,8 @@ def setup(boot: Boot) -> int:
         who = f"UID {euid} with GID 0" if boot.by_group else f"{USER} itself"
         boot.announce(f"started as {who}, so owners, groups and services stay as they are")
     make_home(boot)
-    if not os.path.isdir(boot.home):
-        return 0  # dry run on a volume that is still to be made
+    if boot.dry_run and not os.path.isdir(boot.home):
+        return 0  # on a volume that is still to be made
     if euid == 0:
         own_volume(boot)
     reader = image_owner if boot.dry_run else boot.owner  # a dry run has not given the volume to the new one
@@ -2852,7 +2860,6 @@ def setup_phase(boot: Boot) -> int:
         return guarded(setup, boot)
     if not read_pid_file(COMMAND_PROCESS):  # at a boot, not by `docker exec`
         mark(SETUP_FAILED, there=True)
-        mark(RECONCILED, there=False)
         try:
             os.chmod("/run/s6-rc/lock", 0o600)  # who can read it can lock it, and s6-rc would wait at the end
         except OSError:
@@ -2919,7 +2926,7 @@ def mark(path: str, *, there: bool) -> None:
     """Make or remove a file in /run that one of the boot's scripts leaves for the next."""
     try:
         if there:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644))
         elif os.path.lexists(path):
             os.unlink(path)
     except OSError as error:
@@ -3010,6 +3017,7 @@ def own_services(boot: Boot) -> None:
             if not boot.sealed:
                 with scandir.folder(".s6-svscan") as svscan:
                     svscan.unlinked(os.path.basename(ENDING))  # where the scandir outlives the container
+                    os.fchmod(svscan.fd, 0o755)  # an s6-svscan that is not s6-overlay's makes it 0700
                     let_write(boot, svscan, "control")
         except FileNotFoundError:
             pass  # no s6-svscan watches it
@@ -3085,7 +3093,8 @@ def reconcile(boot: Boot, command: list[str], output: int | None = None) -> int:
                     profile.action, profile.fault = "skipped", full
                 lines.append(profile.line())
         log_boot(boot, home, lines)
-        if output is None and not is_cont_init(boot):  # else root does, or the service hermes-gateways, after cont-init
+        # In sealed mode root does; of s6-overlay's scandir the service hermes-gateways, after cont-init.
+        if output is None and not (is_cont_init(boot) and boot.scandir == SCANDIR):
             rescan(boot.scandir)
     return 0
 
@@ -4026,7 +4035,7 @@ def lay_out_run(variables: dict[str, str]) -> None:
                 os.fchown(run.fd, 0, 0)  # else others could rename what root puts there
                 os.fchmod(run.fd, 0o755)
             for name in os.listdir(run.fd):
-                if name in ("s6", "service") or name.startswith("s6-"):
+                if name in ("s6", "service") or name.startswith(("hermes-", "s6-")):
                     run.remove(name)  # an earlier start's
             for path in (f"{SCANDIR}/.s6-svscan", os.path.dirname(HALT), os.path.dirname(EXIT_CODE)):
                 os.makedirs(path)
@@ -4685,7 +4694,8 @@ def owner_checks(boot: Boot) -> list[Check]:
     checks = []
     shared = boot.by_group and is_groups(os.stat(boot.home), boot.owner[1])
     if (uid, gid) != boot.owner and not shared:
-        fix = f"start with HERMES_UID={uid} HERMES_GID={gid}, or restart the container to give it to hermes"
+        fix = "restart the container to give it to hermes"
+        fix = f"start with HERMES_UID={uid} HERMES_GID={gid}, or {fix}" if uid else fix
         checks.append(Check("warn", "owner", f"{shown(boot.home)} belongs to {uid}:{gid}, hermes is {ours}", fix))
     boot.dry_run = True
     try:
@@ -4794,7 +4804,10 @@ def closing(boot: Boot, home: Folder, profile: str, name: str) -> Callable[[], s
         with Folder(boot.home, follow=True) as volume, profile_folder(volume, profile) as folder:
             fd = folder.open(name, os.O_RDONLY)
         os.fchmod(fd, 0o600)
+        mode = os.fstat(fd).st_mode
         os.close(fd)
+        if mode & 0o004:
+            raise OSError(errno.EPERM, "the mount gives its files this mode; mount it with another (file_mode, umask)")
         return f"chmod 600 {name}"
 
     try:

@@ -32,8 +32,9 @@ SIGPIPE, SIGXFSZ = 13, 25
 
 
 def content(path: str) -> bytes:
-    """Return a file's content, in a third of open()'s time: an environment is a file a variable. Raises OSError."""
-    fd, parts = os.open(path, os.O_RDONLY), []
+    """Return a file's content, in a third of open()'s time: an environment is a file a variable; never waits. Raises
+    OSError."""
+    fd, parts = os.open(path, os.O_RDONLY | os.O_NONBLOCK), []
     try:
         while part := os.read(fd, 1 << 15):
             parts.append(part)
@@ -90,7 +91,13 @@ def program_environment(environment: dict[str, str]) -> dict[str, str]:
     path, home = environment.get("PATH") or os.defpath, root_home(environment)
     missing = [folder for folder in COMMAND_FOLDERS if folder not in path.split(":")]
     made = [f"{home}/.local/bin"] if f"{home}/.local/bin" not in path.split(":") else []
-    defaults = {"USER": USER, "LOGNAME": USER, "PYTHONUSERBASE": f"{home}/.local", "XDG_RUNTIME_DIR": RUNTIME_FOLDER}
+    defaults = {
+        "USER": USER,
+        "LOGNAME": USER,
+        "HERMES_LAZY_INSTALL_TARGET": f"{home}/lazy-packages",
+        "PYTHONUSERBASE": f"{home}/.local",
+        "XDG_RUNTIME_DIR": RUNTIME_FOLDER,
+    }
     own = {
         "HOME": home,
         "HERMES_HOME": environment.get("HERMES_HOME") or HOME,
@@ -404,14 +411,9 @@ def init(words: list[str]) -> int:
     if fault:
         print(f"init: fatal: {fault}", file=sys.stderr)
         return code
-    for path in (COMMAND_PROCESS, SUPERVISOR_PROCESS):
-        try:
-            os.unlink(path)  # an earlier start's, where /run is kept: a stop would take the boot for over
-        except OSError:
-            pass  # there is none
     why, folder = obstacle(), os.readlink("/proc/self/cwd")
-    left = [f"/run/{name}" for name in os.listdir("/run") if name == "service" or name.startswith("s6-rc")]
-    if left and not why:  # that start's too: what is too deep s6-overlay, unlike the fallback init, cannot remove
+    left = [f"/run/{name}" for name in os.listdir("/run") if name == "service" or name.startswith(("hermes-", "s6-rc"))]
+    if left and not why:  # an earlier start's, where /run is kept; what is too deep s6-overlay cannot remove
         os.waitpid(os.posix_spawn("/bin/rm", ["rm", "-rf", "--one-file-system", *left], {}), 0)
     environment.pop(WORKDIR, None)  # given by somebody else it says nothing of ours
     if set(folder) & set(" \t\n*?["):  # s6-overlay would take it for several words, and hang

@@ -28,12 +28,13 @@ def refusing(bindfs, tmp_path):
     end."""
     mounted: list[Path] = []
 
-    def make(permissions: str) -> Path:
+    def make(permissions: str, *options: str) -> Path:
         volume, behind = tmp_path / "volume", tmp_path / "behind"
         (behind / "workspace").mkdir(parents=True)
         (behind / "workspace/file").touch()
         volume.mkdir()
-        subprocess.run(["bindfs", "--chown-deny", "--chgrp-deny", "-p", permissions, behind, volume], check=True)
+        words = ["bindfs", "--chown-deny", "--chgrp-deny", "-p", permissions, *options, behind, volume]
+        subprocess.run(words, check=True)
         mounted.append(volume)
         return volume
 
@@ -44,13 +45,51 @@ def refusing(bindfs, tmp_path):
 
 @pytest.mark.sandbox
 def test_a_volume_that_refuses_chown_but_can_be_used(refusing, container):
-    """One warning, then it goes on: the seeds are there, the gateway is up."""
+    """One warning, then it goes on: the seeds are there, the gateway is up. A mode that stays is not called fixed."""
     refusing("a=rwX")
     box = container(environment={"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"})
     box.put_agent(SLEEPER)
-    done = box.run("sh", "-c", "s6-svwait -t 5000 -u /run/service/gateway-default && hermes-boot health && ls SOUL.md")
-    assert (done.returncode, done.stdout) == (0, b"healthy: 1 up, 0 not wanted\nSOUL.md\n"), done.stderr.decode()
+    words = "s6-svwait -t 5000 -u /run/service/gateway-default && hermes-boot health && ls SOUL.md"
+    words += "; hermes-boot doctor --fix"
+    done = box.run("sh", "-c", words)
+    assert done.stdout.startswith(b"healthy: 1 up, 0 not wanted\nSOUL.md\n"), done.stderr.decode()
+    assert b"default: could not be fixed: the mount gives its files this mode" in done.stderr, done.stderr.decode()
     assert done.stderr.count(b"could not be given to 10000:10000, the first: ") == 1 and b"Traceback" not in done.stderr
+
+
+CHATTY = "#!/bin/sh\nfor n in $(seq 3000); do echo line $n of many; done\nexec sleep infinity\n"
+
+
+@pytest.mark.sandbox
+def test_a_volume_whose_owner_is_the_mounts(refusing, container):
+    """All there is root's by the mount's word, as on CIFS without uid=, so hermes and s6-log may chmod nothing:
+    the gateway runs, and its log goes to the container's alone."""
+    refusing("a=rwX", "-u", "root", "-g", "root")
+    box = container(environment={"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"})
+    box.put_agent(CHATTY)
+    box.start("sleep", "infinity")
+    assert wait_for(lambda: "line 3000 of many" in box.log(), 20), box.log()
+    assert "so its log goes to the container's alone" in box.log() and "s6-log: fatal" not in box.log()
+    assert box.exec("hermes-boot", "health").returncode == 0
+    assert box.exec("hermes", "gateway", "stop").stdout == "default: stopped\n"
+    done = box.exec("hermes-boot", "doctor", "--fix")
+    assert "could not be fixed: Operation not permitted" in done.stderr and "HERMES_UID=0" not in done.stdout, done
+
+
+@pytest.mark.sandbox
+def test_a_log_of_another_owner(container, tmp_path):
+    """On a group 0 volume, OpenShift's: only a file's owner may change its mode, as s6-log does."""
+    logs = tmp_path / "volume/logs/gateways/default"
+    logs.mkdir(parents=True)
+    (logs / "current").touch()
+    for path in (tmp_path / "volume", *(tmp_path / "volume").rglob("*")):
+        path.chmod(0o2770 if path.is_dir() else 0o660)
+        os.chown(path, 1000650000, 0)
+    box = container(user=1000660000, gid=0, environment={"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"})
+    box.put_agent(CHATTY)
+    box.start("sleep", "infinity")
+    assert wait_for(lambda: "line 3000 of many" in box.log(), 20), box.log()
+    assert "logs/gateways/default cannot be used (Operation not permitted), so its log goes to" in box.log()
 
 
 @pytest.mark.sandbox
@@ -102,6 +141,23 @@ def test_a_user_namespace_that_maps_hermes(container, tmp_path):
         in done.stderr
     )
     assert [(tmp_path / "volume/workspace" / name).stat().st_uid for name in ("stranger", "roots")] == [70000, 10000]
+
+
+def test_a_home_below_a_folder_that_root_may_not_enter(container, tmp_path):
+    """As on NFS with root_squash, where root is nobody: hermes finds its home there, and only it is asked."""
+    box = container(environment={"HERMES_HOME": "/opt/data/share/home"})
+    box.start("sleep", "infinity")
+    share = tmp_path / "volume/share"
+    os.chown(share, 10000, 70000)  # a group that is not mapped, so root there has no right but anybody's
+    share.chmod(0o700)
+    (share / "home/SOUL.md").unlink()
+    setup = ["sh", "-c", MAPPED, "sh", "/opt/hermes/docker/hermes_boot.py", "setup"]
+    done = box.exec(*setup)
+    assert done.returncode == 0 and (share / "home/SOUL.md").exists(), done
+    (share / "home").rename(share / "gone")
+    done = box.exec(*setup)
+    line = "fatal: HERMES_HOME='/opt/data/share/home' does not exist; mount a volume there, or correct it\n"
+    assert done.returncode == 1 and done.stderr.endswith(line), done
 
 
 # Compose and Kubernetes

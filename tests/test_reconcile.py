@@ -254,7 +254,9 @@ def test_wrong_usage_is_code_2(plain, arguments):
     )
 
 
-@pytest.mark.parametrize("home", ["relative/path", "/", "/etc/", "/run", "//", "/tmp/..", "/opt", "/usr"])
+@pytest.mark.parametrize(
+    "home", ["relative/path", "/", "/etc/", "/run", "//", "/tmp/..", "/opt", "/usr", "/root", "/var"]
+)
 def test_a_home_that_is_none_is_refused(plain, home):
     """Handing / to hermes would be the end of the image."""
     done = plain.reconcile(HERMES_HOME=home)

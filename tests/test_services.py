@@ -3,6 +3,7 @@ own scripts in both places, and the gateways start after the last script of /etc
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,8 @@ def test_a_boot_script_that_is_not_executable_is_one_line(container, entrypoint)
 
 # Gateways come after the last boot script
 
+RUNNING = {"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"}
+SLEEPS = "#!/bin/sh\nexec sleep infinity\n"
 GATEWAY = "#!/bin/sh\necho $(cat /run/secret 2>&1) >>$HERMES_HOME/gateway-saw\nexec sleep infinity\n"
 
 
@@ -177,11 +180,33 @@ def test_an_earlier_starts_reconcile_does_not_count(container, tmp_path):
     assert done.returncode == 0, done.stderr.decode()
 
 
+@pytest.mark.parametrize("last", ["exec", ""], ids=["PID 1", "below another one"])
+@pytest.mark.sandbox
+def test_what_hermes_leaves_in_run_stops_no_start(container, tmp_path, last):
+    """Without root /run is hermes's, and may outlive the container: a FIFO there is waited for by nobody."""
+    names = " ".join(f"/run/hermes-{name}" for name in ("command", "supervisor", "setup.failed", "reconciled"))
+    (tmp_path / "volume").mkdir()
+    os.chown(tmp_path / "volume", 10000, 10000)
+    box = container(entrypoint=("/bin/sh", "-c"), user=10000)
+    done = box.run(f"mkfifo {names}; {last} /init /opt/hermes/docker/main-wrapper.sh ls /run/service", timeout=20)
+    assert done.returncode == 0 and b"gateway-default\n" in done.stdout, done.stderr.decode()
+
+
+@pytest.mark.sandbox
+def test_an_svscan_of_somebodys_own(container):
+    """On another scandir, where it makes a folder that hermes cannot look into: gateways come up there at the boot."""
+    box = container(environment={"S6_PROFILE_GATEWAY_SCANDIR": "/run/mine"} | RUNNING)
+    box.put_agent(SLEEPS)
+    svscan = "#!/bin/sh\nmkdir -p /run/mine && s6-svscan /run/mine &\n"
+    write_script(box.upper / "etc/cont-init.d/00-svscan", svscan)
+    box.start("sleep", "infinity")
+    assert wait_for(lambda: box.exec("s6-svstat", "-o", "up", "/run/mine/gateway-default").stdout == "true\n", 10)
+    assert box.exec("hermes", "gateway", "restart").stdout == "default: restarted\n"
+
+
 # An end with nothing to end
 
 ASKED = f"#!/bin/sh\n[ ! -e /run/service/{hermes_boot.ENDING} ] || : >/opt/data/asked\n"
-RUNNING = {"HERMES_GATEWAY_BOOTSTRAP_STATE": "running"}
-SLEEPS = "#!/bin/sh\nexec sleep infinity\n"
 DRAINS = "#!/bin/sh\ntrap 'sleep 1; touch /opt/data/drained; exit 0' TERM\nwhile :; do sleep 0.05; done\n"
 UP = "until [ $(/command/s6-svstat -o up /run/service/gateway-default) = true ]; do sleep 0.05; done"
 WAITS = "grep -qsx cat /proc/[0-9]*/comm"
