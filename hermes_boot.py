@@ -1339,7 +1339,7 @@ class Sweep:
     def __init__(self, boot: Boot, *, former: int = 0, mounted: bool = False) -> None:
         """former is the UID that hermes had before, 0 for none; mounted says whether there are other file systems
         that it could move below a folder that is checked."""
-        self.boot, (self.uid, self.gid), self.by_group = boot, boot.owner, boot.by_group
+        self.boot, (self.uid, self.gid), self.by_group = boot, boot.owner, not boot.by_root
         self.former = {self.uid, former or self.uid}
         self.home: MountId = (-1, b"")  # where the volume itself is
         self.held = 0  # names of folders in memory
@@ -3162,6 +3162,7 @@ def log_boot(boot: Boot, home: Folder, lines: list[str]) -> None:
 TAI_OFFSET = (1 << 62) + 37  # s6 counts TAI seconds since 1970, 37 ahead of UTC since 2017
 MOST_DEATHS = 100  # that s6 remembers, unless told otherwise
 RESTART_WINDOW = 60  # seconds that a run has to last to be none of a crash loop's
+DIED_TOO_OFTEN = "died too often"
 PERMANENT_FAILURE = 125  # s6's word from a finish script for "do not restart"
 START_GRACE = 10  # seconds that a wanted gateway may be down, and after which one that is up has come up to stay
 
@@ -3311,7 +3312,7 @@ def finish(profile: str, code: str, group: str = "") -> int:
     status, delay = slot_status("."), back_off(death_times("."))
     if not delay or status is None or not status.wanted:
         return 0
-    print(f"{profile}: died too often, waiting {delay} s before the next start", flush=True)
+    print(f"{profile}: {DIED_TOO_OFTEN}, waiting {delay} s before the next start", flush=True)
     wait = f"timeout {delay} cat back-off >/dev/null; exit 0"
     return execute(["/bin/sh", "-c", wait], process_environment())
 
@@ -3384,7 +3385,8 @@ class S6ServiceManager:
     def valid(self, name: str) -> str:
         """Return the profile that a name is about: itself where it has a slot, else what follows `gateway-`."""
         bare = name.removeprefix(SLOT_PREFIX)
-        exact = os.path.isdir(f"{self.scandir}/{SLOT_PREFIX}{name}") or name_fault(bare)
+        paths = f"{self.scandir}/{SLOT_PREFIX}{name}", f"{self.home}/profiles/{name}"
+        exact = any(map(os.path.isdir, paths)) or name_fault(bare)
         profile = name if exact and not name_fault(name) else bare
         if fault := name_fault(profile):
             raise InvalidName(f"{shown(profile)}: {fault.text}")
@@ -3516,8 +3518,8 @@ class S6ServiceManager:
         try:
             for name in able() if desired == "running" else ():
                 self.tried(failures, name, self.make_ours)
-            for up in {"start": (True,), "stop": (False,), "restart": (False, True)}[action]:
-                failures |= self.bring(able(), up=up, timeout=timeout, desired=desired)
+            for letters in {"start": (b"U",), "stop": (b"D",), "restart": (b"dU", b"U")}[action]:
+                failures |= self.bring(able(), letters, timeout=timeout, desired=desired)
             return failures | self.record_all(able(), desired)
         finally:
             for lock in locks:
@@ -3552,10 +3554,13 @@ class S6ServiceManager:
         at_once(lambda name: self.tried(failures, name, self.record, desired), names)
         return {name: failures[name] for name in names if name in failures}
 
-    def bring(self, names: list[str], *, up: bool, timeout: float | None, desired: str = "") -> dict[str, GatewayError]:
-        """Tell s6 to bring slots up or down, all in parallel, record what is desired, if anything, and wait until s6
-        has done it, timeout seconds at most; return what failed, by name. A supervisor that is not there yet is waited
-        for: s6-svscan takes seconds to start hundreds of them."""
+    def bring(
+        self, names: list[str], letters: bytes, *, timeout: float | None, desired: str = ""
+    ) -> dict[str, GatewayError]:
+        """Tell s6 to bring slots up (U) or down (D), or down and then up by itself (dU), all in parallel, record what
+        is desired, if anything, and wait until s6 has done it, for dU the first half, timeout seconds at most; return
+        what failed, by name. A supervisor that is not there yet is waited for: s6-svscan takes seconds for hundreds."""
+        up = letters == b"U"
         timeout = timeout if timeout is not None else START_TIMEOUT if up else self.patience
         waiting = {name: f"{self.scandir}/{SLOT_PREFIX}{self.valid(name)}" for name in names}
         untold = set(names)
@@ -3567,7 +3572,7 @@ class S6ServiceManager:
             for name in sorted(untold):
                 if not up:
                     self.announce_stop(self.valid(name))
-                if self.told(waiting[name], up):
+                if self.told(waiting[name], letters):
                     untold.discard(name)
             if desired:
                 self.record_all(names, desired)
@@ -3575,7 +3580,7 @@ class S6ServiceManager:
             for name, slot in [*waiting.items()]:
                 heard(f"{slot}/back-off")  # wakes a finish that waits
                 told = name not in untold or not os.path.isdir(slot)  # or removed by somebody
-                if told and self.settled(name, up, began, failures):
+                if told and self.settled(name, letters, began, failures):
                     untold.discard(name)
                     del waiting[name]
             if not waiting or time.monotonic() > deadline or (untold and not supervisor_answers(self.scandir)):
@@ -3593,16 +3598,16 @@ class S6ServiceManager:
                 failures[name] = CommandFailed(f"{name}: did not {aim} within {timeout:g} s")
         return failures
 
-    def told(self, slot: str, up: bool) -> bool:
+    def told(self, slot: str, letters: bytes) -> bool:
         """Tell a slot's s6-supervise, and its next start, what to do; return whether one was there to be told."""
         try:
-            if up:
+            if letters == b"U":
                 os.utime(f"{slot}/back-off", follow_symlinks=False)  # what died until now is no crash loop
         except OSError:
             pass  # hermes-agent's own slots have no back-off
-        return heard(f"{slot}/supervise/control", b"U" if up else b"D")
+        return heard(f"{slot}/supervise/control", letters)
 
-    def settled(self, name: str, up: bool, began: float, failures: dict[str, GatewayError]) -> bool:
+    def settled(self, name: str, letters: bytes, began: float, failures: dict[str, GatewayError]) -> bool:
         """Return whether a slot is where it was told to be, or will not get there, which is a failure; began is when
         it was told, in seconds since 1970. A gateway is up once it says so, or has been up for START_SECONDS."""
         try:
@@ -3612,8 +3617,8 @@ class S6ServiceManager:
             return True
         if (status := slot_status(slot)) is None:
             return False  # s6-supervise can be told before it has said anything
-        if not up:
-            return status.pid == 0
+        if letters != b"U":
+            return status.pid == 0 or (letters == b"dU" and status.up and status.since >= began)
         ends = [ended for when, ended in deaths(slot) if when >= began]
         parked = bool(ends) and not status.up and not status.wanted  # else it has not been started yet
         if parked or len(ends) > 1:
@@ -3665,14 +3670,10 @@ class S6ServiceManager:
         self.publish(profile, files, start=start_now)
 
     def check_rights(self, action: str, profile: str) -> None:
-        """Raise CommandFailed where only root may publish and remove slots, or this container has none."""
-        if os.access(self.scandir, os.W_OK):
-            return
-        why, fix = f"{USER} may not write to {shown(self.scandir)}", "`hermes-boot doctor` says why"
-        if is_sealed(self.environment):
-            why = "HERMES_SEALED leaves that to root"
-            fix = f"`docker exec CONTAINER hermes-boot gateway {action} -p {profile}`"
-        raise CommandFailed(f"{profile}: {why}; {fix}")
+        """Raise CommandFailed where only root may publish and remove slots."""
+        if os.geteuid() != 0 and is_sealed(self.environment):
+            command = f"docker exec CONTAINER hermes-boot gateway {action} -p {profile}"
+            raise CommandFailed(f"{profile}: HERMES_SEALED leaves that to root: `{command}`")
 
     def made_ready(self, profile: str) -> bool:
         """Remove what a dead process has left in a profile, make its log folder; return whether that can be used."""
@@ -3727,18 +3728,26 @@ class S6ServiceManager:
 
     def unregister_profile_gateway(self, profile: str, *, timeout: float | None = None) -> None:
         """Stop a gateway, and once it has ended remove its slot, supervisors and logger included."""
-        self.check_rights("unregister", self.valid(profile))
-        self.end(profile, timeout)
-        self.withdraw(profile)
+        profile = self.valid(profile)
+        self.check_rights("unregister", profile)
+        failures: dict[str, GatewayError] = {}
+        locks = self.lock_all([profile], self.patience + 10, failures)
+        try:
+            self.raise_first(failures)
+            self.end(profile, timeout)
+            self.withdraw(profile)
+        finally:
+            for lock in locks:
+                lock.__exit__()
 
     def end(self, profile: str, timeout: float | None = None) -> None:
         """Stop a gateway that is to be removed."""
         if is_supervised(self.own_slot(profile)):
-            self.raise_first(self.bring([profile], up=False, timeout=timeout))
+            self.raise_first(self.bring([profile], b"D", timeout=timeout))
 
     def withdraw(self, profile: str) -> None:
         """Remove a slot whose gateway is down, and its supervisors."""
-        name = SLOT_PREFIX + self.valid(profile)
+        name = SLOT_PREFIX + profile
         removed = f".{name}"[:230] + f".{time.time_ns():x}"
         try:
             with Folder(self.scandir, follow=True) as scandir:
@@ -3806,6 +3815,7 @@ def ask_for_profile(boot: Boot, action: str, option: str | None, output: int) ->
     if action != "register":
         profile = manager.valid(profile)
     if action == "unregister":
+        manager.lock_all([profile], manager.patience + 10, {})  # until this process ends
         manager.end(profile)
     elif action in DONE and profile in manager.list_profile_gateways():
         return 0
@@ -3847,6 +3857,8 @@ def starts_by_itself(manager: S6ServiceManager, profile: str) -> bool:
 
 def gateway_command(boot: Boot, action: str, profile: str | None, every: bool) -> int:
     """Run `hermes_boot.py gateway ...`. Where root alone can give a profile its slot, or take it, that comes first."""
+    if action in ("start", "restart", "register") and (why := no_gateways(boot, container_words())):
+        raise GatewayError(f"this container has no gateways, since {why}")
     if os.geteuid() == 0 and is_sealed(boot.environment) and not every:
         if action.endswith("register"):
             return control_as_root(boot, action, profile)
@@ -3871,6 +3883,8 @@ def gateway_as_hermes(boot: Boot, action: str, profile: str | None, every: bool)
         print(table(rows, []))
         return 0 if all(row.state in ("up", "starting") for row in rows) else 3
     names = manager.list_profile_gateways() if every else [named_profile(manager, profile)]
+    if every and not names and action != "stop":
+        raise CommandFailed("this container has no gateways; `hermes-boot doctor` says why")
     if action in ("start", "restart") and is_multiplexed(boot):
         if not every and manager.valid(names[0]) != "default":
             raise CommandFailed(
@@ -4247,14 +4261,15 @@ COLOURS = {
 }
 
 
-def cells(row: Row, *, brief: bool) -> dict[str, str]:
-    """Return a row's columns as text."""
+def cells(row: Row, width: int) -> dict[str, str]:
+    """Return a row's columns as text, short where a terminal's width is."""
+    brief = 0 < width < WIDE
     waits = f"next start at {time.strftime('%H:%M:%S', time.localtime(row.waits_until))}: " if row.waits_until else ""
     next_boot = "starts" if row.autostart else "stays down"
     failed = {name: failure for name, platform in row.platforms.items() if (failure := failure_of(platform))}
     return {
         "PROFILE": row.name,
-        "STATE": ", ".join([row.state, *(f"{name}: {failure}" for name, failure in failed.items())]),
+        "STATE": ", ".join([row.state, *(f"{name}: {cut(failure, width // 4)}" for name, failure in failed.items())]),
         "SINCE": "-" if row.since is None else duration(time.time() - row.since),
         "PID": str(row.pid or "-"),
         "MEMORY": "-" if row.memory is None else f"{row.memory >> 20} MiB",
@@ -4290,7 +4305,7 @@ def table(rows: list[Row], services: list[Row]) -> str:
     """Return the rows aligned, and how many gateways are in which state. A terminal's width is kept: the last log line
     of a gateway that is not well stands below it, any other is cut, and columns are left out."""
     width, states = terminal_width(), [row.state for row in rows]
-    lines = [cells(row, brief=0 < width < WIDE) for row in (*rows, *services)]
+    lines = [cells(row, width) for row in (*rows, *services)]
     if not lines:
         return "0 gateways"
     header = {name: name for name in lines[0]}
@@ -4498,7 +4513,7 @@ def last_lines(home: Folder, profile: str, count: int) -> list[str]:
     except OSError:
         pass  # no log that can be read
     texts = [printable(line.partition("  ")[2]) for line in lines]
-    return [text for text in texts if any(map(str.isalpha, text))][-count:]
+    return [text for text in texts if any(map(str.isalpha, text)) and DIED_TOO_OFTEN not in text][-count:]
 
 
 def since_when(text: str) -> str:
@@ -4616,6 +4631,7 @@ def doctor(boot: Boot, *, as_json: bool, fix: bool) -> int:
         except OSError:
             pass  # what keeps it from that, the checks say
         if is_sealed(boot.environment) and not no_gateways(boot, container_words()):
+            boot.quiet = True
             reconcile_phase(boot)
     timeout = CHILD_TIMEOUT if fix else command_timeout(boot.environment, waits=False)
     return by_hermes(timeout, doctor_as_hermes, boot, owner_checks(boot), as_json, fix)
@@ -4692,7 +4708,7 @@ def owner_checks(boot: Boot) -> list[Check]:
     if not os.path.isdir(boot.home):
         return []  # the volume's own check says it
     checks = []
-    shared = boot.by_group and is_groups(os.stat(boot.home), boot.owner[1])
+    shared = not boot.by_root and is_groups(os.stat(boot.home), boot.owner[1])
     if (uid, gid) != boot.owner and not shared:
         fix = "restart the container to give it to hermes"
         fix = f"start with HERMES_UID={uid} HERMES_GID={gid}, or {fix}" if uid else fix
@@ -4835,7 +4851,9 @@ def gateway_check(boot: Boot, home: Folder, row: Row, full: Fault | None) -> Che
     name, start = row.name, f"`hermes -p {row.name} gateway start`"
     if row.why == "no such profile":
         fix, found = f"`hermes-boot gateway unregister -p {name}`", "has a slot, but its profile is gone"
-        return Check("warn", name, found, fix, lambda: unregister_gone(boot, name))
+        return Check(
+            "warn", name, found, fix, None if is_sealed(boot.environment) else lambda: unregister_gone(boot, name)
+        )
     if row.state == "no slot" and full:
         return Check("warn", name, f"has no slot, since {full.text}", full.fix)
     if row.state in ("no slot", "no supervisor"):
@@ -4963,6 +4981,7 @@ def renew_logger(boot: Boot, name: str) -> str:
     """End a logger without a supervisor that has a gateway's log folder, and start the gateway's own anew."""
     folder = f"logs/gateways/{name}"
     with open_home(boot) as home:
+        make_log_folder(home, name)  # people remove it to make space
         holder = lock_holder(home, folder) or 0
         for number in (SIGTERM, SIGKILL) if holder else ():
             send(holder, number)
@@ -5075,7 +5094,7 @@ def run_phases(role: str, *, dry_run: bool) -> int:
 def run_command(arguments: argparse.Namespace, environment: dict[str, str]) -> int:
     """Run an operator's command."""
     command = arguments.command or ""
-    if command in ("", "setup", "reconcile", "shutdown"):
+    if command in ("", "setup", "reconcile"):
         return run_phases(command, dry_run=getattr(arguments, "dry_run", False))
     end_on_sigterm()  # else what runs as hermes would go on
     if command == "health":
@@ -5104,7 +5123,6 @@ COMMANDS = {  # what it does, and examples
     ),
     "setup": ("set hermes's IDs, give it its files, add missing ones, migrate the configuration", "setup --dry-run"),
     "reconcile": ("give every profile a slot, which is where s6 runs its gateway", "reconcile --dry-run"),
-    "shutdown": ("stop all gateways and the container's command, as `docker stop` does",),
 }
 
 
@@ -5122,7 +5140,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program,
         description="Show this container's gateways, start and stop them, and find what is wrong."
-        " The image runs setup, reconcile and shutdown itself.",
+        " The image runs setup and reconcile itself.",
         epilog=epilog("status", "doctor", "gateway restart -p coder"),
         **layout,
     )

@@ -536,7 +536,7 @@ def test_a_slot_that_goes_meanwhile_is_that_gateways_failure_alone(gateways):
     script = (
         "import sys; sys.path.insert(0, '/opt/hermes/docker'); import hermes_boot; hermes_boot.become_hermes()\n"
         "manager = hermes_boot.S6ServiceManager(environment={'HERMES_HOME': '/opt/data'})\n"
-        "print(*manager.bring(['gone', 'a'], up=False, timeout=None).values(), manager.is_running('a'))\n"
+        "print(*manager.bring(['gone', 'a'], b'D', timeout=None).values(), manager.is_running('a'))\n"
     )
     assert host.do("start", "-p", "a").returncode == 0
     done = host.box.exec("/usr/bin/python3", "-IBSc", script)

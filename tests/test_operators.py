@@ -220,8 +220,7 @@ def test_a_container_without_gateways_is_healthy(container, tmp_path, words, env
         done = box.exec(MANAGER, "doctor", user=user)
         assert done.returncode == 0 and "pass  gateways: none here, since " in done.stdout, done
         done = box.exec(MANAGER, "gateway", "register", "-p", "a", user=user)
-        text = "error: a: hermes may not write to /run/service; `hermes-boot doctor` says why\n"
-        assert done.returncode == 1 and done.stderr.endswith(text), done
+        assert done.returncode == 1 and "error: this container has no gateways, since " in done.stderr, done
 
 
 # doctor
@@ -473,9 +472,7 @@ def test_a_log_that_is_not_there_is_one_line(plain):
 # help
 
 
-@pytest.mark.parametrize(
-    "command", ["", "status", "doctor", "health", "logs", "gateway", "setup", "reconcile", "shutdown"]
-)
+@pytest.mark.parametrize("command", ["", "status", "doctor", "health", "logs", "gateway", "setup", "reconcile"])
 def test_help_is_everywhere(plain, command):
     """With examples wherever there is something to choose."""
     done = plain.reconcile(command=[*command.split(), "--help"])
@@ -484,7 +481,7 @@ def test_help_is_everywhere(plain, command):
         and done.stdout.startswith(f"usage: hermes_boot.py {command}".rstrip())
         and done.stderr == ""
     )
-    assert ("examples:\n" in done.stdout) is (command != "shutdown") and not plain.scandir.exists()
+    assert "examples:\n" in done.stdout and not plain.scandir.exists()
 
 
 def test_version(plain):

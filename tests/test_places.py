@@ -208,9 +208,9 @@ def test_the_kubernetes_file_fits_the_image():
     for probe, words in (
         ("startupProbe", ["health", "--live"]),
         ("livenessProbe", ["health", "--live"]),
-        ("readinessProbe", ["health"]),
     ):
         assert hermes[probe]["exec"]["command"] == ["/opt/hermes/bin/hermes-boot", *words]
+    assert "readinessProbe" not in hermes  # a pod that is not ready is never updated
     assert hermes["image"] == f"hermes-agent:{AGENT_VERSION}" and "command" not in hermes
 
 
@@ -316,6 +316,17 @@ def test_rootless_podmans_keep_id_is_told_its_way(container):
     assert done.stderr.endswith("; with rootless Podman: --userns=keep-id:uid=10000,gid=10000\n"), done.stderr
     done = box.exec("setpriv", "--reuid=1000", "--clear-groups", "/opt/hermes/docker/hermes_boot.py", "setup")
     assert done.returncode == 1 and "keep-id" not in done.stderr and "started as UID 1000" in done.stderr
+
+
+@pytest.mark.sandbox
+def test_doctor_on_a_volume_as_kubernetes_leaves_it(container, tmp_path):
+    """With fsGroup root keeps it, and the group is hermes's: what hermes can use is right."""
+    volume = tmp_path / "volume"
+    (volume / "lost+found").mkdir(parents=True)
+    volume.chmod(0o2775)
+    os.chown(volume, 0, 10000)
+    done = container(user=10000, gid=10000).run("hermes-boot", "doctor")
+    assert done.returncode == 0 and b"pass  owners: " in done.stdout and b" owner: " not in done.stdout, done
 
 
 @pytest.mark.parametrize("mode, level", [(0o660, "pass"), (0o640, "fail")])

@@ -193,6 +193,64 @@ def test_commands_that_overlap_follow_one_another_and_the_last_one_is_the_intent
 
 
 SAYS = 'echo "{\\"pid\\": $$, \\"gateway_state\\": \\"%s\\"}" > "$folder/gateway_state.json"\n'
+SLOW = "trap 'sleep 4; exit 0' TERM\nwhile :; do sleep 0.05; done\n"
+
+
+def test_a_restart_waits_for_nobody_elses_end_and_a_command_that_is_ended_leaves_none_down(gateways):
+    """s6 knows from the first moment that each is to come up again."""
+    host = gateways({"a": RUN, "slow": SLOW}, "running")
+    assert wait_for(lambda: all(map(host.up, ("a", "default", "slow"))))
+    old, words = host.pid("a"), [MANAGER, "gateway", "restart", "--all"]
+    with subprocess.Popen(host.box.exec_command(words, None), stdout=subprocess.PIPE) as restart:
+        assert wait_for(lambda: host.up("a") and host.pid("a") != old, 3 * busy())
+        assert restart.poll() is None and host.pid("slow") != "-1"  # which still drains
+        host.box.exec("pkill", "-INT", "-f", "hermes-boot gateway restart")
+        restart.communicate(timeout=20)
+    assert wait_for(lambda: all(host.up(name) and host.starts(name) == 2 for name in ("a", "default", "slow")), 15)
+    assert host.box.exec(MANAGER, "health").stdout == "healthy: 3 up, 0 not wanted\n"
+
+
+def test_an_unregister_waits_for_its_turn(gateways):
+    """Beside a restart of a gateway that drains, and a start."""
+    host = gateways({"slow": SLOW}, "running")
+    assert wait_for(lambda: host.up("slow"))
+    commands = []
+    for action in ("restart", "unregister", "start"):
+        words = host.box.exec_command([MANAGER, "gateway", action, "-p", "slow"], None)
+        commands.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        time.sleep(0.5)
+    said = [command.communicate(timeout=40) for command in commands]
+    assert said[0][0] == "slow: restarted\n" and said[1][0] == "slow: unregistered\n", said
+    assert commands[2].returncode in (0, 4), said  # before it or after it
+    assert not host.box.path("/run/service/gateway-slow").exists()
+
+
+def test_a_name_that_begins_as_slots_do(gateways):
+    """gateway-late is a profile of its own, with or without a slot: late is never meant by it."""
+    host = gateways({"late": RUN}, "running")
+    assert wait_for(lambda: host.up("late"))
+    host.box.exec("sh", "-c", "cd /opt/data/profiles && cp -r late gateway-late", user="hermes")
+    for action, code in (("stop", 4), ("unregister", 4), ("start", 0), ("unregister", 0)):
+        done = host.do(action, "-p", "gateway-late")
+        assert (done.returncode, "gateway-late" in done.stdout + done.stderr) == (code, True), done
+        assert host.up("late") and host.state("late")["desired_state"] == "running"
+    assert (
+        host.do("stop", "-p", "gateway-x").returncode == 4 and host.do("stop", "-p", "gateway-default").returncode == 0
+    )
+    assert not host.up("default")
+
+
+def test_a_log_folder_that_somebody_has_removed(gateways):
+    """doctor --fix makes it anew, once."""
+    host = gateways({}, "running")
+    assert wait_for(lambda: host.up("default"))
+    host.box.exec("rm", "-rf", "/opt/data/logs/gateways")
+    assert wait_for(lambda: any("is not used" in check["found"] for check in doctor(host)), 10)
+    assert "started its logger anew" in host.box.exec(MANAGER, "doctor", "--fix").stderr
+    assert wait_for(lambda: host.box.exec("test", "-f", "/opt/data/logs/gateways/default/lock").returncode == 0, 5)
+    assert wait_for(lambda: host.box.exec(MANAGER, "doctor", "--fix").stderr == "", 10)
+
+
 STARTS = {
     "parks": ("sleep 0.5\nexit 78\n", 1, "ended with code 78 and is parked; `hermes-boot logs -p a -n 20` says why"),
     "loops": ("exit 3\n", 1, "is in a crash loop, last end: code 3; `hermes-boot logs -p a -n 20` says why"),
@@ -357,7 +415,7 @@ def test_a_supervisor_that_has_not_said_anything_yet_is_waited_for(plain):
     failures: dict = {}
     reader = os.open(plain.scandir / "gateway-a/supervise/control", os.O_RDONLY | os.O_NONBLOCK)
     try:
-        assert manager.told(manager.slot("a"), True) and not manager.settled("a", True, time.time(), failures)
+        assert manager.told(manager.slot("a"), b"U") and not manager.settled("a", b"U", time.time(), failures)
         assert not failures
     finally:
         os.close(reader)

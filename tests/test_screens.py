@@ -63,6 +63,18 @@ def host(gateways) -> Gateways:
 
 
 @pytest.mark.sandbox
+def test_a_long_failure_leaves_room_for_the_rest(host):
+    """As Telegram's: on a terminal it is cut, and elsewhere whole."""
+    failure = "Conflict: terminated by other getUpdates request; make sure that only one bot instance is running"
+    platforms = {"telegram": {"state": "fatal", "error_message": failure}}
+    state = host.state("talking") | {"pid": int(host.pid("talking")), "platforms": platforms}
+    (host.folder("talking") / "gateway_state.json").write_text(json.dumps(state))
+    text = bare(terminal(host, MANAGER, "status", width=120))
+    assert "telegram: Conflict: " in text and "SINCE" in text and "NEXT BOOT" in text, text
+    assert f"telegram: {failure} " in host.box.exec(MANAGER, "status").stdout
+
+
+@pytest.mark.sandbox
 def test_a_terminals_width_is_kept(host):
     """WANTED and RESTARTS go first; a last line is cut, and below a gateway that is not well it has a line of its own.
     A pipe gets all of it, a line each."""
@@ -100,7 +112,7 @@ def test_what_there_is_to_know_of_a_gateway(host):
     assert wait_for(lambda: waiting(host) is not None, 20)
     assert time.time() - 1 < waiting(host) < time.time() + 61
     text = host.box.exec(MANAGER, "status").stdout
-    assert re.search(r"^crashing .*next start at \d\d:\d\d:\d\d: ", text, re.M)
+    assert re.search(rf"^crashing .*next start at \d\d:\d\d:\d\d: {LONG}$", text, re.M), text
     assert re.search(r"^talking +up, discord: retrying .* telegram ", text, re.M)
     assert re.search(r"^dashboard +off .* down .* service", text, re.M)
     assert re.search(r"\n\n5 gateways: 3 up, .*1 parked", text)

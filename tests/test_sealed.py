@@ -63,6 +63,30 @@ def test_a_stop_in_a_back_off_and_the_restart_after_it_work(gateways):
     assert "crash loop" not in host.box.exec("hermes-boot", "status", "-p", "a").stdout
 
 
+def test_a_container_without_gateways_gives_no_profile_a_slot(container, tmp_path):
+    """As an API server beside the one that has them; by root too, who could."""
+    (tmp_path / "volume/profiles/a").mkdir(parents=True)
+    (tmp_path / "volume/profiles/a/SOUL.md").touch()
+    box = container(environment=SEALED | {"HERMES_RECONCILE": "0"})
+    box.start("sleep", "infinity")
+    for words in (["start", "-p", "a"], ["register", "-p", "a"], ["restart", "--all"]):
+        done = box.exec("hermes-boot", "gateway", *words)
+        text = "hermes-boot: error: this container has no gateways, since HERMES_RECONCILE is off\n"
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", text)
+    assert not any("gateway-" in path.name for path in box.path("/run/service").iterdir())
+
+
+def test_doctor_on_a_profile_that_is_gone(host):
+    """Names what root does, and does not say more at each --fix."""
+    host.box.exec("rm", "-r", "/opt/data/profiles/coder")
+    before = host.box.log()
+    for _ in range(2):
+        done = host.box.exec("hermes-boot", "doctor", "--fix")
+        assert done.stderr == "" and "`hermes-boot gateway unregister -p coder`" in done.stdout, done
+    assert host.do("unregister", "-p", "coder").returncode == 0
+    assert host.box.log().startswith(before)
+
+
 def test_a_profile_gets_its_slot_from_root(host):
     """By register, or by the first start; hermes is told who can."""
     new_profile(host, "new")
