@@ -1892,7 +1892,7 @@ def home_advice(boot: Boot, found: Owner, error: OSError) -> str:
     if error.errno == errno.EROFS:
         return "mount it writable"
     if found[0] == boot.owner[0]:
-        return "chmod u+rwx it"
+        return "the host refuses it: with SELinux mount it with `:Z`, else look at its ACLs"
     if boot.by_group:
         return f"give it to group 0 (chgrp -R 0, chmod -R g+rwX), or drop `--user` for HERMES_UID={boot.owner[0]}"
     give = f"chown -R {boot.owner[0]}:{boot.owner[1]} it on the host"
@@ -2156,7 +2156,7 @@ def is_older_config(folder: Folder) -> bool:
         return False
     except OSError:
         return True  # the migration says it
-    for source in installed("hermes_cli/config.py"):
+    for source in (*installed("hermes_cli/config.py"), *installed("hermes_cli/config_defaults.py")):
         latest = re.search(rb'"_config_version":\s*(\d+)', content(source)) if os.path.exists(source) else None
         if found and latest:
             return int(found[1]) < int(latest[1])
