@@ -48,7 +48,7 @@ ARG DEBIAN_MIRROR=http://deb.debian.org/debian
 ARG SOURCE_DATE_EPOCH=0
 RUN set -eu; \
     echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] ${DEBIAN_MIRROR} forky main" >/etc/apt/sources.list.d/forky.list; \
-    printf '%s\n' 'Package: *' 'Pin: release n=forky' 'Pin-Priority: -1' '' \
+    printf '%s\n' 'Package: *' 'Pin: release n=forky' 'Pin-Priority: 100' '' \
       'Package: libsqlite3-0' 'Pin: release n=forky' 'Pin-Priority: 990' >/etc/apt/preferences.d/forky; \
     apt-get update; \
     apt-get install -y --no-install-recommends ca-certificates python3 "libsqlite3-0=${SQLITE_VERSION}" ${APT_PACKAGES}; \
