@@ -3730,6 +3730,7 @@ class S6ServiceManager:
         """Stop a gateway, and once it has ended remove its slot, supervisors and logger included."""
         profile = self.valid(profile)
         self.check_rights("unregister", profile)
+        self.own_slot(profile)
         failures: dict[str, GatewayError] = {}
         locks = self.lock_all([profile], self.patience + 10, failures)
         try:

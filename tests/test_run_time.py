@@ -200,12 +200,13 @@ def test_a_restart_waits_for_nobody_elses_end_and_a_command_that_is_ended_leaves
     """s6 knows from the first moment that each is to come up again."""
     host = gateways({"a": RUN, "slow": SLOW}, "running")
     assert wait_for(lambda: all(map(host.up, ("a", "default", "slow"))))
-    old, words = host.pid("a"), [MANAGER, "gateway", "restart", "--all"]
+    old, words = host.pid("a"), ["sh", "-c", f"echo $$; exec {MANAGER} gateway restart --all"]
     with subprocess.Popen(host.box.exec_command(words, None), stdout=subprocess.PIPE) as restart:
+        pid = restart.stdout.readline().decode().strip()
         assert wait_for(lambda: host.up("a") and host.pid("a") != old, 3 * busy())
         assert restart.poll() is None and host.pid("slow") != "-1"  # which still drains
-        host.box.exec("pkill", "-INT", "-f", "hermes-boot gateway restart")
-        restart.communicate(timeout=20)
+        assert host.box.exec("sh", "-c", f"kill -INT {pid}").returncode == 0
+        assert restart.wait(20) == 130
     assert wait_for(lambda: all(host.up(name) and host.starts(name) == 2 for name in ("a", "default", "slow")), 15)
     assert host.box.exec(MANAGER, "health").stdout == "healthy: 3 up, 0 not wanted\n"
 
