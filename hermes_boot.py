@@ -56,6 +56,7 @@ HERMES = f"{VENV}/bin/hermes"
 COMMAND_FOLDERS = ("/opt/hermes/bin", f"{VENV}/bin")
 COMMAND_PROCESS = "/run/hermes-command"  # pid and start time of the container command, once that has started
 SUPERVISOR_PROCESS = "/run/hermes-supervisor"  # and of the fallback init, hermes_boot.py where s6-overlay cannot start
+LEFT_IN_RUN = ("hermes-command", "hermes-supervisor", "hermes-setup.failed", "hermes-reconciled")  # by a start of ours
 CONTAINER_ENVIRONMENT = "/run/s6/container_environment"
 RUNTIME_FOLDER = "/tmp/hermes-runtime"  # XDG_RUNTIME_DIR unless that is set
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
@@ -241,11 +242,14 @@ def account() -> tuple[int, int] | None:
 
 
 def profile_option(words: list[str]) -> tuple[str | None, list[str]]:
-    """Split a leading -p NAME, --profile NAME or --profile=NAME off hermes's arguments."""
-    if len(words) > 1 and words[0] in ("-p", "--profile"):
-        return words[1], words[2:]
-    if words and words[0].startswith("--profile="):
-        return words[0].removeprefix("--profile="), words[1:]
+    """Split -p NAME, --profile NAME or --profile=NAME off hermes's arguments, wherever it stands, as the agent does."""
+    for at, word in enumerate(words):
+        if word == "--":
+            break
+        if word in ("-p", "--profile") and words[at + 1 :]:
+            return words[at + 1], words[:at] + words[at + 2 :]
+        if word.startswith("--profile="):
+            return word.removeprefix("--profile="), words[:at] + words[at + 1 :]
     return None, words
 
 
@@ -348,6 +352,11 @@ def described(error: OSError) -> str:
     return reason(error) if reason(error).startswith(("is ", "was ")) else f"cannot be used ({reason(error)})"
 
 
+def is_full(error: OSError) -> bool:
+    """Return whether an error is for want of space."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def guarded(action: Callable[..., int], *arguments: object) -> int:
     """Run an action; turn what it raises into one line and code 1, with a traceback only for the unexpected."""
     try:
@@ -394,7 +403,7 @@ class Boot:
         self.home = root_home(environment)
         self.scandir = scandir_of(environment)
         self.owner: Owner = account() or owner_of(self.home)
-        if os.geteuid() not in (0, self.owner[0]) and os.getegid() == 0:
+        if os.geteuid() not in (0, self.owner[0]) and (os.geteuid(), os.getegid()) == (owner_of(first_process())[0], 0):
             self.owner = os.geteuid(), 0  # OpenShift's way: any UID, with root's group
         self.dry_run, self.by_root = dry_run, os.geteuid() == 0
         self.quiet = switch(self.setting("HERMES_BOOT_QUIET")) is True  # only warnings are wanted
@@ -434,6 +443,11 @@ def scandir_of(environment: dict[str, str]) -> str:
     return environment.get("S6_PROFILE_GATEWAY_SCANDIR", "").rstrip("/") or SCANDIR
 
 
+def first_process() -> str:
+    """Return the folder in /proc of this container's first process; PID 1 may be another container's."""
+    return f"/proc/{read_pid_file(SUPERVISOR_PROCESS) or 1}"
+
+
 def owner_of(path: str) -> Owner:
     """Return a path's owner, or our own where it is missing: who to act as in an image without a hermes user."""
     try:
@@ -460,7 +474,7 @@ def check_settings(boot: Boot) -> None:
         if (value := boot.setting(name)) and number_in(value, least, MAX_SECONDS) is None:
             warn(f"{name}={value!r} is not a number of seconds from {least} to {MAX_SECONDS}; using {default}")
     zone = boot.setting("TZ").removeprefix(":")  # a file's path, or as in UTC-2 an offset from UTC
-    if zone and not any(map(str.isdigit, zone)) and not os.path.exists(os.path.join(TIME_ZONES, zone)):
+    if zone and not any(map(str.isdigit, zone)) and not os.path.isfile(os.path.join(TIME_ZONES, zone)):
         warn(f"TZ={zone!r} is not a time zone of this image, so it is UTC; give one such as Europe/Berlin")
 
 
@@ -1187,9 +1201,8 @@ def follow_home(boot: Boot) -> None:
 def given_groups() -> list[int]:
     """Return the GIDs of `--group-add`, of a mounted Docker socket and of render nodes, root's excepted."""
     groups: list[int] = []
-    init = read_pid_file(SUPERVISOR_PROCESS) or 1  # PID 1 may be another container's
     try:
-        lines = content(f"/proc/{init}/status").split(b"\n")
+        lines = content(f"{first_process()}/status").split(b"\n")
         groups += [int(number) for line in lines if line.startswith(b"Groups:") for number in line.split()[1:]]
     except OSError:
         pass  # hidden from hermes
@@ -1775,7 +1788,7 @@ def own_volume(boot: Boot) -> None:
     """Hand HERMES_HOME itself and what is managed at its top to hermes. All else there is the user's."""
     try:
         sweep = sweep_volume(boot)
-    except PermissionError as error:
+    except (PermissionError, FileNotFoundError) as error:
         warn(f"{shown(boot.home)} cannot be looked into by root ({reason(error)}), so owners stay as they are")
     except OSError as error:
         raise Fatal(f"HERMES_HOME={boot.home!r} {described(error)}; make all on the way to it plain folders") from error
@@ -1984,7 +1997,7 @@ def try_volume(boot: Boot, home: Folder) -> None:
         with Lock(home, PROBE, STATE_FILE, VERSION_STAMP, "auth.json", *BUILT_IN):
             probe(home)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             warn(f"{shown(boot.home)}: {reason(error)}; free some space, or gateways will not start well")
             return
         advice = home_advice(boot, owner_of(boot.home), error) + rootless_advice(boot.owner)
@@ -2033,7 +2046,8 @@ def seed_folder(boot: Boot, home: Folder, path: str) -> None:
         give_access(path.partition("/")[0], home.fd)
         os.close(home.folder(path, make=True).fd)
     except OSError as error:
-        warn(f"{path} on the volume {described(error)}; put a plain folder there")
+        if not is_full(error):  # else that has been said
+            warn(f"{path} on the volume {described(error)}; put a plain folder there")
 
 
 def seed_file(boot: Boot, home: Folder, name: str, mode: int, data: bytes) -> None:
@@ -2606,7 +2620,7 @@ def log_run_script(profile: str, *, to_folder: bool = True) -> str:
             f'[ "$(id -u)" = 0 ] && set -- s6-setuidgid {USER} || set --',
             f'"$@" s6-setlock -n {folder}/lock true 2>/dev/null || {{',
             f'  echo "{profile}: logs/gateways/{profile} is locked or cannot be used,'
-            " so its log goes to the container's alone\"",
+            " so its log goes to the container's alone; does another container use this volume? hermes-boot doctor\"",
             f'  ulimit -v {LOGGER_MEMORY}; exec "$@" s6-log 1',
             "}",
         ]
@@ -2767,7 +2781,7 @@ def make_log_folder(home: Folder, profile: str) -> Fault | None:
                 finally:
                     os.close(fd)
     except OSError as error:
-        fix = f"put plain folders there, {USER}'s own"
+        fix = "free some space" if is_full(error) else f"put plain folders there, {USER}'s own"
         return Fault(f"{path} {described(error)}, so its log goes to the container's alone", fix)
     return None
 
@@ -2781,23 +2795,33 @@ CONT_INIT, STATIC_SERVICES = "/etc/cont-init.d", "/etc/s6-overlay/s6-rc.d"
 ASKED_LIMIT = 1 << 20  # bytes
 OF_THE_RUNNER = ("s6-ipcserverd", "s6-sudod")  # what s6-rc's oneshot runner is made of
 BOOT_LOG, BOOT_LOG_LIMIT = "container-boot.log", 256 << 10
-# By their number in capabilities(7). Without CHOWN, FOWNER and KILL less works; the README says what.
-NEEDED_CAPABILITIES = {1: "DAC_OVERRIDE", 6: "SETGID", 7: "SETUID"}
+CAPABILITIES = {  # by their number in capabilities(7): the name, and what falls without it, "" for the boot
+    0: ("CHOWN", "no gateway runs"),
+    1: ("DAC_OVERRIDE", ""),
+    3: ("FOWNER", "some of hermes's files may stay unreadable"),
+    5: ("KILL", "nothing of hermes's can be stopped"),
+    6: ("SETGID", ""),
+    7: ("SETUID", ""),
+}
 
 
-def missing_capabilities() -> list[str]:
-    """Return the capabilities that root lacks here and without which no gateway can run."""
+def check_capabilities(boot: Boot) -> None:
+    """Say which capabilities root lacks; Fatal where no gateway can run."""
     with open("/proc/self/status", "rb") as file:
         effective = next((int(line.split()[1], 16) for line in file if line.startswith(b"CapEff:")), -1)
-    return [name for number, name in NEEDED_CAPABILITIES.items() if not effective >> number & 1]
+    missing = dict(each for number, each in CAPABILITIES.items() if not effective >> number & 1)
+    if "" in missing.values():
+        them = " and ".join(missing)
+        raise Fatal(f"root lacks {them}; add with --cap-add, or start with `--user {boot.owner[0]}:{boot.owner[1]}`")
+    for name, what in missing.items():
+        warn(f"root lacks {name}, so {what}; add it with --cap-add")
 
 
 def setup(boot: Boot) -> int:
     """Remap, own, seed and migrate. Raises Fatal for what the boot cannot work around."""
     euid, image_owner = os.geteuid(), boot.owner
-    if euid == 0 and (missing := missing_capabilities()):
-        them = " and ".join(missing)
-        raise Fatal(f"root lacks {them}; add with --cap-add, or start with `--user {boot.owner[0]}:{boot.owner[1]}`")
+    if euid == 0:
+        check_capabilities(boot)
     if euid not in (0, boot.owner[0]):
         raise Fatal(
             f"started as UID {euid}, which is not {USER}'s; drop `--user` and set HERMES_UID={euid}"
@@ -3163,8 +3187,14 @@ TAI_OFFSET = (1 << 62) + 37  # s6 counts TAI seconds since 1970, 37 ahead of UTC
 MOST_DEATHS = 100  # that s6 remembers, unless told otherwise
 RESTART_WINDOW = 60  # seconds that a run has to last to be none of a crash loop's
 DIED_TOO_OFTEN = "died too often"
+BOOTING = "the boot is not over; wait until it is (`docker logs`), then repeat this"
 PERMANENT_FAILURE = 125  # s6's word from a finish script for "do not restart"
 START_GRACE = 10  # seconds that a wanted gateway may be down, and after which one that is up has come up to stay
+
+
+def is_booting() -> bool:
+    """Return whether the boot of this container is under way: its command has not been started."""
+    return supervised() and not os.path.exists(COMMAND_PROCESS)
 
 
 def supervisor_answers(scandir: str) -> bool:
@@ -3397,6 +3427,8 @@ class S6ServiceManager:
         import difflib
 
         names, text = self.list_profile_gateways(), f"no such gateway: {profile}; "
+        if is_booting():
+            return f"{text}{BOOTING}"
         if not names:
             return f"{text}this container has none, and `hermes-boot doctor` says why"
         try:
@@ -3601,7 +3633,7 @@ class S6ServiceManager:
     def told(self, slot: str, letters: bytes) -> bool:
         """Tell a slot's s6-supervise, and its next start, what to do; return whether one was there to be told."""
         try:
-            if letters == b"U":
+            if b"U" in letters:
                 os.utime(f"{slot}/back-off", follow_symlinks=False)  # what died until now is no crash loop
         except OSError:
             pass  # hermes-agent's own slots have no back-off
@@ -4050,7 +4082,7 @@ def lay_out_run(variables: dict[str, str]) -> None:
                 os.fchown(run.fd, 0, 0)  # else others could rename what root puts there
                 os.fchmod(run.fd, 0o755)
             for name in os.listdir(run.fd):
-                if name in ("s6", "service") or name.startswith(("hermes-", "s6-")):
+                if name in ("s6", "service") or name.startswith((*LEFT_IN_RUN, "s6-")):
                     run.remove(name)  # an earlier start's
             for path in (f"{SCANDIR}/.s6-svscan", os.path.dirname(HALT), os.path.dirname(EXIT_CODE)):
                 os.makedirs(path)
@@ -4202,12 +4234,12 @@ def resident(pid: int) -> int | None:
         return None
 
 
-def platforms_of(state: dict[str, object], status: SlotStatus | None) -> dict[str, dict[str, str]]:
-    """Return state, error_code and error_message of each messaging platform, by a running gateway's own word; what one
-    that has ended has left there says nothing."""
+def platforms_of(state: dict[str, object], status: SlotStatus | None) -> dict[str, dict[str, str]] | None:
+    """Return state, error_code and error_message of each messaging platform, by a running gateway's own word, None
+    where it has said nothing; so does what one that has ended has left there."""
     platforms = state.get("platforms")
     if not isinstance(platforms, dict) or status is None or not status.up or state.get("pid") != status.pid:
-        return {}
+        return None
     fields = ("state", "error_code", "error_message")
     return {
         printable(name): {field: printable(str(entry.get(field) or "")) for field in fields}
@@ -4267,7 +4299,8 @@ def cells(row: Row, width: int) -> dict[str, str]:
     brief = 0 < width < WIDE
     waits = f"next start at {time.strftime('%H:%M:%S', time.localtime(row.waits_until))}: " if row.waits_until else ""
     next_boot = "starts" if row.autostart else "stays down"
-    failed = {name: failure for name, platform in row.platforms.items() if (failure := failure_of(platform))}
+    platforms = row.platforms or {}
+    failed = {name: failure for name, platform in platforms.items() if (failure := failure_of(platform))}
     return {
         "PROFILE": row.name,
         "STATE": ", ".join([row.state, *(f"{name}: {cut(failure, width // 4)}" for name, failure in failed.items())]),
@@ -4278,7 +4311,7 @@ def cells(row: Row, width: int) -> dict[str, str]:
         "WANTED": {True: "up", False: "down", None: "-"}[row.wanted],
         "LAST EXIT": row.last_exit or "-",
         "NEXT BOOT": row.why if row.why == "service" else next_boot if brief else f"{next_boot} ({row.why})",
-        "PLATFORMS": " ".join(name for name in row.platforms if name not in failed),
+        "PLATFORMS": " ".join(name for name in platforms if name not in failed),
         "LAST LOG LINE": f"{waits}{row.last_line}",
     }
 
@@ -4351,6 +4384,8 @@ def show_status(boot: Boot, profile: str | None, as_json: bool, watch: float | N
             raise NotRegistered(f"no such profile: {shown(profile or '')}; `hermes-boot status` lists them")
         if not as_json and (why := no_gateways(boot, container_words())):
             warn(f"this container has no gateways, since {why}")
+        elif not as_json and is_booting():
+            warn(BOOTING)
         elif not as_json and not supervisor_answers(boot.scandir):
             warn(f"no supervisor answers on {boot.scandir}; `hermes-boot doctor` says why")
         services = [] if profile or as_json else service_rows(boot)
@@ -4514,7 +4549,11 @@ def last_lines(home: Folder, profile: str, count: int) -> list[str]:
     except OSError:
         pass  # no log that can be read
     texts = [printable(line.partition("  ")[2]) for line in lines]
-    return [text for text in texts if any(map(str.isalpha, text)) and DIED_TOO_OFTEN not in text][-count:]
+    return [
+        text
+        for text in texts
+        if any(map(str.isalpha, text)) and not text.startswith("│") and DIED_TOO_OFTEN not in text
+    ][-count:]
 
 
 def since_when(text: str) -> str:
@@ -4555,8 +4594,7 @@ def show_logs(boot: Boot, profile: str | None, count: int | None, since: str | N
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # reading ends with neither
-        what = f"{'stdout' if full else f'logs/gateways/{name}'} {described(error)}"
+        what = f"{'stdout' if is_full(error) else f'logs/gateways/{name}'} {described(error)}"
         raise GatewayError(f"{what}; `hermes-boot doctor` looks further") from error
     return 0
 
@@ -4669,6 +4707,8 @@ def all_checks(boot: Boot) -> list[Check]:
             checks += dashboard_checks(boot)
             if why := no_gateways(boot, container_words()):
                 return [*checks, Check("pass", "gateways", f"none here, since {why}")]
+            if is_booting():
+                return [*checks, Check("warn", "gateways", BOOTING)]
             limit, fault = slot_limit(boot.scandir)
             full = fault if sum(row.state != "no slot" for row in rows) >= limit else None
             checks += stray_checks(boot)
@@ -4872,7 +4912,11 @@ def gateway_check(boot: Boot, home: Folder, row: Row, full: Fault | None) -> Che
         return Check("pass", name, f"down, since {MULTIPLEXED.text}")
     if row.state == "down":
         return Check("pass", name, f"down, as it was left ({row.why}); to have it up: {start}")
-    return Check("pass", name, f"{row.state} for {duration(time.time() - (row.since or time.time()))}")
+    found, fix = f"{row.state} for {duration(time.time() - (row.since or time.time()))}", ""
+    if row.platforms == {} and row.state == "up":  # which may be meant so: it has cron jobs
+        found, restart = f"{found}, with no messaging platform", f"`hermes -p {name} gateway restart`"
+        fix = f"`hermes -p {name} setup` adds one, then {restart}"
+    return Check("pass", name, found, fix)
 
 
 def unregister_gone(boot: Boot, name: str) -> str:
@@ -4906,7 +4950,7 @@ def foreign_checks(boot: Boot, row: Row) -> list[Check]:
 def platform_checks(row: Row, rows: list[Row]) -> list[Check]:
     """Look for messaging platforms that have failed, and for who else has a platform's token."""
     checks = []
-    for platform, said in row.platforms.items():
+    for platform, said in (row.platforms or {}).items():
         if not failure_of(said):
             continue
         code, message = said["error_code"], said["error_message"]
@@ -4982,7 +5026,8 @@ def renew_logger(boot: Boot, name: str) -> str:
     """End a logger without a supervisor that has a gateway's log folder, and start the gateway's own anew."""
     folder = f"logs/gateways/{name}"
     with open_home(boot) as home:
-        make_log_folder(home, name)  # people remove it to make space
+        if fault := make_log_folder(home, name):  # people remove it to make space
+            raise GatewayError(str(fault))
         holder = lock_holder(home, folder) or 0
         for number in (SIGTERM, SIGKILL) if holder else ():
             send(holder, number)

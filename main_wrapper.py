@@ -25,6 +25,7 @@ HERMES = f"{VENV}/bin/hermes"
 COMMAND_FOLDERS = ("/opt/hermes/bin", f"{VENV}/bin")
 COMMAND_PROCESS = "/run/hermes-command"  # pid and start time of the container command, once that has started
 SUPERVISOR_PROCESS = "/run/hermes-supervisor"  # and of the fallback init, hermes_boot.py where s6-overlay cannot start
+LEFT_IN_RUN = ("hermes-command", "hermes-supervisor", "hermes-setup.failed", "hermes-reconciled")  # by a start of ours
 CONTAINER_ENVIRONMENT = "/run/s6/container_environment"
 RUNTIME_FOLDER = "/tmp/hermes-runtime"  # XDG_RUNTIME_DIR unless that is set
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
@@ -210,11 +211,14 @@ def account() -> tuple[int, int] | None:
 
 
 def profile_option(words: list[str]) -> tuple[str | None, list[str]]:
-    """Split a leading -p NAME, --profile NAME or --profile=NAME off hermes's arguments."""
-    if len(words) > 1 and words[0] in ("-p", "--profile"):
-        return words[1], words[2:]
-    if words and words[0].startswith("--profile="):
-        return words[0].removeprefix("--profile="), words[1:]
+    """Split -p NAME, --profile NAME or --profile=NAME off hermes's arguments, wherever it stands, as the agent does."""
+    for at, word in enumerate(words):
+        if word == "--":
+            break
+        if word in ("-p", "--profile") and words[at + 1 :]:
+            return words[at + 1], words[:at] + words[at + 2 :]
+        if word.startswith("--profile="):
+            return word.removeprefix("--profile="), words[:at] + words[at + 1 :]
     return None, words
 
 
@@ -252,7 +256,8 @@ def program_of(words: list[str], environment: dict[str, str]) -> list[str]:
 
 
 def gateway_request(words: list[str]) -> list[str]:
-    """Return hermes_boot's arguments for exactly `[-p NAME] gateway start|stop|restart [--all]`, else none."""
+    """Return hermes_boot's arguments for exactly `gateway start|stop|restart [--all]`, with -p NAME or without,
+    else none."""
     profile, rest = profile_option(words)
     ours = [["gateway", action] for action in ("start", "stop", "restart")]
     if rest[:2] not in ours or rest[2:] not in ([], ["--all"]):
@@ -288,12 +293,14 @@ def hermes_command(words: list[str]) -> int:
         # Below another PID 1 the agent does not see s6; without gateways by HERMES_RECONCILE it would ask s6 for one.
         alone = switch(environment.get("HERMES_RECONCILE", "")) is False
         if supervised() and (alone or not s6_is_pid_1()):
-            return execute([BOOT, "container-command", *words], environment)
+            return execute([BOOT, "container-command", *words], program_environment(environment))
     if profile_option(words)[1] in (["update"], ["update", "--check"]):
         print(f"{USER}: info: {UPDATE}", file=sys.stderr)
-    if switch(environment.get("HERMES_DOCKER_EXEC_AS_ROOT", "")):
-        return execute([HERMES, *words], environment)
-    return execute_as_hermes([HERMES, *words], program_environment(environment))
+    all_of_it = program_environment(environment)
+    if switch(environment.get("HERMES_DOCKER_EXEC_AS_ROOT", "")):  # root must not find hermes's commands
+        packages = "HERMES_LAZY_INSTALL_TARGET"
+        return execute([HERMES, *words], environment | {packages: all_of_it[packages]})
+    return execute_as_hermes([HERMES, *words], all_of_it)
 
 
 def hand_over_stdio() -> None:
@@ -412,7 +419,9 @@ def init(words: list[str]) -> int:
         print(f"init: fatal: {fault}", file=sys.stderr)
         return code
     why, folder = obstacle(), os.readlink("/proc/self/cwd")
-    left = [f"/run/{name}" for name in os.listdir("/run") if name == "service" or name.startswith(("hermes-", "s6-rc"))]
+    left = [
+        f"/run/{name}" for name in os.listdir("/run") if name == "service" or name.startswith((*LEFT_IN_RUN, "s6-rc"))
+    ]
     if left and not why:  # an earlier start's, where /run is kept; what is too deep s6-overlay cannot remove
         os.waitpid(os.posix_spawn("/bin/rm", ["rm", "-rf", "--one-file-system", *left], {}), 0)
     environment.pop(WORKDIR, None)  # given by somebody else it says nothing of ours

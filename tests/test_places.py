@@ -368,6 +368,25 @@ def test_another_user_may_not_control_gateways(container, words):
     assert box.exec("/command/s6-svstat", "-o", "up", slot).stdout == "true\n"
 
 
+def test_another_user_gets_no_advice_for_the_volume(container):
+    """`docker exec -u 1234` has root's group, which is not OpenShift's way here."""
+    box = container()
+    box.start("sleep", "infinity")
+    box.volume.chmod(0o700)
+    done = box.exec("setpriv", "--reuid=1234", "--regid=0", "--clear-groups", "/opt/hermes/bin/hermes-boot", "status")
+    line = "hermes-boot: fatal: UID 1234 cannot read /opt/data; run this as hermes or root\n"
+    assert done.returncode == 1 and done.stderr == line, done
+
+
+def test_a_capability_that_is_missing_is_named(container):
+    """With what falls without it."""
+    box = container()
+    box.start("sleep", "infinity")
+    for name, what in (("kill", "nothing of hermes's can be stopped"), ("chown", "no gateway runs")):
+        done = box.exec("setpriv", f"--bounding-set=-{name}", "/opt/hermes/docker/hermes_boot.py", "setup")
+        assert f"warning: root lacks {name.upper()}, so {what}; add it with --cap-add\n" in done.stderr, done
+
+
 def test_folders_of_a_lower_layer_are_removed(live, tmp_path):
     """`docker commit` keeps /run/service, however much is in it. What somebody has mounted there stays."""
     for name in ("lower/scandir/a/b/c/d/e", "lower/mounted/a/b", "upper", "work", "root"):

@@ -188,7 +188,11 @@ REQUESTS = {
     "gateway run": [],
     "gateway": [],
     "chat gateway start": [],
-    "gateway start -p coder": [],
+    "gateway start -p coder": ["gateway", "start", "-p", "coder"],
+    "gateway --profile=coder stop": ["gateway", "stop", "-p", "coder"],
+    "gateway stop --all --profile coder": ["gateway", "stop", "--all"],
+    "gateway stop -- -p coder": [],
+    "gateway stop -p": [],
     "-p gateway start": [],
     "": [],
 }
@@ -436,13 +440,13 @@ home="${home%"${home##*[!/]}"}"
 case "${home%/*}" in */profiles) home="${home%/profiles/*}" ;; esac
 [ "$(id -u)" = 0 ] && set -- s6-setuidgid hermes || set --
 "$@" s6-setlock -n "$home/logs/gateways/coder"/lock true 2>/dev/null || {
-  echo "coder: logs/gateways/coder is locked or cannot be used, so its log goes to the container's alone"
+  echo "coder: logs/gateways/coder is locked or cannot be used, so its log goes to the container's alone; does another container use this volume? hermes-boot doctor"
   ulimit -v 16384; exec "$@" s6-log 1
 }
 ulimit -v 16384
 [ "$(id -u)" = 0 ] || exec s6-log 1 n10 s1000000 T "$home/logs/gateways/coder"
 exec s6-setuidgid hermes s6-log 1 n10 s1000000 T "$home/logs/gateways/coder"
-"""
+"""  # noqa: E501
 
 
 def test_a_slots_files():

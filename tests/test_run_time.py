@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import threading
 import time
 
 import pytest
@@ -200,11 +201,11 @@ def test_a_restart_waits_for_nobody_elses_end_and_a_command_that_is_ended_leaves
     """s6 knows from the first moment that each is to come up again."""
     host = gateways({"a": RUN, "slow": SLOW}, "running")
     assert wait_for(lambda: all(map(host.up, ("a", "default", "slow"))))
-    old, words = host.pid("a"), ["sh", "-c", f"echo $$; exec {MANAGER} gateway restart --all"]
+    old, slow, words = host.pid("a"), host.pid("slow"), ["sh", "-c", f"echo $$; exec {MANAGER} gateway restart --all"]
     with subprocess.Popen(host.box.exec_command(words, None), stdout=subprocess.PIPE) as restart:
         pid = restart.stdout.readline().decode().strip()
         assert wait_for(lambda: host.up("a") and host.pid("a") != old, 3 * busy())
-        assert restart.poll() is None and host.pid("slow") != "-1"  # which still drains
+        assert restart.poll() is None and host.pid("slow") == slow  # which still drains
         assert host.box.exec("sh", "-c", f"kill -INT {pid}").returncode == 0
         assert restart.wait(20) == 130
     assert wait_for(lambda: all(host.up(name) and host.starts(name) == 2 for name in ("a", "default", "slow")), 15)
@@ -329,6 +330,51 @@ def test_the_hermes_command_hands_gateway_run_to_s6_below_another_init(gateways)
         assert wait_for(lambda: "default: started" in host.box.log())
         assert wait_for(lambda: host.starts("default") == number) and "ended" not in host.box.log()
         host.box.stop()
+
+
+@pytest.mark.parametrize("entrypoint", [(), INIT], ids=["s6-overlay", "another init"])
+def test_hermess_option_may_come_last(gateways, entrypoint):
+    """As in hermes-boot's own words, and as the agent takes it."""
+    host = gateways({"a": RUN}, "running", entrypoint=entrypoint)
+    assert wait_for(lambda: host.up("a"))
+    assert host.box.exec("hermes", "gateway", "stop", "-p", "a").stdout == "a: stopped\n"
+    assert not host.up("a") and host.up("default")
+
+
+@pytest.mark.sandbox
+@pytest.mark.parametrize("entrypoint", [(), INIT], ids=["s6-overlay", "another init"])
+def test_before_the_boot_is_over_nothing_is_called_wrong(container, entrypoint):
+    """Commands say what to wait for, and change nothing."""
+    box = container(entrypoint=entrypoint)
+    box.put_agent("#!/bin/sh\nexec sleep infinity\n")
+    (box.upper / "etc/cont-init.d").mkdir(parents=True, exist_ok=True)
+    slow = box.upper / "etc/cont-init.d/00-slow"
+    slow.write_text("#!/bin/sh\n: >/run/slow\nwhile [ -e /run/slow ]; do sleep 0.05; done\n")
+    slow.chmod(0o755)
+    starting = threading.Thread(target=box.start, args=("sleep", "infinity"))
+    starting.start()
+    assert wait_for(lambda: box.init() and box.path("/run/slow").exists(), 20)
+    text = "the boot is not over; wait until it is (`docker logs`), then repeat this\n"
+    done = box.exec(MANAGER, "gateway", "stop")
+    assert (done.returncode, done.stderr) == (4, f"hermes-boot: error: no such gateway: default; {text}"), done
+    done = box.exec(MANAGER, "doctor", "--fix")
+    assert f"warn  gateways: {text}" in done.stdout and "fail" not in done.stdout, done
+    assert box.exec(MANAGER, "status").stderr == f"hermes-boot: warning: {text}"
+    box.path("/run/slow").unlink()
+    starting.join()
+    assert box.exec(MANAGER, "gateway", "stop").stdout == "default: stopped\n"
+
+
+def test_a_gateway_without_a_platform(gateways):
+    """Is well, and doctor says what makes it answer somebody."""
+    host = gateways({"a": RUN}, "running")
+    assert wait_for(lambda: host.up("a"))
+    state = host.state("a") | {"pid": int(host.pid("a")), "gateway_state": "running", "platforms": {}}
+    (host.folder("a") / "gateway_state.json").write_text(json.dumps(state))
+    checks = json.loads(host.box.exec(MANAGER, "doctor", "--json").stdout)
+    (check,) = [check for check in checks if check["check"] == "a"]
+    assert check["level"] == "pass" and check["found"].endswith(", with no messaging platform")
+    assert check["fix"] == "`hermes -p a setup` adds one, then `hermes -p a gateway restart`"
 
 
 def test_a_command_that_outlives_its_sigterm_ends_the_container_with_143(container):

@@ -22,7 +22,7 @@ STUBBORN = "trap '' TERM\nwhile :; do sleep 0.1; done\n"
 LONG = "no API key found for this provider, and this line goes on and on until no terminal can hold it"
 PROFILES = {
     "a-profile-with-a-rather-long-name": RUN,
-    "crashing": f"echo '{LONG}' >&2\nexit 1\n",
+    "crashing": f"echo '{LONG}' >&2\necho '│  a banner  │'\nexit 1\n",
     "parked": "echo 'bad token'\necho '--- *** ---'\nexit 78\n",
     "talking": f"echo '{LONG}'\nexec sleep infinity\n",
 }
@@ -104,7 +104,7 @@ def test_what_there_is_to_know_of_a_gateway(host):
     assert set(rows) == {"default", *PROFILES}
     states = {name: platform["state"] for name, platform in rows["talking"]["platforms"].items()}
     assert states == {"telegram": "connected", "discord": "retrying"}
-    assert rows["parked"]["platforms"] == {} and rows["parked"]["last_line"] == "bad token"
+    assert rows["parked"]["platforms"] is None and rows["parked"]["last_line"] == "bad token"
     status = host.box.exec("sh", "-c", f"grep VmRSS /proc/{host.pid('talking')}/status").stdout
     assert abs(rows["talking"]["memory"] - int(status.split()[1]) * 1024) < 1 << 20
     assert rows["parked"]["memory"] is None
