@@ -22,6 +22,7 @@ RUNNING  What s6 knows   The service manager   Shutdown   Fallback init   Dashbo
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # `signal` itself would cost 5 ms for its enums
 import errno
 import os
 import stat
@@ -32,7 +33,7 @@ TYPE_CHECKING = False  # true to a type checker; to import typing for that would
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterable, Iterator
-    from typing import Any, BinaryIO
+    from typing import Any, BinaryIO, Self
 
 VERSION = "1.1.0"
 
@@ -162,8 +163,6 @@ def as_hermes(argv: list[str]) -> list[str]:
 
 def execute(argv: list[str], environment: dict[str, str]) -> int:
     """Exec a program; return only when that fails: 127 not found, 126 not executable."""
-    import _signal  # type: ignore[import-not-found]  # `signal` itself would cost 5 ms for its enums
-
     for number in (SIGPIPE, SIGXFSZ):  # Python ignores these from its start, and an exec'd program would inherit that
         _signal.signal(number, _signal.SIG_DFL)
     try:
@@ -425,11 +424,6 @@ class Boot:
             say("info", text)
         return not self.dry_run
 
-    @property
-    def by_group(self) -> bool:
-        """Return whether hermes is any UID with root's group, as on OpenShift: then what that group can use is its."""
-        return self.owner[1] == 0 and self.owner[0] != 0
-
 
 def take_umask(environment: dict[str, str]) -> int:
     """Take hermes's umask, for what hermes makes on the volume; return it."""
@@ -491,19 +485,26 @@ def seconds(environment: dict[str, str], name: str) -> int:
 UPDATE_TIMEOUT = 5  # seconds that an operator's command waits for another writer
 
 
-class Folder:
+class Opened:
+    """An open descriptor, closed at the block's end."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+
+class Folder(Opened):
     """An open directory. Its entries are reached by descriptor, never through a link, never blocking; or OSError."""
 
     def __init__(self, path: str, at: int | None = None, *, follow: bool = False) -> None:
         self.roots_way = False  # whether nobody but root can put another folder in its place, see trusted_folder
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
-        self.fd = os.open(path, flags, dir_fd=at)
-
-    def __enter__(self) -> Folder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.fd)
+        super().__init__(os.open(path, flags, dir_fd=at))
 
     def folder(self, path: str, *, make: bool = False) -> Folder:
         """Open a folder below this one, link-free at every step, making what is missing of it if asked to."""
@@ -711,7 +712,7 @@ def changes(status: os.stat_result | None) -> tuple[int, int, int] | None:
     return (status.st_ino, status.st_mtime_ns, status.st_size) if status else None
 
 
-class Lock:
+class Lock(Opened):
     """An exclusive flock on a folder, between containers too, waited for for timeout seconds: a hostile holder must not
     stop a boot. Once it is held, what killed writers of the given names left is removed."""
 
@@ -724,9 +725,6 @@ class Lock:
         if self.held and self.names:
             self.folder.remove_temporaries(*self.names)
         return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.fd)
 
     def tried(self) -> bool:
         """Try to get the lock; return whether there is nothing to wait for."""
@@ -752,14 +750,11 @@ def names_in(folder: str) -> list[str]:
 
 def read_plain(path: str, limit: int = 4096, at: int | None = None) -> bytes:
     """Return a regular file's first limit bytes, not through a link, never blocking; OSError for anything else."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=at)
-    try:
-        status = os.fstat(fd)
+    with Opened(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=at)) as file:
+        status = os.fstat(file.fd)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "is not a regular file")
-        return os.read(fd, min(status.st_size, limit))
-    finally:
-        os.close(fd)
+        return os.read(file.fd, min(status.st_size, limit))
 
 
 # Processes
@@ -781,8 +776,6 @@ class TimeLimit:
         self.seconds = seconds
 
     def __enter__(self) -> None:
-        import _signal
-
         try:
             self.before = _signal.signal(_signal.SIGALRM, self.expire)
         except ValueError:
@@ -793,14 +786,12 @@ class TimeLimit:
         _signal.setitimer(_signal.ITIMER_REAL, min(self.seconds, self.outer or self.seconds), 1)
 
     def __exit__(self, *_: object) -> None:
-        import _signal
-
         if self.before is None:
             return
-        left = max(0.001, self.outer - (time.monotonic() - self.started)) if self.outer else 0
         try:
             _signal.setitimer(_signal.ITIMER_REAL, 0)  # first: SIGALRM's default is to end the process
         finally:
+            left = max(0.001, self.outer - (time.monotonic() - self.started)) if self.outer else 0
             _signal.signal(_signal.SIGALRM, self.before)
             _signal.setitimer(_signal.ITIMER_REAL, left, left and 1)
 
@@ -812,7 +803,6 @@ class TimeLimit:
 def end_on_sigterm() -> None:
     """Have SIGTERM end this process and its children at once, with code 143. What they write is put in place whole, and
     what they began is taken up at the next boot, so nothing is left half done."""
-    import _signal  # `signal` itself would cost 5 ms for its enums
 
     def end(*_: object) -> None:
         for child in families().get(os.getpid(), []):
@@ -951,7 +941,6 @@ def set_terminal_going() -> None:
     """Undo what somebody has done to the terminal with tcflow(3): stopped, it would stop all who write there."""
     if not os.isatty(2):
         return
-    import _signal
     import termios
 
     before = _signal.signal(_signal.SIGTTOU, _signal.SIG_IGN)  # else a process in the background is stopped for it
@@ -1373,27 +1362,21 @@ class Sweep:
         """Give one entry to hermes; with writable, for a file at the top of the volume, which may be mounted there
         by itself, see to it that its owner can read and write it."""
         try:
-            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=at)
+            with Opened(os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=at)) as entry:
+                status, path = os.fstat(entry.fd), f"/proc/self/fd/{entry.fd}"
+                theirs = self.mounted and self.is_theirs(entry.fd, at, status)
+                if not self.may_change(status) or (theirs and self.keep(name, at, status)):
+                    return
+                if (status.st_uid, status.st_gid) != (self.uid, self.gid):
+                    self.give(name, at, status, path)
+                status = os.fstat(entry.fd)
+                usable = status.st_mode & 0o600 == 0o600 or not stat.S_ISREG(status.st_mode)
+                if writable and not usable and status.st_uid == self.uid and not self.boot.dry_run:
+                    os.chmod(path, stat.S_IMODE(status.st_mode) | 0o600)
         except FileNotFoundError:
             return  # removed while we looked
         except OSError as error:
-            return self.fail(name, at, error)
-        path = f"/proc/self/fd/{fd}"
-        try:
-            status = os.fstat(fd)
-            theirs = self.mounted and self.is_theirs(fd, at, status)
-            if not self.may_change(status) or (theirs and self.keep(name, at, status)):
-                return
-            if (status.st_uid, status.st_gid) != (self.uid, self.gid):
-                self.give(name, at, status, path)
-            status = os.fstat(fd)
-            usable = status.st_mode & 0o600 == 0o600 or not stat.S_ISREG(status.st_mode)
-            if writable and not usable and status.st_uid == self.uid and not self.boot.dry_run:
-                os.chmod(path, stat.S_IMODE(status.st_mode) | 0o600)
-        except OSError as error:
             self.fail(name, at, error)
-        finally:
-            os.close(fd)
 
     def give(self, name: str, at: int, status: os.stat_result, opened: str = "") -> None:
         """Give an entry of an open folder (or as "." that itself) to hermes: by the path of its descriptor, or by its
@@ -1600,15 +1583,11 @@ class Sweep:
         """Check an open folder's entries and close it; return its folders' paths, and where they must be. One with too
         many to share is checked here with all below it."""
         place, room = self.place(folder.fd), min(MOST_SHARED, self.room())
-        try:
+        with folder:
             names = self.entries(folder.fd, place, room)
-        except OSError:
-            os.close(folder.fd)
-            raise
-        if len(names) >= room:
-            self.tree(folder, names)
-            return []
-        os.close(folder.fd)
+            if len(names) >= room:
+                self.tree(Folder(".", folder.fd), names)
+                return []
         self.held += len(names)
         return [(f"{path}/{name}", place) for name in names]
 
@@ -1906,7 +1885,7 @@ def home_advice(boot: Boot, found: Owner, error: OSError) -> str:
         return "mount it writable"
     if found[0] == boot.owner[0]:
         return "the host refuses it: with SELinux mount it with `:Z`, else look at its ACLs"
-    if boot.by_group:
+    if boot.owner[1] == 0:
         return f"give it to group 0 (chgrp -R 0, chmod -R g+rwX), or drop `--user` for HERMES_UID={boot.owner[0]}"
     give = f"chown -R {boot.owner[0]}:{boot.owner[1]} it on the host"
     start = f"{'' if boot.by_root else 'drop `--user` and '}start with HERMES_UID={found[0]} HERMES_GID={found[1]}"
@@ -2216,11 +2195,8 @@ def back_up_config(folder: Folder) -> None:
 
 def is_fixed(folder: Folder, name: str) -> bool:
     """Return whether a file can neither be written nor replaced, being a mount."""
-    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder.fd)
-    try:
-        return mount_of(fd) != mount_of(folder.fd) and not os.access(name, os.W_OK, dir_fd=folder.fd)
-    finally:
-        os.close(fd)
+    with Opened(os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder.fd)) as file:
+        return mount_of(file.fd) != mount_of(folder.fd) and not os.access(name, os.W_OK, dir_fd=folder.fd)
 
 
 def stamp_version(home: Folder, version: str) -> None:
@@ -2642,12 +2618,10 @@ def slot_files(profile: str, stop_timeout: int, extra_env: dict[str, str] | None
 
 def put(folder: Folder, name: str, text: str, mode: int) -> None:
     """Write a file of a slot that nobody reads yet, whole. Raises OSError."""
-    fd, data = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode, dir_fd=folder.fd), os.fsencode(text)
-    try:
-        if os.write(fd, data) < len(data):
+    data = os.fsencode(text)
+    with Opened(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode, dir_fd=folder.fd)) as file:
+        if os.write(file.fd, data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    finally:
-        os.close(fd)
 
 
 def make_skeleton(folder: Folder, path: str, group: int | None) -> None:
@@ -2719,13 +2693,10 @@ def refresh(scandir: Folder, name: str, files: Files, *, start: bool, group: int
 def tell(fifo: str, letters: bytes) -> None:
     """Write control letters to a FIFO that s6-supervise or s6-svscan reads, as s6-svc and s6-svscanctl do, never
     blocking. Raises OSError: ENXIO when nobody reads it."""
-    fd = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
-    try:
-        if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+    with Opened(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)) as file:
+        if not stat.S_ISFIFO(os.fstat(file.fd).st_mode):
             raise OSError(errno.EINVAL, "is not a FIFO")
-        os.write(fd, letters)
-    finally:
-        os.close(fd)
+        os.write(file.fd, letters)
 
 
 def heard(fifo: str, letters: bytes = b"", *, unknown: bool = False) -> bool:
@@ -2775,11 +2746,9 @@ def make_log_folder(home: Folder, profile: str) -> Fault | None:
                     path += f"/{name}"
                     raise OSError(errno.EINVAL, "is not a regular file")
             if (folder.stat("current") or os.fstat(folder.fd)).st_uid != os.geteuid():
-                fd = folder.open("current", os.O_WRONLY | os.O_CREAT, 0o744)
-                try:  # s6-log has to, which is the owner's to do; CIFS shows its mount's user
-                    os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode))
-                finally:
-                    os.close(fd)
+                with Opened(folder.open("current", os.O_WRONLY | os.O_CREAT, 0o744)) as log:
+                    # s6-log has to, which is the owner's to do; CIFS shows its mount's user
+                    os.fchmod(log.fd, stat.S_IMODE(os.fstat(log.fd).st_mode))
     except OSError as error:
         fix = "free some space" if is_full(error) else f"put plain folders there, {USER}'s own"
         return Fault(f"{path} {described(error)}, so its log goes to the container's alone", fix)
@@ -2842,7 +2811,7 @@ def setup(boot: Boot) -> int:
         follow_home(boot)
         join_groups(boot)
     elif not boot.dry_run:
-        who = f"UID {euid} with GID 0" if boot.by_group else f"{USER} itself"
+        who = f"UID {euid} with GID 0" if boot.owner[1] == 0 else f"{USER} itself"
         boot.announce(f"started as {who}, so owners, groups and services stay as they are")
     make_home(boot)
     if boot.dry_run and not os.path.isdir(boot.home):
@@ -3053,14 +3022,11 @@ def own_services(boot: Boot) -> None:
 
 def let_write(boot: Boot, folder: Folder, fifo: str) -> None:
     """Let hermes write to a FIFO that is root's, and to nothing else that may be in its place. Raises OSError."""
-    fd = os.open(fifo, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder.fd)
-    try:
-        status = os.fstat(fd)
+    with Opened(os.open(fifo, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder.fd)) as file:
+        status, path = os.fstat(file.fd), f"/proc/self/fd/{file.fd}"
         if stat.S_ISFIFO(status.st_mode) and status.st_uid == 0 and status.st_nlink == 1:
-            os.chown(f"/proc/self/fd/{fd}", 0, boot.owner[1])
-            os.chmod(f"/proc/self/fd/{fd}", 0o620)
-    finally:
-        os.close(fd)
+            os.chown(path, 0, boot.owner[1])
+            os.chmod(path, 0o620)
 
 
 def own_static_services(boot: Boot, *, whole: bool) -> None:
@@ -3762,11 +3728,8 @@ class S6ServiceManager:
         """Stop a gateway, and once it has ended remove its slot, supervisors and logger included."""
         profile = self.valid(profile)
         self.check_rights("unregister", profile)
-        self.own_slot(profile)
-        failures: dict[str, GatewayError] = {}
-        locks = self.lock_all([profile], self.patience + 10, failures)
+        locks = self.lock_all([profile], self.patience + 10, {})
         try:
-            self.raise_first(failures)
             self.end(profile, timeout)
             self.withdraw(profile)
         finally:
@@ -4890,11 +4853,14 @@ CAUSES = (  # words of a log in small letters, what they mean, and what to do
 def gateway_check(boot: Boot, home: Folder, row: Row, full: Fault | None) -> Check:
     """Return what a gateway's state means, and the way out of it; full: why there is no room for another slot."""
     name, start = row.name, f"`hermes -p {row.name} gateway start`"
+
+    def unregister() -> str:
+        S6ServiceManager(environment=boot.environment).unregister_profile_gateway(name)
+        return "removed its slot"
+
     if row.why == "no such profile":
         fix, found = f"`hermes-boot gateway unregister -p {name}`", "has a slot, but its profile is gone"
-        return Check(
-            "warn", name, found, fix, None if is_sealed(boot.environment) else lambda: unregister_gone(boot, name)
-        )
+        return Check("warn", name, found, fix, None if is_sealed(boot.environment) else unregister)
     if row.state == "no slot" and full:
         return Check("warn", name, f"has no slot, since {full.text}", full.fix)
     if row.state in ("no slot", "no supervisor"):
@@ -4917,12 +4883,6 @@ def gateway_check(boot: Boot, home: Folder, row: Row, full: Fault | None) -> Che
         found, restart = f"{found}, with no messaging platform", f"`hermes -p {name} gateway restart`"
         fix = f"`hermes -p {name} setup` adds one, then {restart}"
     return Check("pass", name, found, fix)
-
-
-def unregister_gone(boot: Boot, name: str) -> str:
-    """Remove the slot of a profile that is gone. Raises GatewayError."""
-    S6ServiceManager(environment=boot.environment).unregister_profile_gateway(name)
-    return "removed its slot"
 
 
 def stray_checks(boot: Boot) -> list[Check]:

@@ -13,6 +13,7 @@ of five lines, which imports it, so that Python finds its bytecode. `from __futu
 ms of every `hermes`.
 """
 
+import _signal  # type: ignore[import-not-found]  # `signal` itself would cost 5 ms for its enums
 import os
 import sys
 
@@ -131,8 +132,6 @@ def as_hermes(argv: list[str]) -> list[str]:
 
 def execute(argv: list[str], environment: dict[str, str]) -> int:
     """Exec a program; return only when that fails: 127 not found, 126 not executable."""
-    import _signal  # type: ignore[import-not-found]  # `signal` itself would cost 5 ms for its enums
-
     for number in (SIGPIPE, SIGXFSZ):  # Python ignores these from its start, and an exec'd program would inherit that
         _signal.signal(number, _signal.SIG_DFL)
     try:
