@@ -131,12 +131,19 @@ def test_a_slot_of_the_agents_own_manager_is_brought_to_ours(container, tmp_path
     assert "its slot is not as the boot makes it" not in box.exec(MANAGER, "doctor").stdout
     log = tmp_path / "volume/logs/gateways/coder/current"
     assert wait_for(lambda: log.exists() and "Hermes Gateway Starting" in log.read_text(), 30)
-    state = tmp_path / "volume/profiles/coder/gateway_state.json"  # the agent's own writers do not wait for one another
-    assert wait_for(lambda: json.loads(state.read_text()).get("gateway_state") == "running", 60), state.read_text()
-    # and its own manager still stops ours: with code 1, which is no death where desired_state says stopped
-    assert box.exec("/opt/hermes/.venv/bin/hermes", "-p", "coder", "gateway", "stop", user="hermes").returncode == 0
+    state = tmp_path / "volume/profiles/coder/gateway_state.json"
     down = "pass  coder: down, as it was left (stopped)"
-    assert wait_for(lambda: down in box.exec(MANAGER, "doctor").stdout), box.exec(MANAGER, "doctor")
+
+    def stops() -> bool:
+        assert box.exec("hermes", "-p", "coder", "gateway", "start").returncode == 0
+        assert wait_for(lambda: json.loads(state.read_text()).get("gateway_state") == "running", 60), state.read_text()
+        command = ["/opt/hermes/.venv/bin/hermes", "-p", "coder", "gateway", "stop"]
+        assert box.exec(*command, user="hermes").returncode == 0
+        return wait_for(lambda: down in box.exec(MANAGER, "doctor").stdout)
+
+    # and its own manager still stops ours: with code 1, which is no death where desired_state says stopped; its writers
+    # do not wait for one another, so what it has written may be gone
+    assert stops() or stops() or stops(), box.exec(MANAGER, "doctor").stdout
     assert box.exec(MANAGER, "gateway", "status", "-p", "coder").returncode == 3
     assert box.exec(MANAGER, "health").returncode == 0
 
