@@ -17,7 +17,9 @@ RUN apt-get update \
 # /init is ours: it runs s6-overlay's own where that can start, else hermes_boot.py.
 # rc.shutdown, which every end of the container runs, waits until a boot is over, however long that takes. So a line is added to it
 # that ends the boot first.
-# s6-overlay's files lose the write permission of group 0, as which platforms run any UID: root runs them at the next start.
+# When a command ends by a signal, the shell of rc.init says so on the terminal, which may be stopped: then it would wait for ever.
+# s6-overlay's files lose the write permission of group 0, as which platforms run any UID: root runs them at the next start. And its
+# setuid program loses that bit: for PID 1, which with --user is hermes's, it would run anything as root.
 RUN set -eu; \
     case "${TARGETARCH:-$(dpkg --print-architecture)}" in \
       amd64) arch=x86_64; sum=$S6_OVERLAY_SHA256_X86_64 ;; \
@@ -36,7 +38,8 @@ RUN set -eu; \
     mv /s6/init /s6/init.s6-overlay; \
     ln -s /opt/hermes/docker/wrapper /s6/init; \
     sed -i '1a [ -e /run/hermes-command ] || /opt/hermes/bin/hermes-boot end-boot' /s6/package/admin/s6-overlay/etc/s6-linux-init/skel/rc.shutdown; \
-    find /s6 ! -type l -perm /022 -exec chmod go-w {} +
+    sed -i 's|^    $arg0 "$@"$|    exec 3>\&2 2>/dev/null; (exec $arg0 "$@" 2>\&3 3>\&-)|' /s6/package/admin/s6-overlay/etc/s6-linux-init/skel/rc.init; \
+    find /s6 ! -type l -perm /6022 -exec chmod a-s,go-w {} +
 
 # What the image and the agent's build both stand on: python3, the programs that the agent calls, the user hermes. SQLite comes from
 # forky, by a pin for that one package: with trixie's 3.46.1 two processes that write can corrupt a database in WAL mode (fixed in
@@ -57,6 +60,7 @@ RUN set -eu; \
     groupadd --gid 10000 hermes; \
     useradd --uid 10000 --gid 10000 --home-dir /opt/data --no-create-home --shell /bin/bash hermes; \
     install -d -o hermes -g hermes /opt/data; \
+    install -d -o hermes -g root -m 0775 /run; \
     find / -xdev -type f -perm /6000 -exec chmod a-s {} +; \
     rm -rf /run/lock /var/tmp; \
     ln -s ../tmp /var/tmp

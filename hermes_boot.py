@@ -64,12 +64,13 @@ NOT_EXECUTABLE, NOT_FOUND = 126, 127
 SIGPIPE, SIGXFSZ = 13, 25
 
 
-def content(path: str) -> bytes:
-    """Return a file's content, in a third of open()'s time: an environment is a file a variable; never waits. Raises
-    OSError."""
+def content(path: str, limit: int = 1 << 40) -> bytes:
+    """Return a file's content, limit bytes and one block at most, in a third of open()'s time: an environment is a file
+    a variable; never waits. Raises OSError."""
     fd, parts = os.open(path, os.O_RDONLY | os.O_NONBLOCK), []
     try:
-        while part := os.read(fd, 1 << 15):
+        while limit > 0 and (part := os.read(fd, 1 << 15)):
+            limit -= len(part)
             parts.append(part)
     finally:
         os.close(fd)
@@ -482,7 +483,7 @@ def seconds(environment: dict[str, str], name: str) -> int:
 # Safe files
 # --------------------------------------------------------------------------------------------------------------------
 
-UPDATE_TIMEOUT = 5  # seconds that an operator's command waits for another writer
+UPDATE_TIMEOUT = 2  # seconds that an operator's command waits for another writer
 
 
 class Opened:
@@ -548,15 +549,14 @@ class Folder(Opened):
             raise OSError(errno.EFBIG, f"is longer than {limit} bytes")
         return data
 
-    def write(self, name: str, data: bytes, mode: int, *, replace: bool, sync: bool = True) -> None:
+    def write(self, name: str, data: bytes, mode: int, *, replace: bool) -> None:
         """Put a file in place whole, or not at all: beside, fsync, rename. Without replace an existing entry stays.
-        Without sync, for what only this boot needs, whole is meant for processes, not for a power cut.
 
         mode holds from the first instant (it is open's, not a later chmod's), so a secret is never readable by others.
         """
         with Lock(self, name):
             if replace:
-                return self.replace(name, data, mode, sync=sync)
+                return self.replace(name, data, mode)
             temporary = self.write_beside(name, data, mode)
             try:  # link() decides in the kernel whether something has the name
                 os.link(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
@@ -575,7 +575,8 @@ class Folder(Opened):
                 raise
 
     def replace(self, name: str, data: bytes, mode: int, *, sync: bool = True) -> None:
-        """Put a file in place whole, whatever has its name, for a caller that holds the lock."""
+        """Put a file in place whole, whatever has its name, for a caller that holds the lock or needs none. Without
+        sync, for what only this boot needs, whole is meant for processes, not for a power cut."""
         os.rename(self.write_beside(name, data, mode, sync=sync), name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         if sync:
             self.sync()
@@ -762,6 +763,7 @@ def read_plain(path: str, limit: int = 4096, at: int | None = None) -> bytes:
 
 SIGKILL, SIGTERM, SIGCONT = 9, 15, 18
 MOST_THREADS = 32
+MOST_WORDS = 2 << 20  # bytes of a command line, as execve(2) takes; a process can make its own of any length
 HELPER_TIMEOUT = 120  # seconds for a program of the agent's that the boot runs
 CHILD_TIMEOUT = 600  # seconds for what the boot does as hermes
 MOST_STOPS = 20  # that a process which became hermes is woken from
@@ -888,7 +890,7 @@ def as_owner(owner: Owner, action: Callable[..., int], *arguments: object, timeo
     if code == OVERDUE:
         say("error", f"what ran as {USER} was stopped by somebody, or took more than {timeout:g} s, so it was ended")
     elif code == 128 + SIGKILL:
-        say("error", "a process of the boot was killed; most likely it had too little memory")
+        say("error", f"what ran as {USER} was killed; most likely it had too little memory, or {USER} killed it")
     elif code > 128 and code != 128 + SIGPIPE:
         say("error", f"a process of the boot was ended by signal {code - 128}")
     return code
@@ -1240,6 +1242,8 @@ def read_secrets(boot: Boot) -> None:
             continue
         if boot.setting(name) and not later:
             raise Fatal(f"{name} and {variable} are both set; unset one")
+        if path[0] != "/":  # perhaps the secret itself
+            raise Fatal(f"{variable} is not an absolute path; set it to the path of the file that has the secret")
         if not boot.announce(f"read {name} from {shown(path)}"):
             continue
         try:
@@ -1262,8 +1266,6 @@ def read_secrets(boot: Boot) -> None:
 def secret_file(path: str, limit: int) -> bytes:
     """Return a file's content, of at most limit bytes. As root only where nobody but root decides what the path
     leads to. Raises OSError."""
-    if not path.startswith("/"):
-        raise OSError(errno.EINVAL, "is not an absolute path")
     path = path if os.geteuid() == 0 else os.path.realpath(path)
     for _ in range(40):
         parent, _, name = path.rpartition("/")
@@ -2125,18 +2127,26 @@ def migrate_config(boot: Boot) -> int:
     become_hermes()
     take_umask(boot.environment)
     version, code = image_version(), 0
-    with open_home(boot) as home, home.folder("logs", make=True) as logs:
-        fd = logs.open(MIGRATION_LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    with open_home(boot) as home, Opened(migration_log(home)) as log:
         for profile, folder in open_profiles(boot, home, None):
             if folder and is_older_config(folder):
-                failure = migration_failure(boot, folder, profile.name, fd)
+                failure = migration_failure(boot, folder, profile.name, log.fd)
                 if failure or not boot.quiet:
                     say("warning" if failure else "info", f"{profile.name}: configuration {failure or 'migrated'}")
                 code = code or int(bool(failure))
-        os.close(fd)
         if not code:
             stamp_version(home, version)
     return code
+
+
+def migration_log(home: Folder) -> int:
+    """Open the log of a migration anew, or /dev/null where hermes has put something else there."""
+    try:
+        with home.folder("logs", make=True) as logs:
+            return logs.open(MIGRATION_LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    except OSError as error:
+        warn(f"logs/{MIGRATION_LOG} {described(error)}; remove it to have what the agent says of its migration")
+        return os.open(os.devnull, os.O_WRONLY)
 
 
 def is_older_config(folder: Folder) -> bool:
@@ -2210,7 +2220,7 @@ def stamp_version(home: Folder, version: str) -> None:
 # Profiles and their state
 # --------------------------------------------------------------------------------------------------------------------
 
-STATE_LIMIT = 512 << 10  # bytes; real ones have a few hundred
+STATE_LIMIT = 64 << 10  # bytes; real ones have a few hundred
 STALE_FILES = ("gateway.pid", "processes.json")  # of a dead container's processes
 PROFILE_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
 SLOT_PREFIX, SLOT_NAME_LIMIT = "gateway-", 251
@@ -2289,7 +2299,7 @@ def intent_of(state: dict[str, object]) -> tuple[str | None, Fault | None]:
         if intent in ("draining", "degraded"):
             intent = "running"
     if intent is None or isinstance(intent, str):
-        return intent, None
+        return intent and intent[:1000], None
     return None, Fault(f"{STATE_FILE} has a state that is no string", "start or stop the gateway to set it")
 
 
@@ -2326,7 +2336,7 @@ def container_words() -> list[str]:
     fallback = read_pid_file(SUPERVISOR_PROCESS)  # among others' processes, in a shared PID namespace
     for process in [fallback] if fallback else [1, *families().get(1, [])]:
         try:
-            line = [os.fsdecode(word) for word in content(f"/proc/{process}/cmdline").split(b"\0")[:-1]]
+            line = [os.fsdecode(word) for word in content(f"/proc/{process}/cmdline", MOST_WORDS).split(b"\0")[:-1]]
         except OSError:
             continue  # ended meanwhile, or not ours to read
         if words := wrapped_words(line, process in (1, fallback)):
@@ -2430,7 +2440,11 @@ def yaml_value(text: str, key: str, section: str) -> str:
 def list_profiles(boot: Boot, home: Folder, running: str | None) -> list[Profile]:
     """Return every profile of the volume with what to do about it, default first, then in name order; running is the
     one that the container command starts, should it have no state yet."""
-    return [profile for profile, _ in open_profiles(boot, home, running)]
+    found = []
+    for profile, _ in open_profiles(boot, home, running):
+        profile.state = {}  # 20 times its file's size
+        found.append(profile)
+    return found
 
 
 def open_profiles(boot: Boot, home: Folder, running: str | None) -> Iterator[tuple[Profile, Folder | None]]:
@@ -2910,7 +2924,7 @@ def command_of(process: int) -> tuple[str, list[bytes]]:
     """Return a process's name and the words of its command line, empty when it has ended."""
     try:
         name = content(f"/proc/{process}/comm").decode(errors="replace").rstrip("\n")
-        return name, content(f"/proc/{process}/cmdline").split(b"\0")[:-1]
+        return name, content(f"/proc/{process}/cmdline", MOST_WORDS).split(b"\0")[:-1]
     except OSError:
         return "", []
 
@@ -2955,7 +2969,7 @@ def reconcile_phase(boot: Boot) -> int:
         publish_for_hermes(boot, wanted)
     else:
         code = as_owner(boot.owner, reconcile, boot, command)
-    return 0 if code == OVERDUE else code
+    return 0 if code in (OVERDUE, 128 + SIGKILL) else code  # what it has done stays
 
 
 def asked_by_hermes(boot: Boot, action: Callable[..., int], *arguments: object) -> tuple[int, Asked]:
@@ -3262,8 +3276,9 @@ def stray_supervisors(scandir: str) -> list[str]:
     svscans = children.get(fallback, []) if fallback else [1]
     strays, seen, user = [], set(), owner_of(f"/proc/{fallback or 1}")
     for process in [child for svscan in svscans for child in children.get(svscan, [])]:
-        program, name = [*map(os.fsdecode, command_of(process)[1]), "", ""][:2]
-        if program == "s6-supervise" and name.startswith(SLOT_PREFIX) and owner_of(f"/proc/{process}") == user:
+        ours = owner_of(f"/proc/{process}") == user
+        program, name = [*map(os.fsdecode, command_of(process)[1] if ours else []), "", ""][:2]
+        if program == "s6-supervise" and name.startswith(SLOT_PREFIX):
             if name in seen or not os.path.isdir(f"{scandir}/{name}"):
                 strays.append(name)
             seen.add(name)
@@ -3473,7 +3488,7 @@ class S6ServiceManager:
             words = f'"target_pid": {pid}, "target_start_time": {int(start_time(pid))}, "stopper_pid": {os.getpid()}'
             marker = f'{{{words}, "written_at": "{written}"}}\n'  # by hand: json takes as long as the whole stop
             with self.profile_folder(profile) as folder:
-                folder.write(".gateway-planned-stop.json", marker.encode(), 0o644, replace=True, sync=False)
+                folder.replace(".gateway-planned-stop.json", marker.encode(), 0o644, sync=False)  # waits for no lock
         except OSError:
             pass  # not up, or no profile: then there is nobody to tell
 

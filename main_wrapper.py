@@ -33,12 +33,13 @@ NOT_EXECUTABLE, NOT_FOUND = 126, 127
 SIGPIPE, SIGXFSZ = 13, 25
 
 
-def content(path: str) -> bytes:
-    """Return a file's content, in a third of open()'s time: an environment is a file a variable; never waits. Raises
-    OSError."""
+def content(path: str, limit: int = 1 << 40) -> bytes:
+    """Return a file's content, limit bytes and one block at most, in a third of open()'s time: an environment is a file
+    a variable; never waits. Raises OSError."""
     fd, parts = os.open(path, os.O_RDONLY | os.O_NONBLOCK), []
     try:
-        while part := os.read(fd, 1 << 15):
+        while limit > 0 and (part := os.read(fd, 1 << 15)):
+            limit -= len(part)
             parts.append(part)
     finally:
         os.close(fd)
@@ -227,7 +228,6 @@ BOOT = "/opt/hermes/bin/hermes-boot"
 WRAPPER = "/opt/hermes/docker/main-wrapper.sh"
 S6_INIT = "/init.s6-overlay"
 WORKDIR = "HERMES_WORKDIR"  # the variable that brings a folder past s6-overlay, which cannot take its name
-SUEXEC = "/command/s6-overlay-suexec"
 TINI = ("tini", "/usr/bin/tini")
 ENGINES_INITS = ("docker-init", "podman-init", "catatonit", "tini")  # what --init is to the kernel
 LAUNCHERS = ("/init", WRAPPER, "/opt/hermes/docker/entrypoint.sh", *TINI)
@@ -348,42 +348,26 @@ def launched(words: list[str]) -> list[str]:
     return [WRAPPER, *words] if wrapped else words
 
 
-def process_status() -> dict[bytes, bytes]:
-    """Return what the kernel says of this process, see proc(5)."""
-    lines = (line.partition(b":\t") for line in content("/proc/self/status").split(b"\n"))
-    return {name: value.strip() for name, _, value in lines}
-
-
 def is_unusable(environment: dict[str, str]) -> bool:
     """Return whether /run is mounted so that nothing on it can be executed, which s6 does there; s6-overlay can help
     itself where the root is read-only and it has the capability SYS_ADMIN (number 21)."""
     if not os.statvfs("/run").f_flag & os.ST_NOEXEC:
         return False
-    return environment.get("S6_READ_ONLY_ROOT", "") in ("", "0") or not int(process_status()[b"CapEff"], 16) >> 21 & 1
+    (effective,) = [line for line in content("/proc/self/status").split(b"\n") if line.startswith(b"CapEff:")]
+    return environment.get("S6_READ_ONLY_ROOT", "") in ("", "0") or not int(effective.split()[1], 16) >> 21 & 1
 
 
 def obstacle() -> str:
-    """Return what keeps s6-overlay from starting, "" when nothing does. It must be PID 1, and /run its user's: else it
-    takes that, by a setuid program that needs the capability CHOWN (number 0), which Kubernetes' no_new_privs and
-    dropped capabilities forbid."""
+    """Return what keeps s6-overlay from starting, "" when nothing does: it must be PID 1, and /run its user's, which it
+    could take by a setuid program alone; the image has none."""
     if os.getpid() != 1:
         return "another process is PID 1"
-    if os.geteuid() in (0, os.stat("/run").st_uid):
-        return ""
-    status = process_status()
-    if status.get(b"NoNewPrivs") != b"0" or not int(status.get(b"CapBnd", b"1"), 16) & 1:  # none before Linux 4.10
-        return "/run belongs to another user and no new privileges are allowed"
-    try:
-        suexec, mount = os.stat(SUEXEC), os.statvfs(SUEXEC)
-    except OSError:
-        return ""  # s6-overlay's own to say
-    is_roots = suexec.st_uid == 0 and suexec.st_mode & 0o4000 and not mount.f_flag & os.ST_NOSUID
-    return "" if is_roots else f"/run belongs to another user and {SUEXEC} is not setuid root"
+    return "" if os.geteuid() in (0, os.stat("/run").st_uid) else "/run belongs to another user"
 
 
 def exposure(environment: dict[str, str]) -> str:
-    """Return by which variable root would run what hermes can write, "" for none: s6-overlay, a setuid program of its
-    own too, finds programs on PATH. What the loader looks for is root's only without such a program."""
+    """Return by which variable root would run what hermes can write, "" for none: s6-overlay finds programs on PATH,
+    and the loader libraries by some others."""
     homes = tuple(f"{os.path.realpath(home).rstrip('/')}/" for home in (root_home(environment), HOME))
 
     def hermess(places: list[str]) -> list[str]:
@@ -422,7 +406,7 @@ def init(words: list[str]) -> int:
         f"/run/{name}" for name in os.listdir("/run") if name == "service" or name.startswith((*LEFT_IN_RUN, "s6-rc"))
     ]
     if left and not why:  # an earlier start's, where /run is kept; what is too deep s6-overlay cannot remove
-        os.waitpid(os.posix_spawn("/bin/rm", ["rm", "-rf", "--one-file-system", *left], {}), 0)
+        os.waitpid(os.posix_spawn("/bin/rm", ["rm", "-rf", "--one-file-system", "--preserve-root=all", *left], {}), 0)
     environment.pop(WORKDIR, None)  # given by somebody else it says nothing of ours
     if set(folder) & set(" \t\n*?["):  # s6-overlay would take it for several words, and hang
         environment[WORKDIR] = folder

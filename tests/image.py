@@ -275,8 +275,10 @@ def put_scripts(layer: Path) -> None:
     (target,) = re.findall(r"\bln -s (\S+) /s6/init\b", steps)
     (layer / "init").rename(layer / "init.s6-overlay")
     (layer / "init").symlink_to(target)
-    ((edit, path),) = re.findall(r"\bsed -i '([^']+)' /s6/(\S+);", steps)
-    call("sed", "-i", edit, layer / path)
+    for edit, path in re.findall(r"\bsed -i '([^']+)' /s6/(\S+);", steps):
+        before = (layer / path).read_text()
+        call("sed", "-i", edit, layer / path)
+        assert (layer / path).read_text() != before, f"{edit} finds nothing in {path}"
     copy_from_checkout(own_steps(dockerfile()[-1].stage)[0], layer)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         built = Path(folder)

@@ -19,7 +19,7 @@ differs, so that only a real image can show it:
 - S6_LOGGING, S6_STAGE2_HOOK, S6_RUNTIME_PROFILE, S6_READ_ONLY_ROOT, S6_SYNC_DISKS and S6_CMD_* have no effect, but
   S6_CMD_WAIT_FOR_SERVICES_MAXTIME.
 - A container that lived less than a second does not wait for the rest of it. `s6-svscanctl -t` ends it at once.
-- With a user, /run is that user's from the start, as s6-overlay's setuid program would make it.
+- With a user, /run is that user's from the start, as the image has it for hermes alone.
 - root has all of root's capabilities, /sys is empty, the network is the machine's, nothing is limited.
 
     sandbox.py run [--name NAME] [-e NAME=VALUE] [-v HOST:GUEST] [-u UID] [-w DIR] [--group-add GID] [--] WORD...

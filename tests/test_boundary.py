@@ -4,6 +4,7 @@ end."""
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 import termios
@@ -472,6 +473,15 @@ def test_a_command_that_stops_the_terminals_output_does_not_hold_up_the_end(cont
     write_script(box.upper / "etc/cont-finish.d/99-say", "#!/bin/sh\necho at the end >&2\n")
     code, said = run_on_terminal(box, "/usr/bin/python3", "-IBSc", STOP_OUTPUT + "import os\nos._exit(9)")
     assert code == 9 and b"at the end" in said, said
+
+
+@SERVICES
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_a_command_that_a_signal_ends_on_a_stopped_terminal(container, entrypoint, name):
+    """The shell that started it says nothing of that there."""
+    end = f"import os, signal\nos.kill(os.getpid(), signal.{name})\n"
+    code, _ = run_on_terminal(container(entrypoint=entrypoint), "/usr/bin/python3", "-IBSc", STOP_OUTPUT + end)
+    assert code == 128 + getattr(signal, name)
 
 
 @pytest.mark.sandbox

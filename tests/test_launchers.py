@@ -4,10 +4,6 @@ place: the command runs as hermes, beside supervised gateways, with its own exit
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 from sandbox import CACHE, ENTRYPOINT, WRAPPER, write_script
@@ -182,30 +178,3 @@ def test_a_run_that_is_noexec_is_one_line(container, entrypoint):
     assert done.stderr.decode().splitlines() == [
         "init: fatal: /run is mounted noexec, so s6 cannot run anything there; mount it with exec: --tmpfs /run:exec"
     ]
-
-
-@pytest.mark.parametrize("suid", [True, False])
-def test_a_user_without_a_setuid_suexec_has_the_fallback(live, suid):
-    """A copied image may lose the bit: s6-overlay could not take /run, so it is not tried."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        check_suexec(Path(folder, "suexec"), suid)
-
-
-def check_suexec(program: Path, suid: bool) -> None:
-    """Ask as a user, as PID 1."""
-    program.touch()
-    program.chmod(0o4755 if suid else 0o755)
-    script = f"""
-import os, sys
-sys.path.insert(0, {str(main_wrapper.__file__.rpartition("/")[0])!r})
-import main_wrapper
-main_wrapper.SUEXEC = {str(program)!r}
-os.setuid(1234)
-os.stat(main_wrapper.SUEXEC)
-print(os.getpid(), main_wrapper.obstacle())
-"""
-    argv = ["unshare", "--pid", "--fork", "--mount-proc", "/usr/bin/python3", "-ISc", script]
-    done = subprocess.run(argv, capture_output=True, text=True)
-    why = "" if suid else f"/run belongs to another user and {program} is not setuid root"
-    assert done.stdout == f"1 {why}\n", done

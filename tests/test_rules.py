@@ -545,6 +545,33 @@ def test_seeds(monkeypatch, tmp_path):
     assert json.loads(found["gateway_state.json"][1]) == {"desired_state": "running"}
 
 
+def test_a_list_of_profiles_keeps_no_states(tmp_path):
+    """JSON takes many times its file's size, and there may be thousands."""
+    for name in ("a", "b"):
+        (tmp_path / "profiles" / name).mkdir(parents=True)
+        (tmp_path / "profiles" / name / "SOUL.md").touch()
+        (tmp_path / "profiles" / name / "gateway_state.json").write_text(json.dumps({"desired_state": "r" * 9000}))
+    boot = hermes_boot.Boot({"HERMES_HOME": str(tmp_path)})
+    with hermes_boot.Folder(str(tmp_path)) as home:
+        found = hermes_boot.list_profiles(boot, home, None)
+        (tmp_path / "profiles/a/gateway_state.json").write_text(" " * (64 << 10) + "{}")
+        (big,) = [profile for profile in hermes_boot.list_profiles(boot, home, None) if profile.name == "a"]
+    assert [(profile.name, profile.state, len(profile.prior_state or "")) for profile in found] == [
+        ("default", {}, 0),
+        ("a", {}, 1000),
+        ("b", {}, 1000),
+    ]
+    assert big.fault and "is longer than 65536 bytes" in big.fault.text
+
+
+def test_a_command_lines_length_is_bounded():
+    """A process can make its own as long as it likes; a block more is read."""
+    with open("/proc/self/cmdline", "rb") as file:
+        whole = file.read()
+    assert hermes_boot.content("/proc/self/cmdline") == whole
+    assert len(hermes_boot.content("/dev/zero", 100_000)) == 131072
+
+
 def test_a_time_limit_within_another():
     """It holds no longer than the outer one, which goes on from where it was."""
     started = time.monotonic()

@@ -249,6 +249,31 @@ def test_a_name_that_begins_as_slots_do(gateways):
     assert not host.up("default")
 
 
+LOCKS = """
+import fcntl, glob, os, time
+held = [os.open(folder, os.O_RDONLY) for folder in ["/opt/data", *glob.glob("/opt/data/profiles/*")]]
+for fd in held:
+    fcntl.flock(fd, fcntl.LOCK_EX)
+open("/opt/data/locked", "w")
+time.sleep(1000)
+"""
+
+
+def test_locks_on_profiles_hold_up_no_stop(gateways):
+    """The word to the gateway that its stop is meant waits for nobody; the intent is written all the same."""
+    names = "abcdefghijkl"
+    host = gateways(dict.fromkeys(names, RUN), "running")
+    assert wait_for(lambda: all(map(host.up, names)), 20)
+    argv = host.box.exec_command(["/usr/bin/python3", "-ISc", LOCKS], "hermes")
+    with subprocess.Popen(argv) as holder:
+        assert wait_for((host.volume / "locked").exists)
+        started = time.monotonic()
+        assert host.do("stop", "--all").returncode == 0
+        assert time.monotonic() - started < 4 * hermes_boot.UPDATE_TIMEOUT * busy()
+        holder.kill()
+    assert all(host.state(name)["desired_state"] == "stopped" for name in names)
+
+
 def test_a_log_folder_that_somebody_has_removed(gateways):
     """doctor --fix makes it anew, once."""
     host = gateways({}, "running")

@@ -112,7 +112,7 @@ def faults(container, secret, **environment: str):
             "A_TOKEN_FILE='/run/secrets/nul' has a NUL byte, which no variable can hold",
         ),
         ({"A_TOKEN_FILE": FOLDER}, "A_TOKEN_FILE='/run/secrets' is not a regular file"),
-        ({"A_TOKEN_FILE": "key"}, "A_TOKEN_FILE='key' is not an absolute path"),
+        ({"A_TOKEN_FILE": "sk-1"}, "A_TOKEN_FILE is not an absolute path; set it to the path of the file"),
         (
             {"A_TOKEN_FILE": "/opt/data/key"},
             "A_TOKEN_FILE='/opt/data/key' is in a folder that others than root can write",

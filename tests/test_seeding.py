@@ -163,6 +163,7 @@ def test_the_configuration_is_migrated_when_the_image_is_newer(container, tmp_pa
     (home / ".hermes-agent-version").write_text("0.9.1\n")
     (home / "config.yaml").write_text("_config_version: 1\n")
     (home / ".env").write_text("A=secret\n")
+    os.mkfifo(home / "logs/config-migration.log")  # by hermes
     skipped = container(agent=True, environment={"HERMES_SKIP_CONFIG_MIGRATION": "1"}).run("true")
     assert b"migrate" not in skipped.stderr and (home / "config.yaml").read_text() == "_config_version: 1\n"
     done = box.run("true")
