@@ -123,22 +123,22 @@ PROFILES = {
     "state truncated": (state('{"desired_state": "run'), STATE_FAULT),
     "state invalid UTF-8": (state(b'{"desired_state": "\xff"}'), STATE_FAULT),
     "state with BOM": (state(b"\xef\xbb\xbf" + RUNNING.encode()), "profile=m prior_state=running action=started"),
-    "state nested": (state("[" * 200_000), STATE_FAULT),
-    "state nested in a key": (state('{"a":' * 100_000), STATE_FAULT),
+    "state nested": (state("[" * 60_000), STATE_FAULT),
+    "state nested in a key": (state('{"a":' * 12_000), STATE_FAULT),
     "state of 1 GiB": (lambda home: sparse(home / M / STATE), STATE_FAULT + "is longer than"),
     "state with duplicate keys": (
         state('{"desired_state": "running", "desired_state": "stopped"}'),
         "profile=m prior_state=stopped action=registered",
     ),
     "state NaN": (state('{"desired_state": NaN}'), STATE_FAULT + "has a state that is no string"),
-    "state huge number": (state('{"pid": ' + "9" * 100_000 + "}"), STATE_FAULT),
+    "state huge number": (state('{"pid": ' + "9" * 60_000 + "}"), STATE_FAULT),
     "intent dict": (state('{"desired_state": {}}'), STATE_FAULT + "has a state that is no string"),
     "intent list": (state('{"desired_state": []}'), STATE_FAULT),
     "intent number": (state('{"desired_state": 1}'), STATE_FAULT),
     "state dict": (state('{"gateway_state": {}}'), STATE_FAULT),
-    "intent of 300 KB": (
-        state('{"desired_state": "' + "x" * 300_000 + '"}'),
-        "...(300000 characters) action=registered",
+    "intent of 60 KB": (
+        state('{"desired_state": "' + "x" * 60_000 + '"}'),
+        "...(1000 characters) action=registered",
     ),
     "intent with newlines": (
         state('{"desired_state": "x\\nprofile=z prior_state=none action=skipped"}'),
