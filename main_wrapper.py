@@ -348,13 +348,25 @@ def launched(words: list[str]) -> list[str]:
     return [WRAPPER, *words] if wrapped else words
 
 
+def has_capability(number: int) -> bool:
+    """Return whether this process has a capability, by its number in capabilities(7)."""
+    (line,) = [line for line in content("/proc/self/status").split(b"\n") if line.startswith(b"CapEff:")]
+    return int(line.split()[1], 16) >> number & 1 == 1
+
+
 def is_unusable(environment: dict[str, str]) -> bool:
     """Return whether /run is mounted so that nothing on it can be executed, which s6 does there; s6-overlay can help
-    itself where the root is read-only and it has the capability SYS_ADMIN (number 21)."""
+    itself where the root is read-only and it has the capability SYS_ADMIN (21)."""
     if not os.statvfs("/run").f_flag & os.ST_NOEXEC:
         return False
-    (effective,) = [line for line in content("/proc/self/status").split(b"\n") if line.startswith(b"CapEff:")]
-    return environment.get("S6_READ_ONLY_ROOT", "") in ("", "0") or not int(effective.split()[1], 16) >> 21 & 1
+    return environment.get("S6_READ_ONLY_ROOT", "") in ("", "0") or not has_capability(21)
+
+
+def unowned() -> str:
+    """Return why root cannot take /run, which the image gives to hermes; "" when it can (by CHOWN, 0), or has it."""
+    if os.geteuid() or not os.stat("/run").st_uid or has_capability(0):
+        return ""
+    return "root lacks CHOWN, so it cannot take /run; add it with --cap-add"
 
 
 def obstacle() -> str:
@@ -394,7 +406,7 @@ def init(words: list[str]) -> int:
     words, environment = launched(words), process_environment()
     if os.getpid() != 1 and supervised():
         return container_command(words)
-    fault, code = exposure(environment), 1
+    fault, code = exposure(environment) or unowned(), 1
     if not fault and is_unusable(environment):
         fault = "/run is mounted noexec, so s6 cannot run anything there; mount it with exec: --tmpfs /run:exec"
         code = NOT_EXECUTABLE

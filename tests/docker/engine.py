@@ -102,7 +102,8 @@ class EngineContainer:
         for name, value in self.given.items():
             argv += ["-e", f"{name}={value}"]
         if self.user is not None:
-            argv += ["--user", f"{self.user}:{self.gid}", "--tmpfs", "/run:exec,mode=1777"]
+            argv += ["--user", f"{self.user}:{self.gid}"]
+            argv += [] if self.user == 10000 else ["--tmpfs", "/run:exec,mode=1777"]  # else /run is the user's
         for group in self.groups:
             argv += ["--group-add", str(group)]
         if self.run_options:
