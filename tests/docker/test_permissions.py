@@ -27,6 +27,6 @@ def test_no_program_is_setuid(container):
     would give to that user, is hermes's in the image, and root's where root starts."""
     done = container().run("find", "/", "-xdev", "-type", "f", "-perm", "/6000")
     assert done.stdout == b"", done
-    for user, owner in ((None, b"root root 755"), (10000, b"hermes root 775")):
+    for user, owner in ((None, b"root root 755"), (10000, b"hermes hermes 755")):
         done = container(user=user).run("stat", "-c", "%U %G %a", "/run")
         assert done.stdout.strip() == owner, done
