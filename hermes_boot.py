@@ -3173,8 +3173,9 @@ START_GRACE = 10  # seconds that a wanted gateway may be down, and after which o
 
 
 def is_booting() -> bool:
-    """Return whether the boot of this container is under way: its command has not been started."""
-    return supervised() and not os.path.exists(COMMAND_PROCESS)
+    """Return whether the boot of this container is under way: s6-rc is at work, and the command has not been started."""
+    processes = [] if os.path.exists(COMMAND_PROCESS) or not supervised() else sum(families().values(), [])
+    return any(command_of(process)[0] == "s6-rc" for process in processes)
 
 
 def supervisor_answers(scandir: str) -> bool:
