@@ -3173,9 +3173,10 @@ START_GRACE = 10  # seconds that a wanted gateway may be down, and after which o
 
 
 def is_booting() -> bool:
-    """Return whether the boot of this container is under way: s6-rc is at work, and the command has not been started."""
-    processes = [] if os.path.exists(COMMAND_PROCESS) or not supervised() else sum(families().values(), [])
-    return any(command_of(process)[0] == "s6-rc" for process in processes)
+    """Return whether the boot of this container is under way: s6-rc is at work, and the command has not started."""
+    if os.path.exists(COMMAND_PROCESS) or not supervised():
+        return False
+    return any(command_of(int(name))[0] == "s6-rc" for name in os.listdir("/proc") if name.isdigit())
 
 
 def supervisor_answers(scandir: str) -> bool:
