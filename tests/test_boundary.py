@@ -475,6 +475,7 @@ def test_a_command_that_stops_the_terminals_output_does_not_hold_up_the_end(cont
     assert code == 9 and b"at the end" in said, said
 
 
+@pytest.mark.sandbox
 @SERVICES
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
 def test_a_command_that_a_signal_ends_on_a_stopped_terminal(container, entrypoint, name):
