@@ -4431,7 +4431,7 @@ def wanted_without_slot(boot: Boot, registered: dict[str, SlotStatus | None]) ->
             names = unregistered(home, set(registered)) | ({"default"} - set(registered))
             if not names or len(registered) >= slot_limit(boot.scandir)[0] or no_gateways(boot, container_words()):
                 return []
-            return [name for name in sorted(names) if row_of(boot, home, name).autostart]
+            return [name for name in sorted(names)[:SLOT_LIMIT] if row_of(boot, home, name).autostart]
     except (OSError, Fatal):
         return []  # the volume cannot be read, which is for doctor to say
 
