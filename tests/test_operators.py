@@ -467,6 +467,15 @@ def test_help_is_everywhere(plain, command):
     assert "examples:\n" in done.stdout and not plain.scandir.exists()
 
 
+def test_all_of_no_gateways(plain):
+    """To stop them is done; to start them is not."""
+    plain.scandir.mkdir()
+    assert plain.reconcile(command=["gateway", "stop", "--all"]).returncode == 0
+    done = plain.reconcile(command=["gateway", "start", "--all"])
+    line = "hermes_boot.py: error: this container has no gateways; `hermes-boot doctor` says why\n"
+    assert (done.returncode, done.stderr) == (1, line)
+
+
 def test_version(plain):
     """Ours and the agent's."""
     said = plain.reconcile(command=["--version"]).stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import errno
 import itertools
 import json
 import os
@@ -543,6 +544,31 @@ def test_seeds(monkeypatch, tmp_path):
     }  # before the umask
     assert found["config.yaml"][1] == b"a: 1\n" and found["SOUL.md"][1] == hermes_boot.BUILT_IN["SOUL.md"].encode()
     assert json.loads(found["gateway_state.json"][1]) == {"desired_state": "running"}
+
+
+ADVICE = {  # who owns the volume, why it cannot be used; what helps a hermes that is 1000:1000
+    "somebody's": (
+        (70, 70),
+        errno.EACCES,
+        "start with HERMES_UID=70 HERMES_GID=70, or chown -R 1000:1000 it on the host",
+    ),
+    "root's": ((0, 0), errno.EACCES, "chown -R 1000:1000 it on the host"),
+    "its own": (
+        (1000, 1000),
+        errno.EACCES,
+        "the host refuses it: with SELinux mount it with `:Z`, else look at its ACLs",
+    ),
+    "read-only": ((1000, 1000), errno.EROFS, "mount it writable"),
+}
+
+
+@rows(ADVICE)
+def test_what_helps_on_a_volume(case, tmp_path):
+    """Nothing that has been tried already."""
+    owner, number, advice = case
+    boot = hermes_boot.Boot({"HERMES_HOME": str(tmp_path)})
+    boot.owner, boot.by_root = (1000, 1000), True
+    assert hermes_boot.home_advice(boot, owner, OSError(number, "")) == advice
 
 
 def test_a_list_of_profiles_keeps_no_states(tmp_path):
