@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import busy
 from sandbox import AGENT_VERSION, ENTRYPOINT, PROJECT, WRAPPER, wait_for
 
 SLEEPER = "#!/bin/sh\nexec sleep infinity\n"
@@ -428,7 +429,7 @@ def test_the_end_does_not_wait_for_a_volume_that_does_not_answer(bindfs, contain
         assert wait_for(lambda: all(map(os.path.exists, ready)))
         server.send_signal(signal.SIGSTOP)
         box.signal(signal.SIGTERM)
-        assert wait_for(lambda: all(map(os.path.exists, told)), 5)
+        assert wait_for(lambda: all(map(os.path.exists, told)), 5 * busy())
     finally:
         server.kill()  # what waits for it goes on
         server.wait()

@@ -13,7 +13,7 @@ import termios
 import time
 
 import pytest
-from conftest import MANAGER, RUN, Gateways
+from conftest import MANAGER, RUN, Gateways, busy
 from sandbox import wait_for
 
 import hermes_boot
@@ -187,7 +187,7 @@ sys.exit(hermes_boot.main(["hermes-boot", "gateway", "stop", "--all"]))
 
 def test_what_is_waited_for_is_never_nobody(gateways):
     """Whenever the line is due."""
-    host = gateways({"a": "trap 'sleep 1; exit 0' TERM\nwhile :; do sleep 0.05; done\n"}, "running")
+    host = gateways({"a": f"trap 'sleep {busy()}; exit 0' TERM\nwhile :; do sleep 0.05; done\n"}, "running")
     assert wait_for(lambda: host.up("a"))
     done = host.box.exec("/usr/bin/python3", "-IBSc", OFTEN)
     assert done.returncode == 0 and "gateways to end" in done.stderr and "waiting for 0 " not in done.stderr, done
