@@ -403,8 +403,9 @@ class Boot:
         self.home = root_home(environment)
         self.scandir = scandir_of(environment)
         self.owner: Owner = account() or owner_of(self.home)
-        if os.geteuid() not in (0, self.owner[0]) and (os.geteuid(), os.getegid()) == (owner_of(first_process())[0], 0):
-            self.owner = os.geteuid(), 0  # OpenShift's way: any UID, with root's group
+        uid = os.geteuid()
+        if uid not in (0, self.owner[0]) and os.getegid() == 0 and owner_of(first_process())[0] == uid:
+            self.owner = uid, 0  # OpenShift's way: any UID, with root's group
         self.dry_run, self.by_root = dry_run, os.geteuid() == 0
         self.quiet = switch(self.setting("HERMES_BOOT_QUIET")) is True  # only warnings are wanted
         self.sealed = self.by_root and switch(self.setting("HERMES_SEALED")) is True  # root keeps the scandir and slots
